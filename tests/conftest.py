@@ -1,0 +1,63 @@
+"""The conditions every test runs under.
+
+Eight simulated CPU devices, so that sharding is exercised on any machine; strict dtype promotion
+and no rank promotion, so that an integer reward or a silent [B, T] * [B] is an error and not a
+wrong number; warnings as errors (pyproject.toml). The environment is set before anything imports
+jax, and is inherited by the processes that tests start.
+"""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+# On an accelerator: INSTRUCT_JAX_TEST_PLATFORM=cuda (or tpu). Not JAX_PLATFORMS itself, which the
+# images of TPU machines and notebooks set for everyone.
+os.environ["JAX_PLATFORMS"] = os.environ.get("INSTRUCT_JAX_TEST_PLATFORM", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
+        f"--xla_force_host_platform_device_count={DEVICES}",
+    ]
+)
+# Most of the suite's time is compilation; a second run reads it from here (pytest --cache-clear).
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "d" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# No test may reach for the network: a missing file fails at once, not after retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _same_numpy_seed():
+    np.random.seed(0)  # third-party code draws from the global generator
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A NumPy generator with the same seed in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and weights: INSTRUCT_JAX_SHARED, else shared/ beside the checkout."""
+    path = Path(os.environ.get("INSTRUCT_JAX_SHARED", REPOSITORY.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path} (set INSTRUCT_JAX_SHARED)")
+    return path
