@@ -32,7 +32,7 @@ test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(VENV)/.installed-dev  ## put the sources into the house style
 	$(BIN)/ruff check --fix .
