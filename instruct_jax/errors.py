@@ -1,0 +1,35 @@
+"""The ways a run ends before its time, each with its exit code; every layer may raise them.
+
+0: done, or stopped by a signal with everything saved
+2: a mistake in the configuration or the data (`UserError`), told in one line, nothing written
+3: too many non-finite updates in a row (`NonFiniteError`); the last good state is saved
+4: a checkpoint that cannot be used (`CheckpointError`)
+"""
+
+
+class RunError(Exception):
+    """The base of the errors that a script turns into one line and an exit code."""
+
+    exit_code = 1
+
+
+class UserError(RunError):
+    """A mistake that the user can mend: the message says where it is and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A mistake in a configuration or on the command line."""
+
+
+class NonFiniteError(RunError):
+    """Training stopped because its updates stayed non-finite; no parameter was touched by them."""
+
+    exit_code = 3
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is damaged, or does not hold what is asked of it."""
+
+    exit_code = 4

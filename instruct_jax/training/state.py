@@ -1,0 +1,265 @@
+"""The training state and the one update that every stage makes of it.
+
+A loss function returns sums and counts, never means. Sums are added over micro-batches (by
+`accumulate_gradients`) and over devices (by XLA, since every array is global), and divided once, by
+the global count. So the loss and the gradient do not depend on how a batch is split (JAX-4, JAX-5).
+
+The update is guarded. Where the gradient is not finite, or larger than a limit, the step keeps
+parameters, optimizer (its count too) and average bit for bit, and is counted. It selects between
+old and new: multiplying by a zero would let the NaN through.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, Sharding
+
+from instruct_jax.training.mesh import (
+    PartitionRules,
+    batch_sharding,
+    replicated,
+    tree_shardings,
+)
+from instruct_jax.training.optim import ema_update
+
+Metrics = dict[str, Array]
+# (params, batch, key) -> (sum of the loss f32[], its count f32[], {name: (sum f32[], count f32[])})
+LossFn = Callable[[Any, Any, Array], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes.
+
+    `step` int32[] counts the batches seen, `skipped` int32[] those that made no update,
+    `skipped_in_a_row` int32[] the latest of them without a break. `ema` is the float32 average of
+    the parameters, or None.
+    """
+
+    step: Array
+    params: Any
+    opt_state: optax.OptState
+    ema: Any
+    skipped: Array
+    skipped_in_a_row: Array
+
+    @property
+    def updates(self) -> Array:
+        """The updates made, int32[]: the optimizer's count, which drives the schedule."""
+        return self.step - self.skipped
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """The state before the first update, in buffers of its own: donating it spares `params`."""
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if ema else None,
+        skipped=jnp.zeros([], jnp.int32),
+        skipped_in_a_row=jnp.zeros([], jnp.int32),
+    )
+
+
+class Gradients(NamedTuple):
+    """Means over the whole batch: loss f32[], grads like the parameters, metrics of f32[]."""
+
+    loss: Array
+    grads: Any
+    metrics: Metrics
+
+
+def accumulate_gradients(
+    loss_fn: LossFn, params: Any, batch: Any, key: Array, *, micro_batches: int = 1
+) -> Gradients:
+    """The gradient of the mean loss over a tree of [micro_batches * B, ...] arrays.
+
+    Micro-batch m gets `fold_in(key, m)`. Sums are kept in float32. A mean over a count of zero is
+    NaN, so that an empty batch is skipped and not taken for a perfect one.
+    """
+
+    def loss_sum(params: Any, rows: Any, key: Array) -> tuple[Array, Any]:
+        total, count, metrics = loss_fn(params, rows, key)
+        return total, (count, metrics)
+
+    def sums(rows: Any, index: Array) -> Any:
+        value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+        (total, (count, metrics)), grads = value_and_grad(
+            params, rows, jax.random.fold_in(key, index)
+        )
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (total, count, metrics, grads))
+
+    if micro_batches == 1:
+        totals = sums(batch, jnp.uint32(0))
+    else:
+        rows = jax.tree.map(lambda x: _split(x, micro_batches), batch)
+        indices = jnp.arange(micro_batches, dtype=jnp.uint32)
+        first = jax.tree.map(lambda x: x[0], (rows, indices))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, *first))
+        totals, _ = jax.lax.scan(
+            lambda totals, micro: (jax.tree.map(jnp.add, totals, sums(*micro)), None),
+            zeros,
+            (rows, indices),
+        )
+    total, count, metrics, grads = totals
+    return Gradients(
+        loss=total / count,
+        grads=jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, params),
+        metrics={name: total / count for name, (total, count) in metrics.items()},
+    )
+
+
+def _split(x: Array, parts: int) -> Array:
+    """[parts * B, ...] -> [parts, B, ...]; part m takes rows m, m + parts, m + 2 * parts, ...
+
+    The rows are spread over devices in contiguous blocks. Strided parts take the same share of
+    every block, so each micro-batch is again spread over all devices and no row moves; contiguous
+    parts would each lie on a few devices, and be sent to the others.
+    """
+    if x.shape[0] % parts:
+        raise ValueError(f"{parts} micro-batches do not divide a batch of {x.shape[0]} rows")
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def global_norm(tree: Any) -> Array:
+    """The Euclidean norm of all leaves together, f32[]; not finite when any element is not."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Any,
+    tx: optax.GradientTransformation,
+    *,
+    loss: Array | None = None,
+    ema_decay: float | None = None,
+    skip_above: float = math.inf,
+) -> tuple[TrainState, Metrics]:
+    """One guarded update.
+
+    It is skipped unless `loss` (where given) is finite and the norm of `grads` is below
+    `skip_above`, which is infinite by default. Metrics: grad_norm before clipping, skipped (0 or
+    1), skipped_in_a_row.
+    """
+    if ema_decay is not None and state.ema is None:
+        raise ValueError("ema_decay is given, but the state has no ema (init_state(..., ema=True))")
+    norm = global_norm(grads)
+    accepted = norm < skip_above  # false for NaN and infinity too
+    if loss is not None:
+        accepted &= jnp.isfinite(loss)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer count
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema if ema_decay is None else ema_update(state.ema, params, ema_decay)
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(accepted, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+    )
+    skipped = (~accepted).astype(jnp.int32)
+    in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
+    state = replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=ema,
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=in_a_row,
+    )
+    return state, {
+        "grad_norm": norm,
+        "skipped": skipped.astype(jnp.float32),
+        "skipped_in_a_row": in_a_row.astype(jnp.float32),
+    }
+
+
+TrainStep = Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    ema_decay: float | None = None,
+    skip_above: float = math.inf,
+) -> TrainStep:
+    """The pure `step(state, batch, key) -> (state, metrics)` of one loss and one optimizer."""
+
+    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
+        loss, grads, metrics = accumulate_gradients(
+            loss_fn, state.params, batch, key, micro_batches=micro_batches
+        )
+        state, guard = apply_gradients(
+            state, grads, tx, loss=loss, ema_decay=ema_decay, skip_above=skip_above
+        )
+        return state, {"loss": loss, **metrics, **guard}
+
+    return step
+
+
+def compile_step(step: TrainStep, mesh: Mesh, state: Any) -> Any:
+    """`step` under jit on `mesh`: state donated and kept where it is, rows of the batch spread.
+
+    `state` is a state placed by `shard_state`, or its shardings. Every leaf of a batch has its rows
+    first.
+    """
+    shardings = jax.tree.map(lambda x: x if isinstance(x, Sharding) else x.sharding, state)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
+    """The sharding of every leaf of `state` (arrays, or shapes from `jax.eval_shape`).
+
+    Moments and average are sharded like their parameter. jit alone would replicate the moments,
+    whatever the sharding of the parameters, so a state too large for one device is born with
+
+        make = lambda key: init_state(model.init(key), tx)
+        abstract = jax.eval_shape(make, key)
+        jax.jit(make, out_shardings=state_shardings(abstract, mesh, rules))(key)
+    """
+    shardings = tree_shardings(mesh, rules, state.params)
+    paths, _ = jax.tree_util.tree_flatten_with_path(state.params)
+    parameters = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def like_parameter(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # A moment's path ends with its parameter's: (1, mu) + (decoder, kernel). True under masks
+        # as well.
+        for start in range(len(path) + 1):
+            shape, sharding = parameters.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return TrainState(
+        step=replicated(mesh),
+        params=shardings,
+        opt_state=jax.tree_util.tree_map_with_path(like_parameter, state.opt_state),
+        ema=None if state.ema is None else shardings,
+        skipped=replicated(mesh),
+        skipped_in_a_row=replicated(mesh),
+    )
+
+
+def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
+    """Puts `state` on `mesh`, in buffers of its own."""
+    return jax.device_put(state, state_shardings(state, mesh, rules), may_alias=False)
