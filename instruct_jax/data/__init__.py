@@ -1,0 +1,71 @@
+"""Rows, templates, tokenizers and batches: everything between a file and the first device array.
+
+`formats` reads rows from files and hub ids, `prompts` prepares prompts as the paper did,
+`templates` makes prompt text, `tokenizer` makes ids, `loader` makes arrays and batches, `toyworld`
+is a world of its own that needs no file. NumPy only: nothing here knows jax.
+"""
+
+from instruct_jax.data.formats import (
+    Comparison,
+    DataError,
+    Demonstration,
+    Dialogue,
+    Document,
+    FileReport,
+    Prompt,
+    Rows,
+    Turn,
+    hash_files,
+    read_comparisons,
+    read_demonstrations,
+    read_dialogues,
+    read_documents,
+    read_prompts,
+    write_rows,
+)
+from instruct_jax.data.loader import (
+    Batches,
+    Mixture,
+    encode_comparisons,
+    encode_demonstrations,
+    encode_dialogues,
+    encode_documents,
+    encode_prompts,
+)
+from instruct_jax.data.templates import ALPACA, CHAT, HH, PLAIN, Template, template_named
+from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "ALPACA",
+    "CHAT",
+    "HH",
+    "PLAIN",
+    "Batches",
+    "Comparison",
+    "DataError",
+    "Demonstration",
+    "Dialogue",
+    "Document",
+    "FileReport",
+    "Mixture",
+    "Prompt",
+    "Rows",
+    "Template",
+    "Tokenizer",
+    "Turn",
+    "encode_comparisons",
+    "encode_demonstrations",
+    "encode_dialogues",
+    "encode_documents",
+    "encode_prompts",
+    "hash_files",
+    "load_tokenizer",
+    "read_comparisons",
+    "read_demonstrations",
+    "read_dialogues",
+    "read_documents",
+    "read_prompts",
+    "template_named",
+    "train_bpe",
+    "write_rows",
+]

@@ -1,0 +1,349 @@
+"""Raw records from files, each with the place it came from.
+
+JSONL, JSON arrays, CSV, TSV and plain text, plain or gzipped, are read here; Parquet files, saved
+datasets and hub ids go to `hub`. What cannot be read as a record comes out of the stream as a
+DataError in its place, so that the caller decides whether to stop or to go on; damage after which
+the rest of a file cannot be trusted (a broken gzip stream, a broken JSON array) is raised.
+"""
+
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from instruct_jax.data import hub
+from instruct_jax.data.rows import DataError
+
+Split = Literal["file", "line", "paragraph"]
+# A line longer than this is not a row but a mistake, such as a file without line ends.
+MAX_LINE_BYTES = 8 * 2**20
+
+_JSON = (".jsonl", ".ndjson", ".json")
+_CSV = {".csv": ",", ".tsv": "\t"}
+_TEXT = (".txt", ".text", ".md")
+_SUFFIXES = (*_JSON, *_CSV, *_TEXT, ".parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a file: its fields, and where it stands (`raw` is its text, when there is one).
+
+    `line` counts from 1; in a dataset without lines it is the row number, also from 1.
+    """
+
+    fields: dict[str, Any]
+    path: str
+    line: int
+    column: int = 1
+    raw: str = ""
+
+    def error(self, reason: str, *, field: str | None = None, hint: str | None = None) -> DataError:
+        """A DataError at this record, or at `field` of it."""
+        at = max(self.raw.find(json.dumps(field)), 0) if field else 0
+        value = self.fields.get(field) if field else None
+        excerpt = json.dumps(value, default=str) if field in self.fields else self.raw or None
+        line, column = _position(self.raw, at, self.line, self.column)
+        return DataError(
+            reason,
+            path=self.path,
+            line=line,
+            column=column if self.raw else None,
+            field=field,
+            excerpt=value if isinstance(value, str) else excerpt,
+            hint=hint,
+        )
+
+
+Stream = Iterator[Record | DataError]
+
+
+def open_records(source: str | os.PathLike[str], *, split: Split) -> Iterator[tuple[str, Stream]]:
+    """(name, records) of every file of a path, glob, folder or hub id; DataError when missing.
+
+    A text file is one record {"text"}, or one a line or paragraph (`split`).
+    """
+    name = os.fspath(source)
+    if hub.is_hub_id(name):
+        yield name, _hub_records(name, hub.load_hub(name))
+        return
+    for path in find_files(name):
+        if path.is_dir():
+            yield str(path), _hub_records(str(path), hub.load_saved(path))
+        else:
+            yield str(path), _file_records(path, split)
+
+
+def find_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files of a path, glob or folder, sorted; a folder saved by `datasets` stays a folder."""
+    name = os.path.expanduser(os.fspath(source))
+    path = Path(name)
+    if path.is_dir():
+        if hub.is_saved(path):
+            return [path]
+        files = sorted(f for f in path.iterdir() if f.is_file() and _suffix(f) in _SUFFIXES)
+        if not files:
+            raise DataError("no data file in this folder", path=path, hint=_kinds())
+        return files
+    if path.is_file():
+        return [path]
+    if glob.has_magic(name):
+        files = sorted(Path(found) for found in glob.glob(name, recursive=True))
+        if not files:
+            raise DataError("no file matches", path=name)
+        return files
+    siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f'did you mean "{path.with_name(close[0])}"?' if close else None
+    raise DataError("no such file", path=name, hint=hint)
+
+
+def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
+    """sha256 of every file of a path, glob or folder, by its path."""
+    hashes = {}
+    for found in find_files(source):
+        files = [found] if found.is_file() else sorted(f for f in found.rglob("*") if f.is_file())
+        for path in files:
+            with open(path, "rb") as file:
+                hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _file_records(path: Path, split: Split) -> Stream:
+    suffix = _suffix(path)
+    if suffix not in _SUFFIXES:
+        raise DataError("unknown kind of file", path=path, hint=_kinds())
+    if suffix == ".parquet":
+        yield from _hub_records(str(path), hub.load_parquet(path))
+        return
+    try:
+        with _open(path) as file:
+            if suffix in _CSV:
+                yield from _csv_records(path, file, _CSV[suffix])
+            elif suffix in _TEXT:
+                yield from _text_records(path, file, split)
+            elif file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                yield from _array_records(path, file)
+            else:
+                yield from _line_records(path, file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"damaged gzip file: {error}", path=path) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
+
+
+def _open(path: Path) -> io.BufferedReader:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
+    return open(path, "rb")
+
+
+def _line_records(path: Path, file: io.BufferedReader) -> Stream:
+    number = 0
+    while data := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(data) > MAX_LINE_BYTES:
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            limit = f"line of more than {MAX_LINE_BYTES // 2**20} MiB"
+            hint = "put one row on a line, or give long documents as .txt files"
+            excerpt = data[:60].decode("utf-8", "replace")
+            yield DataError(limit, path=path, line=number, excerpt=excerpt, hint=hint)
+            continue
+        if number == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = _decode(data, path, number).strip("\r\n")
+            if text.strip():
+                yield _parse(text, path, number)
+        except DataError as error:
+            yield error
+
+
+def _parse(text: str, path: Path, line: int) -> Record:
+    hint = None
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        if text.startswith("\ufeff"):
+            hint = "a byte order mark inside the file: were files joined?"
+        elif error.pos >= len(text.rstrip()):
+            hint = "one whole JSON object a line, or one array of objects a file"
+        reason = f"not JSON: {error.msg}"
+        near = text[max(0, error.pos - 20) :]
+        raise DataError(
+            reason, path=path, line=line, column=error.colno, excerpt=near, hint=hint
+        ) from None
+    except _RowError as error:
+        raise error.at(text, path, line, 1) from None
+    except RecursionError:
+        raise DataError("nested too deeply", path=path, line=line, excerpt=text) from None
+    return _record(value, path, line, 1, text)
+
+
+def _array_records(path: Path, file: io.BufferedReader) -> Stream:
+    text = _decode(file.read(), path, 1).removeprefix("\ufeff")
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+    at, line, column = text.index("[") + 1, 1, 1
+    line, column = _position(text, at, line, column)
+    while True:
+        start = _skip(text, at, " \t\r\n,")
+        line, column = _position(text[at:start], start - at, line, column)
+        if text[start : start + 1] == "]":
+            return
+        end = start
+        try:
+            value, end = decoder.raw_decode(text, start)
+            record = _record(value, path, line, column, text[start:end])
+        except json.JSONDecodeError as error:
+            near = text[max(0, error.pos - 20) : error.pos + 60]
+            raise DataError(
+                f"not JSON: {error.msg}",
+                path=path,
+                line=error.lineno,
+                column=error.colno,
+                excerpt=near,
+                hint="nothing after this place can be read",
+            ) from None
+        except RecursionError:
+            raise DataError("nested too deeply", path=path, line=line, column=column) from None
+        except _RowError as error:
+            _, end = json.JSONDecoder().raw_decode(text, start)
+            yield error.at(text[start:end], path, line, column)
+        except DataError as error:
+            yield error
+        else:
+            yield record
+        line, column = _position(text[start:end], end - start, line, column)
+        at = end
+
+
+def _csv_records(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    try:
+        _ = reader.fieldnames  # reads the header, which may have line ends in it
+        line = reader.line_num + 1
+        for row in reader:
+            record = Record(dict(row), str(path), line)
+            if None in row:
+                extra = len(row.pop(None))
+                yield DataError(f"{extra} values too many", path=path, line=line)
+            elif missing := [name for name, value in row.items() if value is None]:
+                yield DataError("the row has no value", path=path, line=line, field=missing[0])
+            else:
+                yield record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"not CSV: {error}", path=path, line=reader.line_num) from error
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: {error.reason}"
+        raise DataError(reason, path=path, line=reader.line_num + 1) from error
+
+
+def _text_records(path: Path, file: io.BufferedReader, split: Split) -> Stream:
+    text = _decode(file.read(), path, 1).removeprefix("\ufeff").replace("\r\n", "\n")
+    if split == "file":
+        yield Record({"text": text}, str(path), 1, raw=text)
+        return
+    line = 1
+    for piece in text.split("\n" if split == "line" else "\n\n"):
+        if piece.strip():
+            lead = piece[: len(piece) - len(piece.lstrip("\n"))].count("\n")
+            yield Record({"text": piece.strip("\n")}, str(path), line + lead, raw=piece)
+        line += piece.count("\n") + (1 if split == "line" else 2)
+
+
+def _hub_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:
+    for number, row in enumerate(rows, 1):
+        # A dataset has every column in every row; what a row lacks is None.
+        fields = {key: value for key, value in row.items() if value is not None}
+        yield Record(fields, name, number)
+
+
+class _RowError(ValueError):
+    """A mistake inside an object, found while the library parses it and knows no position."""
+
+    def __init__(self, reason: str, key: str) -> None:
+        super().__init__(reason)
+        self.reason, self.key = reason, key
+
+    def at(self, text: str, path: Path, line: int, column: int) -> DataError:
+        """The error at the key, or where the key comes again."""
+        first = text.find(self.key)
+        found = max(first, text.find(self.key, first + 1))
+        line, column = _position(text, found, line, column)
+        excerpt = text[max(0, found - 20) :]
+        return DataError(self.reason, path=path, line=line, column=column, excerpt=excerpt)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise _RowError(f'duplicate key "{key}"', json.dumps(key, ensure_ascii=False))
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise _RowError(f"{name} is not a number in JSON", name)
+
+
+def _record(value: Any, path: Path, line: int, column: int, raw: str) -> Record:
+    if not isinstance(value, dict):
+        reason = f"expected an object, found {_kind(value)}"
+        raise DataError(reason, path=path, line=line, column=column, excerpt=raw)
+    return Record(value, str(path), line, column, raw)
+
+
+def _decode(data: bytes, path: Path, line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        line, column = _position(before, len(before), line, 1)
+        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        raise DataError(
+            f"not UTF-8: byte 0x{data[error.start]:02x}",
+            path=path,
+            line=line,
+            column=column,
+            excerpt=data[max(0, error.start - 20) : error.start + 40].decode("utf-8", "replace"),
+            hint="the file is UTF-16; save it as UTF-8" if utf16 else None,
+        ) from None
+
+
+def _position(text: str, at: int, line: int, column: int) -> tuple[int, int]:
+    """(line, column) of `text[at]` when `text[0]` stands at (line, column)."""
+    newlines = text.count("\n", 0, at)
+    if not newlines:
+        return line, column + at
+    return line + newlines, at - text.rfind("\n", 0, at)
+
+
+def _skip(text: str, at: int, characters: str) -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
+def _kinds() -> str:
+    return f"known: {', '.join(_SUFFIXES)}, also with .gz"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")

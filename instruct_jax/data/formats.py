@@ -1,0 +1,358 @@
+"""Files to rows: the format of each file is told from its columns.
+
+`read_documents`, `read_demonstrations`, `read_comparisons`, `read_prompts` and `read_dialogues`
+take a path, a glob, a folder or a hub id and give typed rows, with a verdict on every file in
+`rows.report`. `layouts` lists the formats. A bad row is a DataError that says where it is and what
+is wrong; with on_bad_row="skip" it is left out and counted. Nothing that is wrong is trained on.
+
+Text that is only an instruction is put into a template (ALPACA unless one is given), a chat into
+CHAT; text that is already a whole prompt stays as it is, unless a template is given.
+"""
+
+import difflib
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from instruct_jax.data.files import Record, Split, hash_files, open_records
+from instruct_jax.data.layouts import FORMATS, Case, Fields, Format, Instruction, Kind, joined
+from instruct_jax.data.rows import (
+    Comparison,
+    DataError,
+    Demonstration,
+    Dialogue,
+    Document,
+    Prompt,
+    Turn,
+    write_rows,
+)
+from instruct_jax.data.templates import ALPACA, CHAT, Template, template_named
+
+__all__ = [
+    "Comparison",
+    "DataError",
+    "Demonstration",
+    "Dialogue",
+    "Document",
+    "FileReport",
+    "Prompt",
+    "Rows",
+    "Turn",
+    "hash_files",
+    "read_comparisons",
+    "read_demonstrations",
+    "read_dialogues",
+    "read_documents",
+    "read_prompts",
+    "write_rows",
+]
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["error", "skip"]
+T = TypeVar("T", Document, Demonstration, Comparison, Prompt, Dialogue)
+
+
+@dataclass
+class FileReport:
+    """What was found in one file: its format, how many rows, what was wrong with the others."""
+
+    path: str
+    format: str = "unknown"
+    rows: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    mended: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        def listed(counts: Counter[str]) -> str:
+            return ", ".join(f"{n} x {reason}" for reason, n in counts.most_common())
+
+        text = f"{self.path}: {self.format}, {self.rows} rows"
+        text += f"; {self.bad.total()} bad rows skipped ({listed(self.bad)})" if self.bad else ""
+        return text + (f"; {listed(self.mended)}" if self.mended else "")
+
+
+class Rows(list[T]):
+    """A list of rows with a verdict on every file they came from."""
+
+    report: tuple[FileReport, ...] = ()
+
+
+def read_documents(
+    source: str | os.PathLike[str],
+    *,
+    template: Template | str | None = None,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    split: Split = "file",
+) -> Rows[Document]:
+    """Texts to pretrain on, from a "text" column or plain text files.
+
+    A text file is one document, or one for each line or paragraph (`split`). A document has no
+    prompt: `template` is here only because every reader takes it.
+    """
+    del template
+
+    def convert(case: Case) -> Document:
+        if not isinstance(case.prompt, str):
+            raise ValueError("a document is a text, not a chat or an instruction")
+        return Document(case.prompt, case.meta)
+
+    return _read(source, ("documents",), convert, limit, on_bad_row, split)
+
+
+def read_demonstrations(
+    source: str | os.PathLike[str],
+    *,
+    template: Template | str | None = None,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Rows[Demonstration]:
+    """Prompts with their response; of a chat, the last assistant turn is the response."""
+    wanted = _template(template)
+
+    def convert(case: Case) -> Demonstration:
+        prompt, style = _prompt(case, wanted)
+        return Demonstration(prompt, _styled(_only_answer(case), style), case.meta)
+
+    return _read(source, ("demonstrations",), convert, limit, on_bad_row)
+
+
+def read_dialogues(
+    source: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Rows[Dialogue]:
+    """Demonstrations as turns, for `encode_dialogues`; a whole prompt is one user turn."""
+
+    def convert(case: Case) -> Dialogue:
+        return Dialogue((*_turns(case), Turn("assistant", _only_answer(case))), case.meta)
+
+    return _read(source, ("demonstrations",), convert, limit, on_bad_row)
+
+
+def read_comparisons(
+    source: str | os.PathLike[str],
+    *,
+    template: Template | str | None = None,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    subsample: tuple[int, int] | None = None,
+    tie_gap: float = 0.0,
+    seed: int = 0,
+) -> Rows[Comparison]:
+    """Ranked completions: pairs, K-wise rankings, scores; one row for each annotator.
+
+    `subsample` (low, high): of a row with more than `high` completions, K of low..high are kept;
+    which ones depends on (seed, prompt) alone. `tie_gap`: where the file has scores (AlpacaEval:
+    the judge's logit), completions less than this below the best of their group are tied with it.
+    """
+    if subsample is not None and not 2 <= subsample[0] <= subsample[1]:
+        raise ValueError(f"subsample {subsample} is no range of at least 2 completions")
+    wanted = _template(template)
+
+    def convert(case: Case) -> Comparison:
+        prompt, style = _prompt(case, wanted)
+        kept = _subsample(len(case.answers), subsample, f"{seed}:{prompt}")
+        return Comparison(
+            prompt,
+            tuple(_styled(case.answers[i], style) for i in kept),
+            _ranks(case, kept, tie_gap),
+            case.labeler,
+            tuple(case.sources[i] for i in kept) if case.sources else (),
+            case.meta,
+        )
+
+    return _read(source, ("comparisons",), convert, limit, on_bad_row)
+
+
+def read_prompts(
+    source: str | os.PathLike[str],
+    *,
+    template: Template | str | None = None,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Rows[Prompt]:
+    """Prompts: files of prompts, lines of text, or the prompt side of any other format."""
+    wanted = _template(template)
+
+    def convert(case: Case) -> Prompt:
+        return Prompt(_prompt(case, wanted)[0], case.meta)
+
+    kinds: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts", "documents")
+    return _read(source, kinds, convert, limit, on_bad_row, "line")
+
+
+def _read(
+    source: str | os.PathLike[str],
+    kinds: tuple[Kind, ...],
+    convert: Callable[[Case], T],
+    limit: int | None,
+    on_bad_row: OnBadRow,
+    split: Split = "file",
+) -> Rows[T]:
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f'on_bad_row {on_bad_row!r} is neither "error" nor "skip"')
+    rows: Rows[T] = Rows()
+    reports: list[FileReport] = []
+    for path, records in open_records(source, split=split):
+        report = FileReport(path)
+        reports.append(report)
+        formats: dict[tuple[str, ...], Format] = {}
+        last_error = None
+        for record in records:
+            if limit is not None and len(rows) >= limit:
+                break
+            try:
+                made = _convert(record, kinds, convert, formats, report)
+            except DataError as error:
+                if on_bad_row == "error":
+                    raise
+                last_error = error
+                report.bad[error.reason] += 1
+                continue
+            rows += made[: None if limit is None else limit - len(rows)]
+            report.rows += len(made)
+        if not formats and last_error is not None:
+            raise last_error  # no row of the file is known: a wrong file rather than bad rows
+        if not formats and (limit is None or len(rows) < limit):
+            raise DataError("no rows", path=path)
+        (logger.warning if report.bad else logger.info)("%s", report)
+    rows.report = tuple(reports)
+    return rows
+
+
+def _convert(
+    record: Record | DataError,
+    kinds: tuple[Kind, ...],
+    convert: Callable[[Case], T],
+    formats: dict[tuple[str, ...], Format],
+    report: FileReport,
+) -> list[T]:
+    """The rows of one record; `formats` remembers the verdict on each set of columns."""
+    if isinstance(record, DataError):
+        raise record
+    columns = tuple(record.fields)
+    if columns not in formats:
+        formats[columns] = found = _detect(record, kinds)
+        report.format = found.name if report.format == "unknown" else report.format
+    try:
+        made = [convert(case) for case in formats[columns].layout(Fields(record, report.mended))]
+    except ValueError as error:  # what a template refuses
+        raise record.error(str(error)) from None
+    # Several annotators of one prompt give one prompt, several instances of a task stay several.
+    return [row for i, row in enumerate(made) if row not in made[:i]]
+
+
+def _detect(record: Record, kinds: tuple[Kind, ...]) -> Format:
+    """The format of a record; DataError, with a suggestion for a misspelt column, if none is."""
+    columns = set(record.fields)
+    known = [f for kind in kinds for f in FORMATS if f.kind == kind]
+    for found in known:
+        if columns.issuperset(found.required):
+            near = _misspelt(columns, found, found.optional)
+            if near is not None:
+                raise _suggestion(record, *near)
+            return found
+    # The nearest format is the one that lacks the fewest columns, each of them perhaps misspelt.
+    for found in sorted(known, key=lambda f: len(set(f.required) - columns)):
+        near = _misspelt(columns, found, found.required)
+        if near is not None and len(set(found.required) - columns) == 1:
+            raise _suggestion(record, *near)
+    for other in FORMATS:
+        if columns.issuperset(other.required):
+            raise record.error(f"expected {' or '.join(kinds)}, found {other.kind} ({other.name})")
+    for found in known:
+        missing = sorted(set(found.required) - columns)
+        if len(missing) == 1 and len(found.required) > 1:
+            raise record.error(f'"{missing[0]}" is missing', hint=f"format {found.name}")
+    known_columns = "; ".join(dict.fromkeys("+".join(f.required) for f in known))
+    raise record.error(
+        f"unknown columns {', '.join(sorted(columns)) or '(none)'}", hint=f"known: {known_columns}"
+    )
+
+
+def _misspelt(columns: set[str], found: Format, names: Sequence[str]) -> tuple[str, str] | None:
+    """(a column, the name it was meant to be) when one of `names` is absent and nearly there."""
+    others = sorted(columns.difference(found.required, found.optional))
+    for name in names:
+        close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+        if name not in columns and close:
+            return close[0], name
+    return None
+
+
+def _suggestion(record: Record, wrong: str, right: str) -> DataError:
+    return record.error("unknown column", field=wrong, hint=f'did you mean "{right}"?')
+
+
+def _template(template: Template | str | None) -> Template | None:
+    return template_named(template) if isinstance(template, str) else template
+
+
+def _prompt(case: Case, wanted: Template | None) -> tuple[str, Template | None]:
+    """The text of the prompt, and the template it is written in (None: unknown)."""
+    if isinstance(case.prompt, Instruction):
+        style = wanted or ALPACA
+        return style.render(case.prompt.text, case.prompt.input), style
+    if isinstance(case.prompt, str):
+        if wanted is None or wanted == case.style:
+            return case.prompt, case.style
+        if case.style is None:
+            return wanted.render(case.prompt), wanted
+    style = wanted or case.style or CHAT
+    turns = _turns(case)
+    if turns[-1].role != "user":
+        raise ValueError("the prompt does not end with the user's turn")
+    return style.render_turns(turns), style
+
+
+def _turns(case: Case) -> tuple[Turn, ...]:
+    """The prompt as turns."""
+    if isinstance(case.prompt, Instruction):
+        return (Turn("user", joined(case.prompt)),)
+    if isinstance(case.prompt, str):
+        return case.style.parse(case.prompt) if case.style else (Turn("user", case.prompt),)
+    return case.prompt
+
+
+def _only_answer(case: Case) -> str:
+    if not case.answers:
+        raise ValueError("the last turn is not the assistant's")
+    return case.answers[0]
+
+
+def _styled(answer: str, style: Template | None) -> str:
+    return answer if style is None else style.response(answer)
+
+
+def _subsample(n: int, bounds: tuple[int, int] | None, key: str) -> list[int]:
+    if bounds is None or n <= bounds[1]:
+        return list(range(n))
+    draw = random.Random(key)  # seeded by sha512 of the text: the same on every machine
+    return sorted(draw.sample(range(n), draw.randint(*bounds)))
+
+
+def _ranks(case: Case, kept: list[int], tie_gap: float) -> tuple[int, ...]:
+    """Ranks 0, 1, ... of the kept answers, ties equal.
+
+    With scores, a group of ties starts at its best answer and reaches `tie_gap` below it, so that
+    a chain of small gaps does not tie the best with the worst.
+    """
+    if case.ranks is not None:
+        levels = sorted({case.ranks[i] for i in kept})
+        return tuple(levels.index(case.ranks[i]) for i in kept)
+    assert case.scores is not None
+    ranks: dict[int, int] = {}
+    leader, rank = None, -1
+    for i in sorted(kept, key=lambda i: -case.scores[i]):
+        score = case.scores[i]
+        if leader is None or (score != leader and leader - score >= tie_gap):
+            leader, rank = score, rank + 1
+        ranks[i] = rank
+    return tuple(ranks[i] for i in kept)

@@ -1,0 +1,483 @@
+"""The record layouts that are known: which columns tell a format, and what they mean.
+
+A layout turns one record into cases: a prompt and, beside it, one answer (a demonstration) or
+several that are ranked or scored (a comparison). `formats` makes rows of them. To support another
+format, write its function and add it to `FORMATS`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from instruct_jax.data.files import Record
+from instruct_jax.data.rows import DataError, Meta, Turn
+from instruct_jax.data.templates import ALPACA, HH, Template, tldr_prompt
+from instruct_jax.data.tokenizer import EOS
+
+Kind = Literal["documents", "demonstrations", "comparisons", "prompts"]
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A task to put into a template."""
+
+    text: str
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of a record and its answers, without any template.
+
+    A string prompt is whole: `style` is the template it is written in, when that is known. Turns
+    end with the user's. Comparisons have `ranks` (0 is best) or `scores` (higher is better).
+    """
+
+    prompt: str | Instruction | tuple[Turn, ...]
+    answers: tuple[str, ...] = ()
+    ranks: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    labeler: str | None = None
+    sources: tuple[str, ...] = ()
+    style: Template | None = None
+    meta: Meta = field(default_factory=dict)
+
+
+class Fields:
+    """Checked access to a record; every mistake is a DataError with its place."""
+
+    def __init__(self, record: Record, mended: Counter[str]) -> None:
+        """`mended` counts what a layout put right by itself."""
+        self.record = record
+        self.mended = mended
+        self._used: set[str] = set()
+
+    def text(self, name: str, *, blank: bool = False) -> str:
+        """A string; not blank unless `blank`, where a missing one is ""."""
+        value = self.value(name, "" if blank else None)
+        return self._text(value, name, blank=blank)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings, none of them blank."""
+        values = self.listed(name)
+        return tuple(self._text(v, name, at=f"[{i}]") for i, v in enumerate(values))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        return tuple(self.number(v, name) for v in self.listed(name))
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        values = self.listed(name)
+        if any(type(value) is not int for value in values):
+            raise self.error("expected whole numbers", name)
+        return tuple(values)
+
+    def choice(self, name: str, allowed: Sequence[int]) -> int:
+        """A whole number out of `allowed`; its digits as text do as well (CSV)."""
+        value = self.value(name)
+        if str(value) not in map(str, allowed):
+            raise self.error(f"expected one of {', '.join(map(str, allowed))}", name)
+        return int(value)
+
+    def turns(self, name: str) -> tuple[Turn, ...]:
+        """A chat: a list of {role, content}, or of {from, value}, or of {role, text}."""
+        turns = []
+        for i, item in enumerate(self.listed(name)):
+            item = item if isinstance(item, dict) else {}
+            role = item.get("role", item.get("from"))
+            content = item.get("content", item.get("value", item.get("text")))
+            if role not in _ROLES:
+                expected = "expected role (or from) and content (or value)"
+                raise self.error(f"message {i} has no known role: {expected}", name)
+            turns.append(Turn(_ROLES[role], self._text(content, name, at=f"[{i}]")))
+        if not turns:
+            raise self.error("no messages", name)
+        return tuple(turns)
+
+    def entries(self, name: str) -> list["Fields"]:
+        """A list of objects, each with checked access of its own."""
+        values = self.listed(name)
+        for i, value in enumerate(values):
+            if not isinstance(value, dict):
+                raise self.error(f"entry {i} is no object", name)
+        place = self.record
+        return [
+            Fields(Record(value, place.path, place.line, place.column, place.raw), self.mended)
+            for value in values
+        ]
+
+    def listed(self, name: str) -> list[Any]:
+        """A list of anything."""
+        value = self.value(name)
+        if not isinstance(value, list | tuple):
+            raise self.error(f"expected a list, found {_kind(value)}", name)
+        return list(value)
+
+    def number(self, value: Any, name: str) -> float:
+        """`value` of field `name` as a finite number."""
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not abs(value) < float("inf"):
+            raise self.error("expected a finite number", name)
+        return float(value)
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """The field as it is; DataError when it is missing and `default` is None."""
+        self._used.add(name)
+        value = self.record.fields.get(name)
+        if value is None and default is None:
+            raise self.error(f'"{name}" is missing')
+        return default if value is None else value
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.record.fields.get(name) is not None
+
+    def rest(self) -> dict[str, Any]:
+        """The fields no one asked for, with those of a "meta" object among them."""
+        fields = self.record.fields
+        rest = {k: v for k, v in fields.items() if k not in self._used and v is not None}
+        meta = rest.pop("meta", {})
+        return {**rest, **meta} if isinstance(meta, dict) else {**rest, "meta": meta}
+
+    def error(self, reason: str, name: str | None = None) -> DataError:
+        """A DataError at this record, or at its field `name`."""
+        return self.record.error(reason, field=name)
+
+    def _text(self, value: Any, name: str, *, at: str = "", blank: bool = False) -> str:
+        place = f"{at} " if at else ""
+        if not isinstance(value, str):
+            raise self.error(f"{place}expected a string, found {_kind(value)}", name)
+        if not blank and not value.strip():
+            raise self.error(f"{place}empty text", name)
+        if "\0" in value:
+            raise self.error(f"{place}NUL character", name)
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = f"U+{ord(value[error.start]):04X}"
+                raise self.error(f"{place}lone surrogate {code}", name) from None
+        return value
+
+
+Layout = Callable[[Fields], list[Case]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout, the columns that tell it, and those that may be missing."""
+
+    name: str
+    kind: Kind
+    required: tuple[str, ...]
+    layout: Layout
+    optional: tuple[str, ...] = ()
+
+
+def _text(f: Fields) -> list[Case]:
+    return [Case(f.text("text"), meta=f.rest())]
+
+
+def _prompt(f: Fields) -> list[Case]:
+    return [Case(_whole(f, "prompt"), meta=f.rest())]
+
+
+def _instruction(f: Fields) -> list[Case]:
+    prompt = Instruction(f.text("instruction"), f.text("input", blank=True))
+    return [Case(prompt, meta=f.rest())]
+
+
+def _question(f: Fields) -> list[Case]:
+    return [Case(Instruction(f.text("text")), meta=f.rest())]
+
+
+def _first_turn(f: Fields) -> list[Case]:
+    first, *later = f.texts("turns")
+    return [Case(Instruction(first), meta={**f.rest(), "later_turns": later})]
+
+
+def _alpaca(f: Fields) -> list[Case]:
+    task = Instruction(f.text("instruction"), f.text("input", blank=True))
+    answer = (f.text("output"),)
+    history = f.listed("history") if f.has("history") else []  # LIMA: earlier [user, assistant]
+    turns: list[Turn] = []
+    for i, exchange in enumerate(history):
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise f.error(f"exchange {i} is no pair of user and assistant", "history")
+        question, reply = (f._text(text, "history", at=f"[{i}]") for text in exchange)
+        turns += [Turn("user", question), Turn("assistant", reply)]
+    if not turns:
+        return [Case(task, answer, meta=f.rest())]
+    turns.append(Turn("user", joined(task)))
+    return [Case(tuple(turns), answer, style=ALPACA, meta=f.rest())]
+
+
+def _dolly(f: Fields) -> list[Case]:
+    task = Instruction(f.text("instruction"), f.text("context", blank=True))
+    return [Case(task, (f.text("response"),), meta=f.rest())]
+
+
+def _instances(f: Fields) -> list[Case]:
+    instruction = f.text("instruction")
+    pairs = [(e.text("input", blank=True), e.text("output")) for e in f.entries("instances")]
+    meta = f.rest()
+    return [Case(Instruction(instruction, i), (o,), meta=meta) for i, o in pairs]
+
+
+def _completion(f: Fields) -> list[Case]:
+    return _prompt_and(f, "completion")
+
+
+def _response(f: Fields) -> list[Case]:
+    return _prompt_and(f, "response")
+
+
+def _prompt_and(f: Fields, name: str) -> list[Case]:
+    prompt, answer = _whole(f, "prompt"), _answer(f, name)
+    if answer.endswith(EOS):  # some sets (T0) spell the end out; the loader puts the token there
+        answer = answer.removesuffix(EOS)
+        f.mended[f"literal {EOS} taken off"] += 1
+    if not answer.strip():
+        raise f.error("empty text", name)
+    return [Case(prompt, (answer,), meta=f.rest())]
+
+
+def _messages(f: Fields) -> list[Case]:
+    return [_chat(f, "messages")]
+
+
+def _sharegpt(f: Fields) -> list[Case]:
+    return [_chat(f, "conversations")]
+
+
+def _chat(f: Fields, name: str) -> Case:
+    turns = f.turns(name)
+    if turns[-1].role != "assistant":
+        return Case(turns, meta=f.rest())
+    return Case(turns[:-1], (turns[-1].text,), meta=f.rest())
+
+
+def _tldr(f: Fields) -> list[Case]:
+    prompt = tldr_prompt(f.text("subreddit"), f.text("title", blank=True), f.text("post"))
+    return [Case(prompt, (f" {f.text('summary').strip()}",), meta=f.rest())]
+
+
+def _preference(f: Fields) -> list[Case]:
+    if isinstance(f.value("chosen"), str):
+        prompt = _whole(f, "prompt")
+        return [_ranked(f, prompt, (f.text("chosen"), f.text("rejected")), (0, 1))]
+    chosen, rejected = f.turns("chosen"), f.turns("rejected")
+    shared = chosen[:-1]
+    if shared != rejected[:-1]:
+        raise f.error("chosen and rejected answer different prompts", "rejected")
+    if not shared:
+        value = f.value("prompt")
+        whole = isinstance(value, str)
+        shared = (Turn("user", f.text("prompt")),) if whole else f.turns("prompt")
+    f.value("prompt", "")
+    return [_ranked(f, shared, (chosen[-1].text, rejected[-1].text), (0, 1))]
+
+
+def _hh(f: Fields) -> list[Case]:
+    if not isinstance(f.value("chosen"), str):
+        return _preference(f)
+    prompts, answers = [], []
+    for name in ("chosen", "rejected"):
+        text = f.text(name)
+        prompt, opening, answer = text.rpartition("\n\nAssistant:")
+        if not opening or "\n\nHuman:" in answer:
+            raise f.error('expected a transcript that ends with "\\n\\nAssistant: ..."', name)
+        if not answer.strip():
+            raise f.error("empty text in the last turn", name)
+        prompts.append(prompt + opening)
+        answers.append(answer.removeprefix(HH.response_prefix))
+    if prompts[0] != prompts[1]:
+        raise f.error("chosen and rejected answer different prompts", "rejected")
+    return [_ranked(f, prompts[0], tuple(answers), (0, 1), style=HH)]
+
+
+def _kwise(f: Fields) -> list[Case]:
+    prompt, answers, ranks = _whole(f, "prompt"), f.texts("completions"), f.integers("ranks")
+    labeler = f.text("labeler") if f.has("labeler") else None
+    sources = f.texts("sources") if f.has("sources") else ()
+    return [_ranked(f, prompt, answers, ranks, labeler=labeler, sources=sources)]
+
+
+def _scored(f: Fields) -> list[Case]:
+    prompt, answers, scores = _whole(f, "prompt"), f.texts("completions"), f.numbers("scores")
+    sources = f.texts("sources") if f.has("sources") else ()
+    return [_ranked(f, prompt, answers, scores=scores, sources=sources)]
+
+
+def _webgpt(f: Fields) -> list[Case]:
+    prompt = Instruction(f.text("question"))
+    return [_ranked(f, prompt, f.texts("answers"), scores=f.numbers("scores"))]
+
+
+def _oasst(f: Fields) -> list[Case]:
+    prompt, responses = f.turns("messages"), f.entries("responses")
+    answers = tuple(entry.text("text") for entry in responses)
+    ranks = tuple(entry.choice("rank", range(len(responses))) for entry in responses)
+    f.value("K", 0)
+    return [_ranked(f, prompt, answers, ranks)]
+
+
+def _alpaca_eval(f: Fields) -> list[Case]:
+    """An answer that several models gave is kept once, at the mean of its scores."""
+    prompt = Instruction(f.text("instruction"), f.text("input", blank=True))
+    found: dict[str, tuple[list[str], list[float]]] = {}
+    for entry in f.entries("responses"):
+        text, model = entry.text("text", blank=True), entry.text("model")
+        if not text.strip():
+            f.mended["empty answers left out"] += 1
+            continue
+        f.mended["equal answers merged"] += text in found
+        models, logits = found.setdefault(text, ([], []))
+        models.append(model)
+        logits.append(entry.number(entry.value("logit"), "logit"))
+    f.value("K", 0)
+    scores = tuple(sum(logits) / len(logits) for _, logits in found.values())
+    sources = tuple("+".join(models) for models, _ in found.values())
+    return [_ranked(f, prompt, tuple(found), scores=scores, sources=sources)]
+
+
+def _pandalm(f: Fields) -> list[Case]:
+    """Three annotators: three comparisons of one pair."""
+    prompt = Instruction(f.text("instruction"), f.text("input", blank=True))
+    answers = f.text("response1"), f.text("response2")
+    votes = {name: f.choice(name, (0, 1, 2)) for name in ("annotator1", "annotator2", "annotator3")}
+    models = tuple(f.text("cmp_key", blank=True).split("_"))
+    sources = models if len(models) == 2 else ()
+    ranks = {0: (0, 0), 1: (0, 1), 2: (1, 0)}
+    return [
+        _ranked(f, prompt, answers, ranks[vote], labeler=name, sources=sources)
+        for name, vote in votes.items()
+    ]
+
+
+def _llmbar(f: Fields) -> list[Case]:
+    answers = f.text("output_1"), f.text("output_2")
+    ranks = ((0, 1), (1, 0))[f.choice("label", (1, 2)) - 1]
+    return [_ranked(f, Instruction(f.text("input")), answers, ranks)]
+
+
+def _gpt4llm(f: Fields) -> list[Case]:
+    answers = f.text("completion_a"), f.text("completion_b")  # a is the better one
+    return [_ranked(f, Instruction(f.text("user_input")), answers, (0, 1))]
+
+
+def _tldr_comparison(f: Fields) -> list[Case]:
+    """summarize-from-feedback: two summaries of a Reddit post and a worker's choice."""
+    info = f.value("info")
+    if not isinstance(info, dict):
+        raise f.error(f"expected an object, found {_kind(info)}", "info")
+    post = Fields(Record(info, f.record.path, f.record.line, raw=f.record.raw), f.mended)
+    prompt = tldr_prompt(
+        post.text("subreddit", blank=True), post.text("title", blank=True), post.text("post")
+    )
+    summaries = f.entries("summaries")
+    answers = tuple(f" {entry.text('text').strip()}" for entry in summaries)
+    sources = tuple(entry.text("policy", blank=True) for entry in summaries)
+    best = f.choice("choice", range(len(summaries)))
+    ranks = tuple(int(i != best) for i in range(len(summaries)))
+    labeler = f.text("worker") if f.has("worker") else None
+    return [_ranked(f, prompt, answers, ranks, labeler=labeler, sources=sources)]
+
+
+def _ranked(
+    f: Fields,
+    prompt: str | Instruction | tuple[Turn, ...],
+    answers: tuple[str, ...],
+    ranks: tuple[int, ...] | None = None,
+    *,
+    scores: tuple[float, ...] | None = None,
+    labeler: str | None = None,
+    sources: tuple[str, ...] = (),
+    style: Template | None = None,
+) -> Case:
+    """A comparison; DataError when its answers do not match their ranks, scores or sources."""
+    order: Sequence[float] = ranks if ranks is not None else scores or ()
+    if len(answers) < 2:
+        raise f.error(f"{len(answers)} completions; a comparison needs at least 2")
+    if len(order) != len(answers):
+        what = "scores" if ranks is None else "ranks"
+        raise f.error(f"{len(answers)} completions with {len(order)} {what}")
+    if sources and len(sources) != len(answers):
+        raise f.error(f"{len(answers)} completions with {len(sources)} sources")
+    best = dict(zip(answers, order, strict=True))
+    if any(best[answer] != rank for answer, rank in zip(answers, order, strict=True)):
+        pair = "chosen and rejected are the same text"
+        raise f.error(pair if len(answers) == 2 else "equal completions with different ranks")
+    return Case(prompt, answers, ranks, scores, labeler, sources, style, f.rest())
+
+
+def _whole(f: Fields, name: str) -> str | tuple[Turn, ...]:
+    return f.text(name) if isinstance(f.value(name), str) else f.turns(name)
+
+
+def _answer(f: Fields, name: str) -> str:
+    """A string, or a list of one assistant message."""
+    if isinstance(f.value(name), str):
+        return f.text(name)
+    turns = f.turns(name)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise f.error("expected one assistant message", name)
+    return turns[0].text
+
+
+def joined(task: Instruction) -> str:
+    """An instruction and its input as one message."""
+    return f"{task.text}\n\n{task.input}" if task.input.strip() else task.text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+# A record is read by the first format of the wanted kind whose required columns it has.
+FORMATS = (
+    Format("oasst rankings", "comparisons", ("messages", "responses"), _oasst),
+    Format("alpaca_eval rankings", "comparisons", ("instruction", "responses"), _alpaca_eval),
+    Format(
+        "pandalm",
+        "comparisons",
+        ("instruction", "response1", "response2", "annotator1", "annotator2", "annotator3"),
+        _pandalm,
+        ("input",),
+    ),
+    Format("llmbar", "comparisons", ("input", "output_1", "output_2", "label"), _llmbar),
+    Format("webgpt", "comparisons", ("question", "answers", "scores"), _webgpt),
+    Format("K-wise ranks", "comparisons", ("prompt", "completions", "ranks"), _kwise),
+    Format("K-wise scores", "comparisons", ("prompt", "completions", "scores"), _scored),
+    Format("tldr comparisons", "comparisons", ("info", "summaries", "choice"), _tldr_comparison),
+    Format("gpt4llm", "comparisons", ("user_input", "completion_a", "completion_b"), _gpt4llm),
+    Format("preference", "comparisons", ("prompt", "chosen", "rejected"), _preference),
+    Format("hh transcripts", "comparisons", ("chosen", "rejected"), _hh),
+    Format("self-instruct", "demonstrations", ("instruction", "instances"), _instances),
+    Format("alpaca", "demonstrations", ("instruction", "output"), _alpaca, ("input", "history")),
+    Format("dolly", "demonstrations", ("instruction", "response"), _dolly, ("context",)),
+    Format("messages", "demonstrations", ("messages",), _messages),
+    Format("sharegpt", "demonstrations", ("conversations",), _sharegpt),
+    Format("tldr", "demonstrations", ("subreddit", "title", "post", "summary"), _tldr),
+    Format("prompt+completion", "demonstrations", ("prompt", "completion"), _completion),
+    Format("prompt+response", "demonstrations", ("prompt", "response"), _response),
+    Format("questions", "prompts", ("question_id", "turns"), _first_turn),
+    Format("questions", "prompts", ("question_id", "text"), _question),
+    Format("instructions", "prompts", ("instruction",), _instruction, ("input",)),
+    Format("prompts", "prompts", ("prompt",), _prompt),
+    Format("text", "documents", ("text",), _text),
+)

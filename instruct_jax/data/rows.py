@@ -1,0 +1,149 @@
+"""The five kinds of row that data comes in, and how rows are written to a file.
+
+Rows are frozen and hold text, not tokens. `meta` carries whatever else a record had: contributor,
+use case, the hidden task of a judge; nothing in training reads it.
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from instruct_jax.errors import UserError
+
+Meta = Mapping[str, Any]
+_EXCERPT = 60
+
+
+def _meta() -> Any:
+    return field(default_factory=dict, hash=False)
+
+
+class Turn(NamedTuple):
+    """One message of a dialogue; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text to pretrain on."""
+
+    text: str
+    meta: Meta = _meta()
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A whole prompt, as the model sees it, and the response that follows it directly."""
+
+    prompt: str
+    response: str
+    meta: Meta = _meta()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K completions of one prompt, ranked: `ranks[k]` is 0 for the best, equal ranks are ties.
+
+    `labeler` ranked them; `sources[k]` is the model that wrote completion k, or empty.
+    """
+
+    prompt: str
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...]
+    labeler: str | None = None
+    sources: tuple[str, ...] = ()
+    meta: Meta = _meta()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt alone, as the model sees it."""
+
+    text: str
+    meta: Meta = _meta()
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns that end with the assistant's; the earlier ones are its prompt."""
+
+    turns: tuple[Turn, ...]
+    meta: Meta = _meta()
+
+
+Row = Document | Demonstration | Comparison | Prompt | Dialogue
+
+
+class DataError(UserError):
+    """Unusable data, in one line: path:line:column: field "x": reason: excerpt (hint)."""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        line: int | None = None,
+        column: int | None = None,
+        field: str | None = None,
+        excerpt: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        """Every part beside `reason` may be missing; `excerpt` is cut and its controls escaped."""
+        self.reason, self.path, self.line, self.column = reason, path, line, column
+        self.field, self.hint = field, hint
+        self.excerpt = None if excerpt is None else _one_line(excerpt)
+        place = ":".join(str(part) for part in (path, line, column) if part is not None)
+        parts = [place, f'field "{field}"' if field else "", reason, self.excerpt or ""]
+        text = ": ".join(part for part in parts if part)
+        super().__init__(f"{text} ({hint})" if hint else text)
+
+
+def _one_line(text: str) -> str:
+    cut = text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…"
+    quoted = json.dumps(cut, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
+    """Writes JSONL (gzip when the name ends in .gz) that the readers read back equal; how many.
+
+    The file appears whole or not at all: it is written beside its place and then moved there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    count = 0
+    try:
+        with open(temporary, "wb") as file:
+            # No name and no time in the gzip header: equal rows give equal bytes.
+            packed = (
+                gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else file
+            )
+            with packed:
+                for row in rows:
+                    line = json.dumps(_record(row), ensure_ascii=False)
+                    packed.write(line.encode("utf-8") + b"\n")
+                    count += 1
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _record(row: Row) -> dict[str, Any]:
+    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+    if isinstance(row, Prompt):
+        values["prompt"] = values.pop("text")  # a record with "text" alone is a document
+    if isinstance(row, Dialogue):
+        turns = [{"role": turn.role, "content": turn.text} for turn in values.pop("turns")]
+        values = {"messages": turns, **values}
+    meta = dict(values.pop("meta"))
+    kept = {name: value for name, value in values.items() if value not in (None, ())}
+    return {**kept, "meta": meta} if meta else kept

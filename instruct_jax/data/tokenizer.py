@@ -1,0 +1,169 @@
+"""Text to token ids and back, around the `tokenizers` library.
+
+The contract (spec MODEL-7): ids 0..vocab_size-1 are the real vocabulary and hold EOS; PAD is
+`vocab_size`, the first id past it, so PAD is never EOS, never comes from text, and has no logit.
+Text never turns into a special token: "<|endoftext|>" in a user's text is encoded as characters,
+and only the loader puts EOS where a response ends.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import SupportsIndex
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from instruct_jax.data.rows import DataError
+
+EOS = "<|endoftext|>"
+# The stop tokens of published tokenizers, for a tokenizer.json that does not name its own.
+_KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
+_BYTES = 256
+
+
+class Tokenizer:
+    """A byte-exact tokenizer with one EOS and a PAD past the vocabulary.
+
+    `vocab_size` counts the real vocabulary, EOS included; `pad_id == vocab_size`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str = EOS) -> None:
+        """`backend` is kept; ValueError when it has no token `eos`."""
+        eos_id = backend.token_to_id(eos)
+        if eos_id is None:
+            raise ValueError(f"the tokenizer has no token {eos!r} to end a text with")
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_special_tokens([eos])
+        backend.encode_special_tokens = True  # special tokens in a text are read as characters
+        self._backend = backend
+        self.eos = eos
+        self.eos_id: int = eos_id
+        # A published vocabulary may have gaps, so its size is not always its length.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.pad_id: int = self.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without EOS; never a special token, never PAD."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, in parallel."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of `ids` without PAD and EOS; ValueError for an id outside the vocabulary."""
+        kept = [i for i in map(int, ids) if i not in (self.pad_id, self.eos_id)]
+        wrong = [i for i in kept if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is outside 0..{self.pad_id}")
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides how text is encoded; equal for a saved and loaded copy."""
+        return hashlib.sha256(f"{self.eos_id}\n{self._backend.to_str()}".encode()).hexdigest()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "tokenizer.json", self._backend.to_str())
+        _write(folder / "tokenizer_config.json", json.dumps({"eos_token": self.eos}) + "\n")
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, eos={self.eos!r}, eos_id={self.eos_id})"
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> Tokenizer:
+    """A tokenizer.json[.gz], a folder with one, or a GPT-2 folder (vocab.json and merges.txt).
+
+    EOS is `eos`, else the `eos_token` of the tokenizer_config.json beside it, else the first known
+    stop token of its vocabulary. DataError when nothing is there or the files are not a tokenizer.
+    """
+    path = Path(path)
+    names = ("tokenizer.json", "tokenizer.json.gz")
+    files = [path] if path.is_file() else [path / n for n in names if (path / n).is_file()]
+    try:
+        if files:
+            backend = tokenizers.Tokenizer.from_str(_read(files[0]))
+        elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            backend = _gpt2(path)
+        elif path.exists():
+            hint = "expected tokenizer.json[.gz], or vocab.json and merges.txt"
+            raise DataError("no tokenizer in this folder", path=path, hint=hint)
+        else:
+            raise DataError("no such file or folder", path=path)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise DataError(f"not a tokenizer: {error}", path=files[0] if files else path) from error
+    if backend.get_vocab_size() == 0:
+        raise DataError("the vocabulary is empty", path=path)
+    return Tokenizer(backend, eos=eos or _eos_of(backend, path if path.is_dir() else path.parent))
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE as GPT-2's, learnt from `texts`; the same texts give the same tokenizer.
+
+    `vocab_size` counts the 256 bytes and EOS; a small corpus may give fewer tokens.
+    """
+    if vocab_size < _BYTES + 1:
+        raise ValueError(f"vocab_size {vocab_size} is below {_BYTES + 1}: every byte and EOS")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _gpt2(folder: Path) -> tokenizers.Tokenizer:
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return _byte_level(model)
+
+
+def _eos_of(backend: tokenizers.Tokenizer, folder: Path) -> str:
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        try:
+            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"not a tokenizer config: {error}", path=config) from error
+        # Hugging Face writes the token as a string or as {"content": string, ...}.
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            return str(token)
+    for token in _KNOWN_EOS:
+        if backend.token_to_id(token) is not None:
+            return token
+    hint = f"name its stop token with eos=...; looked for {', '.join(_KNOWN_EOS)}"
+    raise DataError("the tokenizer has no known end of text", path=folder, hint=hint)
+
+
+def _read(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
