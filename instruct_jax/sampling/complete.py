@@ -6,6 +6,7 @@ its completion; a shorter last batch is filled with empty rows, which hold nothi
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -71,18 +72,19 @@ def complete(
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
         source = np.minimum(index, len(prompts) - 1)
         batch = (tokens[source], mask[source] & real[:, None], keys)
-        rollout = generate(
-            model,
-            params,
-            *jax.device_put(batch, batch_sharding(mesh) if mesh else None),
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_new_tokens=min_new_tokens,
-            stop_ids=stop_ids,
-        )
+        with jax.set_mesh(mesh) if mesh else nullcontext():
+            rollout = generate(
+                model,
+                params,
+                *jax.device_put(batch, batch_sharding(mesh) if mesh else None),
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_id,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_new_tokens=min_new_tokens,
+                stop_ids=stop_ids,
+            )
         completions += completions_of(rollout, tokenizer, stop_ids=stop_ids)[: int(real.sum())]
     return completions
 

@@ -52,13 +52,13 @@ def generate(
     min_new_tokens: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> Rollout:
-    """Sample one response a row: prompts int32[B, P] left-padded, prompt_mask bool[B, P], typed
-    keys [B].
+    """Sample one response a row; one typed key a row, prompts left-padded.
 
-    Temperature 0 is greedy. Neither `eos_id` nor `stop_ids` can come among the first
-    `min_new_tokens`. A row whose prompt is all padding is empty: it generates nothing and holds
-    nothing up. Every keyword is static: one compiled program for each set of them, for each
-    `model` object and for each shape.
+    int32[B, P], bool[B, P], keys[B] -> Rollout. Temperature 0 is greedy. Neither `eos_id` nor
+    `stop_ids` can come among the first `min_new_tokens`. A row whose prompt is all padding stays
+    empty and holds nothing up. Every keyword is static: one compiled program for each set of them,
+    each `model` and each shape. On a mesh, call it under `jax.set_mesh` with the rows spread over
+    data and fsdp: the cache follows them.
 
     Raises ValueError for shapes, keys or settings that make no sense, before anything is compiled.
     """

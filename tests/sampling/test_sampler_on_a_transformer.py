@@ -100,7 +100,8 @@ def test_a_mesh_samples_what_one_device_would(model, params, axes):
     single = generate(model, params, prompts, mask, keys, **SETTINGS)
     sharded = jax.device_put(params, tree_shardings(mesh, PARTITION_RULES, params))
     batch = jax.device_put((prompts, mask, keys), batch_sharding(mesh))
-    spread = generate(model, sharded, *batch, **SETTINGS)
+    with jax.set_mesh(mesh):
+        spread = generate(model, sharded, *batch, **SETTINGS)
     assert np.array_equal(single.tokens, spread.tokens)
     np.testing.assert_allclose(single.log_probs, spread.log_probs, atol=1e-4)
     rows_here = spread.tokens.sharding.shard_shape(spread.tokens.shape)[0]
