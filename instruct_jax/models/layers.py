@@ -130,7 +130,7 @@ class Context(NamedTuple):
 
     mask: jax.Array  # bool[B, 1, 1, T, S]
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin, f32[B, 1, T, H/2]
-    index: jax.Array | None  # the cache slot of the first query
+    index: jax.Array | int  # the cache slot of the first query
 
 
 class Norm(nn.Module):
@@ -265,7 +265,7 @@ class Matrix(nn.Module):
 
 
 def make_context(
-    c: TransformerConfig, visible: jax.Array, positions: jax.Array, index: jax.Array | None = None
+    c: TransformerConfig, visible: jax.Array, positions: jax.Array, index: jax.Array | int = 0
 ) -> Context:
     """The context of visible bool[B, T, S] and positions int32[B, T]; theta_i = base^(-2i/H)."""
     rotation = None

@@ -104,10 +104,6 @@ class _Trunk(nn.Module):
         """int32[B, T] twice -> dtype[B, T, D]."""
         return self.embedder(tokens, positions)
 
-    def finish(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] after the last layer -> what `readout` takes."""
-        return self.final_norm(x)
-
     def hidden(
         self,
         tokens: jax.Array,
@@ -148,6 +144,10 @@ class LanguageModel(_Trunk):
         )
         real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < c.vocab_size
         return jnp.where(real, logits, MASKED)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] after the last layer -> f32[B, T, V]."""
+        return self.readout(self.final_norm(x))
 
     def __call__(
         self,
@@ -265,6 +265,17 @@ def response_values(values: jax.Array, *, prompt_length: int) -> jax.Array:
     return values[:, prompt_length - 1 : -1]
 
 
+def _call(
+    module: nn.Module,
+    method: str,
+    params: Params,
+    *args: Any,
+    dropout_key: jax.Array | None = None,
+) -> Any:
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return module.apply({"params": params}, *args, rngs=rngs, method=method)
+
+
 def _model(module: _Trunk, decode: Callable[..., tuple[jax.Array, Cache]]) -> Model:
     def init(key: jax.Array) -> Params:
         return module.init({"params": key}, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -278,14 +289,12 @@ def _model(module: _Trunk, decode: Callable[..., tuple[jax.Array, Cache]]) -> Mo
             segment_ids: jax.Array | None = None,
             dropout_key: jax.Array | None = None,
         ) -> jax.Array:
-            rngs = None if dropout_key is None else {"dropout": dropout_key}
-            variables = {"params": params}
-            return module.apply(variables, tokens, mask, segment_ids, rngs=rngs, method=method)
+            return _call(module, method, params, tokens, mask, segment_ids, dropout_key=dropout_key)
 
         return function
 
     def readout(params: Params, hidden: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, hidden, method="readout")
+        return _call(module, "readout", params, hidden)
 
     return Model(module.config, jax.jit(init), run("__call__"), run("hidden"), readout, decode)
 
@@ -311,14 +320,13 @@ def _decode(
     visible = key_mask[:, None, :] & (jnp.arange(slots)[None, :] <= queries[:, None])[None]
     context = make_context(c, visible, positions, cache.index)
 
-    params = unstack_layers(params)
-    variables = {"params": {k: v for k, v in params.items() if k != "layers"}}
-    x = module.apply(variables, tokens, positions, method="embed")
-    block, written = Block(c), []
-    for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
-        x, layer_cache = block.apply({"params": layer}, x, context, (keys, values))
+    layers = unstack_layers(params)["layers"]
+    block = Block(c)
+    written = []
+    x = _call(module, "embed", params, tokens, positions)
+    for layer, *layer_cache in zip(layers, cache.keys, cache.values, strict=True):
+        x, layer_cache = _call(block, "__call__", layer, x, context, tuple(layer_cache))
         written.append(layer_cache)
-    x = module.apply(variables, x[:, -1:] if last_only else x, method="finish")
-    logits = module.apply(variables, x, method="readout")
+    logits = _call(module, "finish", params, x[:, -1:] if last_only else x)
     keys, values = zip(*written, strict=True)
     return logits, Cache(keys, values, key_mask, cache.index + length)
