@@ -419,7 +419,7 @@ def fixed_kl_update(
 
     Args:
       kl_coef: beta, float[].
-      kl: ignored.
+      kl: float[], ignored.
       target: ignored.
       horizon: ignored.
       batch_size: ignored.
@@ -430,8 +430,9 @@ def fixed_kl_update(
     >>> print(fixed_kl_update(jnp.float32(0.02), jnp.float32(30.0)))
     0.02
     """
-    del kl, target, horizon, batch_size
-    return full_precision(kl_coef, rank=0)[0]
+    del target, horizon, batch_size
+    kl_coef, _ = full_precision(kl_coef, kl, rank=0)
+    return kl_coef
 
 
 def adaptive_kl_update(
