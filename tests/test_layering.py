@@ -179,6 +179,12 @@ def test_scripts_do_not_import_tests():
     assert not problems, "\n".join(problems)
 
 
+def test_no_script_hides_a_standard_module():
+    """A script's folder comes first on its path: a select.py there breaks Python itself."""
+    names = {path.stem for path in python_files("experiments", "colab")}
+    assert not names & STANDARD_LIBRARY
+
+
 def test_no_loaded_file_can_run_code():
     """R10."""
     problems = [

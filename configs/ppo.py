@@ -1,0 +1,218 @@
+"""PPO and PPO-ptx runs (M5, M6), for experiments/ppo.py.
+
+    python experiments/ppo.py --config=configs/ppo.py:toyworld_ptx \\
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+        --workdir=runs/ppo_ptx
+
+NAME is PPO; NAME_ptx mixes pretraining text in.
+
+toyworld, toyworld_ptx        the embedded world
+debug                         two iterations of a few rows
+shared_data, shared_data_ptx  Alpaca prompts, books as the pretraining text
+instructgpt_{1p3b,6b,175b}    Ouyang et al. 2022, C.4 (spec PPO-3)
+instructgpt_*_ptx             the same with the pretraining mix
+lmhp_sentiment_124m           Ziegler et al. 2019: 1M episodes, four inner epochs, adaptive KL
+lmhp_descriptiveness_124m     the same with the other reward model
+tldr_1b                       Huang et al. 2024: 1M episodes, -1 for a summary without an end
+gpt4llm_7b, gpt4llm_small     Peng et al. 2023 ran no RL; PPO-3's recipe on their prompts
+
+InstructGPT: the policy's learning rate is not in the paper. 5e-6 without the mix (above 8e-6 every
+run diverged), 9.65e-6 with it; for 175B 2.55e-6, the lower of the two tried. ptx_coef 27.8 is the
+paper's number, but not how its losses were reduced: read grad_norm_ptx against grad_norm_pg, and
+start from 0.5 to 5 if the reward does not move.
+
+Ziegler et al. also decayed the learning rate linearly, put the value head on the policy's trunk and
+cut a response at the first full stop after token 16; none of that is done here.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+SHARED_DATA = {
+    "data.source": "files",
+    "data.documents": ("../shared/data/pretrain/gutenberg_16books.jsonl.gz",),
+    "data.prompts": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
+    "data.template": "alpaca",
+    "ptx_length": 256,
+    "ppo.episodes": 8_192,
+    "ppo.rollout_batch": 128,
+    "ppo.minibatch": 32,
+    "ppo.prompt_length": 128,
+    "ppo.response_length": 64,
+    "ppo.learning_rate": 3e-5,
+    "ppo.value_learning_rate": 1e-4,
+    "ppo.eval_every": 16,
+    "ppo.save_every": 16,
+}
+
+INSTRUCTGPT = {
+    "data.source": "files",
+    "data.documents": ("data/pretrain/*.jsonl",),
+    "data.prompts": ("data/prompts.jsonl",),
+    "ptx_length": 2048,
+    "ppo.episodes": 256_000,
+    "ppo.rollout_batch": 512,
+    "ppo.minibatch": 64,
+    "ppo.prompt_length": 1024,
+    "ppo.response_length": 1024,
+    "ppo.kl_coef": 0.02,
+    "ppo.learning_rate": 5e-6,
+    "ppo.value_learning_rate": 9e-6,
+    "ppo.eval_every": 25,
+    "ppo.save_every": 25,
+}
+INSTRUCTGPT_PTX = {"ppo.ptx_coef": 27.8, "ppo.ptx_ratio": 8, "ppo.learning_rate": 9.65e-6}
+INSTRUCTGPT_175B = {"ppo.learning_rate": 2.55e-6, "ppo.value_learning_rate": 5e-6}
+
+# What the 2019 code and its descendants share: one minibatch, four passes over it, no EMA.
+ONE_MINIBATCH = {
+    "data.source": "files",
+    "ppo.episodes": 1_000_000,
+    "ppo.rollout_batch": 512,
+    "ppo.minibatch": 512,
+    "ppo.inner_epochs": 4,
+    "ppo.temperature": 0.7,
+    "ppo.warmup_iterations": 0,
+    "ppo.adam.b2": 0.999,
+    "ppo.ema_decay": 0.0,
+    "ppo.missing_eos": "replace",
+    "ppo.missing_eos_penalty": 1.0,
+    "ppo.save_every": 50,
+}
+
+LMHP = ONE_MINIBATCH | {
+    "init": "runs/gpt2/model",
+    "data.prompts": ("data/bookcorpus_queries.jsonl",),
+    "data.documents": ("data/bookcorpus/*.jsonl",),
+    "ppo.prompt_length": 64,
+    "ppo.response_length": 24,
+    "ppo.kl_coef": 0.15,
+    "ppo.kl_target": 6.0,
+    "ppo.kl_horizon": 10_000,
+    "ppo.whiten_rewards": True,
+    "ppo.whiten_advantages": "minibatch",
+    "ppo.learning_rate": 1e-5,
+    "ppo.value_learning_rate": 1e-5,
+    "ppo.adam.clip": 0.0,
+}
+
+GPT4LLM = {
+    "data.source": "files",
+    "data.documents": ("data/pretrain/*.jsonl",),
+    "data.prompts": ("vicgalle/alpaca-gpt4",),
+    "data.template": "alpaca",
+    "ptx_length": 512,
+    "ppo.prompt_length": 192,
+    "ppo.response_length": 320,
+    "ppo.save_every": 25,
+}
+
+PRESETS = {
+    "toyworld": {},
+    "toyworld_ptx": {"ppo.ptx_coef": 1.0},
+    "debug": {
+        "data.toy_documents": 128,
+        "data.toy_prompts": 64,
+        "data.toy_valid": 16,
+        "ppo.episodes": 32,
+        "ppo.rollout_batch": 16,
+        "ppo.minibatch": 8,
+        "ppo.ptx_coef": 1.0,
+        "ppo.warmup_iterations": 1,
+        "ppo.eval_every": 1,
+    },
+    "shared_data": SHARED_DATA,
+    "shared_data_ptx": SHARED_DATA | {"ppo.ptx_coef": 1.0},
+    "instructgpt_1p3b": INSTRUCTGPT,
+    "instructgpt_1p3b_ptx": INSTRUCTGPT | INSTRUCTGPT_PTX | {"ppo.micro_batches": 4},
+    "instructgpt_6b": INSTRUCTGPT | {"ppo.micro_batches": 2},
+    "instructgpt_6b_ptx": INSTRUCTGPT | INSTRUCTGPT_PTX | {"ppo.micro_batches": 8},
+    "instructgpt_175b": INSTRUCTGPT | INSTRUCTGPT_175B | {"ppo.micro_batches": 4},
+    "instructgpt_175b_ptx": INSTRUCTGPT
+    | INSTRUCTGPT_PTX
+    | INSTRUCTGPT_175B
+    | {"ppo.micro_batches": 16},
+    "lmhp_sentiment_124m": LMHP | {"reward_model": "runs/reward_model_sentiment/model"},
+    "lmhp_descriptiveness_124m": LMHP | {"reward_model": "runs/reward_model_descriptiveness/model"},
+    "tldr_1b": ONE_MINIBATCH
+    | {
+        "init": "runs/sft/model",
+        "data.prompts": ("trl-lib/tldr",),
+        "data.documents": ("data/pretrain/*.jsonl",),
+        "ppo.prompt_length": 512,
+        "ppo.response_length": 53,
+        "ppo.kl_coef": 0.05,
+        "ppo.learning_rate": 3e-6,
+        "ppo.value_learning_rate": 3e-6,
+        "ppo.micro_batches": 8,
+    },
+    "gpt4llm_7b": GPT4LLM
+    | {"ppo.learning_rate": 5e-6, "ppo.value_learning_rate": 9e-6, "ppo.micro_batches": 4},
+    "gpt4llm_small": GPT4LLM | {"ppo.episodes": 25_600},
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r} in configs/ppo.py; it has {', '.join(PRESETS)}")
+    config = ConfigDict(
+        {
+            "init": "runs/rlhf_init/model",
+            "reward_model": "runs/reward_model/model",
+            "ptx_length": 96,
+            "data": {
+                "source": "toyworld",
+                "seed": 0,
+                "documents": (),
+                "demonstrations": (),
+                "comparisons": (),
+                "prompts": (),
+                "template": placeholder(str),
+                "limit": placeholder(int),
+                "valid_fraction": 0.05,
+                "on_bad_row": "error",
+                "toy_documents": 24_000,
+                "toy_demonstrations": 4_000,
+                "toy_prompts": 4_000,
+                "toy_valid": 512,
+            },
+            "ppo": {
+                "episodes": 16_384,
+                "rollout_batch": 256,
+                "minibatch": 64,
+                "inner_epochs": 1,
+                "prompt_length": 64,
+                "response_length": 32,
+                "temperature": 1.0,
+                "kl_coef": 0.02,
+                "kl_target": placeholder(float),
+                "kl_horizon": 10_000,
+                "missing_eos": "none",
+                "missing_eos_penalty": 1.0,
+                "reward_clip": placeholder(float),
+                "whiten_rewards": False,
+                "discount": 1.0,
+                "gae_lambda": 0.95,
+                "whiten_advantages": "rollout",
+                "clip": 0.2,
+                "value_clip": 0.2,
+                "loss_reduction": "token_mean",
+                "ptx_coef": 0.0,
+                "ptx_ratio": 8,
+                "ptx_reduction": "token_mean",
+                "learning_rate": 1e-4,
+                "value_learning_rate": 3e-4,
+                "warmup_iterations": 10,
+                "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.0, "clip": 1.0},
+                "ema_decay": 0.992,
+                "micro_batches": 1,
+                "seed": 0,
+                "log_every": 1,
+                "eval_every": 0,
+                "save_every": 0,
+            },
+        }
+    )
+    config.update_from_flattened_dict(PRESETS[name])
+    return config

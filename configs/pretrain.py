@@ -1,0 +1,140 @@
+"""Pretraining runs (M0), for experiments/pretrain.py.
+
+    python experiments/pretrain.py --config=configs/pretrain.py:toyworld --workdir=runs/pretrain
+
+toyworld                    the embedded world, minutes on two cores
+debug                       two layers on a handful of documents: does it run at all?
+shared_data                 books, with a byte-level BPE of their own
+gpt4llm_small               a small model on books, to try the GPT-4-LLM recipe at home
+instructgpt_{1p3b,6b,175b}  GPT-3 XL, 6.7B and 175B: batch and learning rate of Brown et al. 2020,
+                            table 2.1 (spec MODEL-2), warm-up over 375M tokens, weight decay 0.1
+
+GPT-3's corpus was never published: put yours under data/, or name hub ids in
+--config.data.documents.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+BOOKS = "../shared/data/pretrain/gutenberg_16books.jsonl.gz"
+
+# GPT-3: rows of 2,048 tokens; 1M, 2M and 3.2M tokens a batch.
+GPT3 = {
+    "data.source": "files",
+    "data.documents": ("data/pretrain/*.jsonl",),
+    "data.valid_fraction": 0.001,
+    "tokenizer": "data/tokenizer/gpt2",
+    "model.dtype": "bfloat16",
+    "model.remat": True,
+    "pretrain.length": 2048,
+    "pretrain.eval_every": 1000,
+    "pretrain.save_every": 1000,
+}
+
+PRESETS = {
+    "toyworld": {},
+    "debug": {
+        "data.toy_documents": 128,
+        "data.toy_valid": 16,
+        "model.preset": "tiny",
+        "pretrain.batch_size": 8,
+        "pretrain.warmup": 2,
+        "pretrain.log_every": 1,
+    },
+    "shared_data": {
+        "data.source": "files",
+        "data.documents": (BOOKS,),
+        "vocab_size": 4095,
+        "pretrain.batch_size": 32,
+        "pretrain.length": 256,
+        "pretrain.learning_rate": 1e-3,
+        "pretrain.warmup": 100,
+        "pretrain.eval_every": 500,
+        "pretrain.save_every": 500,
+    },
+    "gpt4llm_small": {
+        "data.source": "files",
+        "data.documents": (BOOKS,),
+        "vocab_size": 8191,
+        "model.preset": "small",
+        "pretrain.batch_size": 32,
+        "pretrain.length": 512,
+        "pretrain.learning_rate": 1e-3,
+        "pretrain.warmup": 100,
+        "pretrain.eval_every": 500,
+        "pretrain.save_every": 500,
+    },
+    "instructgpt_1p3b": GPT3
+    | {
+        "model.preset": "gpt3-1.3b",
+        "pretrain.batch_size": 512,
+        "pretrain.learning_rate": 2.0e-4,
+        "pretrain.warmup": 358,
+    },
+    "instructgpt_6b": GPT3
+    | {
+        "model.preset": "gpt3-6.7b",
+        "pretrain.batch_size": 1024,
+        "pretrain.learning_rate": 1.2e-4,
+        "pretrain.warmup": 179,
+        "pretrain.micro_batches": 4,
+    },
+    "instructgpt_175b": GPT3
+    | {
+        "model.preset": "gpt3-175b",
+        "pretrain.batch_size": 1536,
+        "pretrain.learning_rate": 0.6e-4,
+        "pretrain.warmup": 119,
+        "pretrain.micro_batches": 3,
+    },
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r} in configs/pretrain.py; it has {', '.join(PRESETS)}")
+    config = ConfigDict(
+        {
+            "data": {
+                "source": "toyworld",
+                "seed": 0,
+                "documents": (),
+                "demonstrations": (),
+                "comparisons": (),
+                "prompts": (),
+                "template": placeholder(str),
+                "limit": placeholder(int),
+                "valid_fraction": 0.05,
+                "on_bad_row": "error",
+                "toy_documents": 24_000,
+                "toy_demonstrations": 4_000,
+                "toy_prompts": 4_000,
+                "toy_valid": 512,
+            },
+            "tokenizer": placeholder(str),
+            "vocab_size": 511,  # and one row for padding
+            "model": {
+                "preset": "mini",
+                "max_length": placeholder(int),
+                "dtype": "float32",
+                "remat": False,
+            },
+            "pretrain": {
+                "epochs": 1.0,
+                "batch_size": 64,
+                "length": 96,
+                "learning_rate": 2e-3,
+                "warmup": 40,
+                "final_fraction": 0.1,
+                "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0},
+                "micro_batches": 1,
+                "seed": 0,
+                "log_every": 10,
+                "eval_every": 0,
+                "save_every": 0,
+            },
+        }
+    )
+    config.update_from_flattened_dict(PRESETS[name])
+    return config

@@ -1,0 +1,160 @@
+"""Reward-model runs (M2), for experiments/reward_model.py.
+
+    python experiments/reward_model.py --config=configs/reward_model.py:toyworld \\
+        --config.init=runs/sft/model --workdir=runs/reward_model
+
+toyworld                   collected rankings of the embedded world
+debug                      eight updates of a few rows
+shared_data                K-wise AlpacaEval rankings and HH pairs, from an Alpaca model
+instructgpt_6b             spec RM-3; one 6B reward model serves all policy sizes (MODEL-6)
+lmhp_sentiment_124m        Ziegler et al. 2019: 4,992 best-of-4 labels, scores standardised on
+lmhp_descriptiveness_124m  samples of the policy (data.demonstrations holds those)
+tldr_1b                    Huang et al. 2024: pairs of summaries
+gpt4llm_7b, gpt4llm_small  Peng et al. 2023: three models' answers scored by GPT-4; OPT-1.3B there
+
+Ziegler et al. took a softmax over the four answers and decayed the learning rate linearly; here the
+best of four is ranked above three tied ones, and the decay is a cosine to zero.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+LMHP = {
+    "init": "runs/gpt2/model",
+    "data.source": "files",
+    "reward_model.batch_size": 32,
+    "reward_model.completions": 4,
+    "reward_model.prompt_length": 64,
+    "reward_model.response_length": 24,
+    "reward_model.learning_rate": 5e-5,
+    "reward_model.final_fraction": 0.0,
+    "reward_model.adam.b2": 0.999,
+    "reward_model.adam.eps": 1e-5,
+    "reward_model.normalisation": "policy_meanstd",
+}
+
+GPT4LLM = {
+    "data.source": "files",
+    "data.comparisons": ("data/comparison_data_v2.json",),
+    "data.demonstrations": ("vicgalle/alpaca-gpt4",),
+    "data.template": "alpaca",
+    "reward_model.completions": 3,
+    "reward_model.prompt_length": 192,
+    "reward_model.response_length": 320,
+    "reward_model.save_every": 200,
+}
+
+PRESETS = {
+    "toyworld": {},
+    "debug": {
+        "data.toy_demonstrations": 64,
+        "data.toy_valid": 16,
+        "reward_model.batch_size": 8,
+        "reward_model.log_every": 1,
+    },
+    "shared_data": {
+        "data.source": "files",
+        "data.comparisons": (
+            "../shared/data/rm/alpacaeval_rankings_k25.jsonl.gz",
+            "../shared/data/rm/hh_helpful_base_pairs.jsonl.gz",
+            "../shared/data/rm/hh_harmless_base_pairs.jsonl.gz",
+        ),
+        "data.demonstrations": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
+        "data.template": "alpaca",
+        "reward_model.batch_size": 16,
+        "reward_model.completions": 9,
+        "reward_model.prompt_length": 128,
+        "reward_model.response_length": 128,
+        "reward_model.learning_rate": 1e-4,
+        "reward_model.save_every": 200,
+    },
+    "instructgpt_6b": {
+        "data.source": "files",
+        "data.comparisons": ("data/comparisons.jsonl",),
+        "data.demonstrations": ("data/demonstrations.jsonl",),
+        "reward_model.batch_size": 64,
+        "reward_model.completions": 9,
+        "reward_model.prompt_length": 1024,
+        "reward_model.response_length": 1024,
+        "reward_model.learning_rate": 9e-6,
+        "reward_model.micro_batches": 8,
+        "reward_model.save_every": 100,
+    },
+    "lmhp_sentiment_124m": LMHP
+    | {
+        "data.comparisons": ("data/lmhp_sentiment.jsonl",),
+        "data.demonstrations": ("data/lmhp_samples.jsonl",),
+    },
+    "lmhp_descriptiveness_124m": LMHP
+    | {
+        "data.comparisons": ("data/lmhp_descriptiveness.jsonl",),
+        "data.demonstrations": ("data/lmhp_samples.jsonl",),
+    },
+    "tldr_1b": {
+        "data.source": "files",
+        "data.comparisons": ("trl-lib/tldr-preference",),
+        "data.demonstrations": ("trl-lib/tldr",),
+        "reward_model.batch_size": 64,
+        "reward_model.completions": 2,
+        "reward_model.prompt_length": 512,
+        "reward_model.response_length": 53,
+        "reward_model.learning_rate": 3e-6,
+        "reward_model.final_fraction": 0.0,
+        "reward_model.adam.b2": 0.999,
+        "reward_model.adam.eps": 1e-5,
+        "reward_model.micro_batches": 8,
+        "reward_model.save_every": 200,
+    },
+    "gpt4llm_7b": GPT4LLM | {"reward_model.learning_rate": 9e-6, "reward_model.micro_batches": 4},
+    "gpt4llm_small": GPT4LLM | {"reward_model.learning_rate": 1e-4},
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"no preset {name!r} in configs/reward_model.py; it has {', '.join(PRESETS)}"
+        )
+    config = ConfigDict(
+        {
+            "init": "runs/sft/model",
+            "data": {
+                "source": "toyworld",
+                "seed": 0,
+                "documents": (),
+                "demonstrations": (),
+                "comparisons": ("runs/collect/comparisons.jsonl",),
+                "prompts": (),
+                "template": placeholder(str),
+                "limit": placeholder(int),
+                "valid_fraction": 0.05,
+                "on_bad_row": "error",
+                "toy_documents": 24_000,
+                "toy_demonstrations": 4_000,
+                "toy_prompts": 4_000,
+                "toy_valid": 512,
+            },
+            "reward_model": {
+                "epochs": 1.0,
+                "batch_size": 32,
+                "completions": 4,
+                "prompt_length": 64,
+                "response_length": 32,
+                "learning_rate": 3e-4,
+                "warmup": 0,
+                "final_fraction": 0.1,
+                "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0},
+                "pair_norm": "valid",
+                "residual_dropout": 0.0,
+                "normalisation": "demo_mean",
+                "micro_batches": 1,
+                "seed": 0,
+                "log_every": 10,
+                "eval_every": 0,
+                "save_every": 0,
+            },
+        }
+    )
+    config.update_from_flattened_dict(PRESETS[name])
+    return config
