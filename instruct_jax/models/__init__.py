@@ -1,5 +1,8 @@
 """The only Flax code: decoders as pure functions of nested parameter dicts."""
 
+from instruct_jax.models.families import PRESETS, parameter_count, preset
+from instruct_jax.models.hf import load_pretrained
+from instruct_jax.models.llama2c import load_llama2c
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
     Cache,
@@ -19,6 +22,7 @@ from instruct_jax.models.transformer import (
 
 __all__ = [
     "PARTITION_RULES",
+    "PRESETS",
     "Cache",
     "LanguageModel",
     "Model",
@@ -27,6 +31,10 @@ __all__ = [
     "final_scores",
     "init_cache",
     "language_model",
+    "load_llama2c",
+    "load_pretrained",
+    "parameter_count",
+    "preset",
     "response_values",
     "scalar_from_language",
     "scalar_model",

@@ -246,10 +246,10 @@ class Embedder(nn.Module):
         c = self.config
         # A gather from a table split on D as well makes the partitioner replicate its result.
         table = _constrain(self.tokens, ("tensor",), ())
-        x = table[tokens].astype(c.dtype)
+        x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
         if c.positions == "learned":
             # Padding to the right of a full row counts one position too many.
-            x = x + self.positions.at[positions].get(mode="clip").astype(c.dtype)
+            x = x + jnp.take(self.positions, positions, axis=0, mode="clip").astype(c.dtype)
         return _constrain(_dropout(self, c.embedding_dropout, x), ("data", "fsdp"), (), ())
 
 

@@ -1,0 +1,93 @@
+"""Named sizes. A size is a shape: dtype, dropout and remat belong to the run that uses it.
+
+- gpt3-*: Brown et al. 2020, table 2.1, with two of its misprints mended: XL says 24 heads of 128,
+  which is 3072 and not its width 2048 (16 heads here), and 13B says width 5140, which is not
+  40 * 128 (5120 here). Dense attention in every layer.
+- gpt2-*: Radford et al. 2019. llama-*, llama2-*: Touvron et al. 2023.
+- tiny, mini, small: for tests, for two CPU cores in minutes, and for benchmarks. mini takes ReLU:
+  elementwise work runs on one core there, and the tanh of GELU costs a fifth of a training step.
+"""
+
+import difflib
+import functools
+import math
+
+from instruct_jax.models.layers import TransformerConfig
+
+_GPT = functools.partial(TransformerConfig, vocab_size=50_257)
+_LLAMA = functools.partial(
+    TransformerConfig,
+    vocab_size=32_000,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    activation="swiglu",
+    positions="rope",
+    use_bias=False,
+    tie_embeddings=False,
+    max_length=2048,
+)
+_LLAMA2 = functools.partial(_LLAMA, norm_eps=1e-5, max_length=4096)
+
+
+def _narrow(
+    vocab_size: int, num_layers: int, d_model: int, num_heads: int, max_length: int, activation: str
+) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        max_length=max_length,
+        activation=activation,
+        # 0.02 suits a width near 1000; sqrt(2 / 5D) (Nguyen and Salazar 2019) any width.
+        init_std=round(math.sqrt(2 / (5 * d_model)), 3),
+    )
+
+
+_SIZES: dict[str, TransformerConfig] = {
+    "tiny": _narrow(256, 2, 64, 2, 256, "gelu"),
+    "mini": _narrow(511, 4, 128, 4, 256, "relu"),
+    "small": _narrow(8_191, 6, 256, 8, 512, "gelu"),
+    "gpt2-small": _GPT(num_layers=12, d_model=768, num_heads=12),
+    "gpt2-medium": _GPT(num_layers=24, d_model=1024, num_heads=16),
+    "gpt2-large": _GPT(num_layers=36, d_model=1280, num_heads=20),
+    "gpt2-xl": _GPT(num_layers=48, d_model=1600, num_heads=25),
+    "gpt3-125m": _GPT(num_layers=12, d_model=768, num_heads=12, max_length=2048),
+    "gpt3-350m": _GPT(num_layers=24, d_model=1024, num_heads=16, max_length=2048),
+    "gpt3-760m": _GPT(num_layers=24, d_model=1536, num_heads=16, max_length=2048),
+    "gpt3-1.3b": _GPT(num_layers=24, d_model=2048, num_heads=16, max_length=2048),
+    "gpt3-2.7b": _GPT(num_layers=32, d_model=2560, num_heads=32, max_length=2048),
+    "gpt3-6.7b": _GPT(num_layers=32, d_model=4096, num_heads=32, max_length=2048),
+    "gpt3-13b": _GPT(num_layers=40, d_model=5120, num_heads=40, max_length=2048),
+    "gpt3-175b": _GPT(num_layers=96, d_model=12_288, num_heads=96, max_length=2048),
+    "llama-7b": _LLAMA(num_layers=32, d_model=4096, num_heads=32, d_ff=11_008),
+    "llama-13b": _LLAMA(num_layers=40, d_model=5120, num_heads=40, d_ff=13_824),
+    "llama-33b": _LLAMA(num_layers=60, d_model=6656, num_heads=52, d_ff=17_920),
+    "llama-65b": _LLAMA(num_layers=80, d_model=8192, num_heads=64, d_ff=22_016),
+    "llama2-7b": _LLAMA2(num_layers=32, d_model=4096, num_heads=32, d_ff=11_008),
+    "llama2-13b": _LLAMA2(num_layers=40, d_model=5120, num_heads=40, d_ff=13_824),
+    "llama2-70b": _LLAMA2(
+        num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28_672
+    ),
+}  # fmt: skip
+PRESETS = tuple(_SIZES)
+
+
+def preset(name: str) -> TransformerConfig:
+    """The configuration called `name`; raises ValueError with the nearest names."""
+    if name not in _SIZES:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5) or PRESETS
+        raise ValueError(f"no model size is called {name!r}; did you mean {' or '.join(near)}?")
+    return _SIZES[name]
+
+
+def parameter_count(config: TransformerConfig) -> int:
+    """Parameters of the language model, the rows that only pad the vocabulary left out."""
+    c, d = config, config.d_model
+    query, key = c.num_heads * c.head_size, c.kv_heads * c.head_size
+    matrices = 2 * d * query + 2 * d * key + (3 if c.activation == "swiglu" else 2) * d * c.ff_size
+    biases = query + 2 * key + d + c.ff_size * (2 if c.activation == "swiglu" else 1) + d
+    norm = d * (2 if c.norm == "layernorm" else 1)
+    layer = matrices + biases * c.use_bias + 2 * norm
+    tables = c.vocab_size * d * (1 if c.tie_embeddings else 2)
+    return c.num_layers * layer + norm + tables + c.max_length * d * (c.positions == "learned")
