@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
-Schedule = Callable[[Array | int], Array]
+Schedule = Callable[[ArrayLike], Array]
 
 # Layers are stacked, so a bias is [L, D] and rank does not tell it from a matrix: its name does.
 UNDECAYED = ("bias", "scale")
@@ -25,7 +26,7 @@ def cosine_schedule(peak: float, *, steps: int, final: float = 0.1, warmup: int 
     from there.
     """
 
-    def schedule(count: Array | int) -> Array:
+    def schedule(count: ArrayLike) -> Array:
         s = jnp.asarray(count, jnp.float32)
         rise = jnp.minimum(1.0, (s + 1.0) / (warmup + 1.0))
         progress = jnp.clip((s - warmup) / max(steps - warmup, 1), 0.0, 1.0)
@@ -37,7 +38,7 @@ def cosine_schedule(peak: float, *, steps: int, final: float = 0.1, warmup: int 
 def warmup_constant_schedule(peak: float, *, warmup: int, start: float = 0.1) -> Schedule:
     """lr(i) = peak * min(1, start + (1 - start) * i / warmup) (PPO-3)."""
 
-    def schedule(count: Array | int) -> Array:
+    def schedule(count: ArrayLike) -> Array:
         progress = jnp.asarray(count, jnp.float32) / max(warmup, 1)
         fraction = start + (1.0 - start) * progress if warmup else jnp.float32(1.0)
         return peak * jnp.minimum(1.0, fraction)
@@ -120,11 +121,11 @@ def scale_by_adam_tf_style(*, b1: float, b2: float, eps: float) -> optax.Gradien
         zeros = jax.tree.map(jnp.zeros_like, params)
         return AdamState(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * jnp.square(g), state.nu, grads)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * jnp.square(g), state.nu, updates)
         t = count.astype(jnp.float32)
         correction = jnp.sqrt(1.0 - b2**t) / (1.0 - b1**t)
         updates = jax.tree.map(

@@ -250,14 +250,7 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> Tra
                 return sharding
         return replicated(mesh)
 
-    return TrainState(
-        step=replicated(mesh),
-        params=shardings,
-        opt_state=jax.tree_util.tree_map_with_path(like_parameter, state.opt_state),
-        ema=None if state.ema is None else shardings,
-        skipped=replicated(mesh),
-        skipped_in_a_row=replicated(mesh),
-    )
+    return jax.tree_util.tree_map_with_path(like_parameter, state)
 
 
 def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:

@@ -296,8 +296,9 @@ def test_a_donated_state_leaves_the_callers_parameters_alone():
     assert same_bits(params, before)
 
 
-def test_a_step_is_compiled_once():
-    """T56: over updates, skips, and batches from NumPy or already on the mesh."""
+@pytest.mark.parametrize("place", [shard_batch, lambda batch, mesh: batch])
+def test_a_step_is_compiled_once(place):
+    """T56: over updates and skips; batches on the mesh or from NumPy."""
     mesh, tx = make_mesh("data:2,fsdp:2,tensor:2"), adamw(1e-2)
     state = shard_state(init_state(tiny.init(KEY), tx, ema=True), mesh, tiny.RULES)
     traces = []
@@ -311,8 +312,7 @@ def test_a_step_is_compiled_once():
         batch = tiny.batch(i)
         if i == 1:
             batch["y"][:] = np.nan
-        batch = shard_batch(batch, mesh) if i % 2 else batch
-        state, _ = step(state, batch, jax.random.fold_in(KEY, i))
+        state, _ = step(state, place(batch, mesh), jax.random.fold_in(KEY, i))
     assert len(traces) == 1 and int(state.skipped) == 1
 
 

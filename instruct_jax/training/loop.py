@@ -1,0 +1,185 @@
+"""The loop of every stage: batch, step, log, evaluate, save; and how a run stops and goes on.
+
+Step i is a function of the state, of `batch_at(i)` and of `fold_in(key, i)`, so a run taken up at a
+checkpoint goes on bit for bit as if it had not stopped (same versions, devices and mesh). The host
+waits for the device once a log interval; the next batch is prepared in a thread while a step runs.
+
+SIGTERM (a pre-emption) or Ctrl-C lets the step finish, saves and exits with code 0; a second one
+ends the run at once. Orbax would save by itself only under jax.distributed.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import jax
+
+from instruct_jax.errors import NonFiniteError
+from instruct_jax.training.checkpoint import Checkpointer
+from instruct_jax.training.metrics import MetricLogger
+
+State = TypeVar("State")
+StepFn = Callable[[State, Any, jax.Array], tuple[State, Mapping[str, jax.Array]]]
+Evaluate = Callable[[int, State], Mapping[str, float]]
+
+
+class StopSignal:
+    """Whether a signal asked the run to stop, and which."""
+
+    name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[StopSignal]:
+    """Within it SIGTERM and Ctrl-C set the StopSignal; a second one has its usual effect."""
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.name = signal.Signals(number).name
+        restore()
+
+    for number in usual:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def train(
+    step_fn: StepFn[State],
+    state: State,
+    *,
+    batch_at: Callable[[int], Any],
+    steps: int,
+    key: jax.Array,
+    logger: MetricLogger,
+    checkpointer: Checkpointer | None = None,
+    save_every: int = 0,
+    evaluate: Evaluate[State] | None = None,
+    eval_every: int = 0,
+    log_every: int = 1,
+    max_skipped: int = 20,
+) -> State:
+    """Runs steps 0 to `steps` - 1, from the newest checkpoint if there is one; the last state.
+
+    With a `checkpointer` the state is saved every `save_every` steps (0: never), at the end and on
+    a signal, which then raises SystemExit(0). `evaluate(step, state)` is logged every `eval_every`
+    steps, before the save, so that none is lost. Logged metrics are means over the steps of a log
+    interval.
+
+    Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
+    `apply_gradients`); the state, which they did not touch, is saved first.
+    """
+    start, owed = 0, False
+    if checkpointer is not None and checkpointer.latest_step is not None:
+        start = checkpointer.latest_step
+        items, metadata = checkpointer.restore({"state": state, "key": key})
+        state, key, owed = items["state"], items["key"], metadata["evaluation_owed"]
+        logger.note(f"resumed from step {start} of {steps} ({checkpointer.directory})")
+    logger.resume(start)
+
+    def evaluation_due(done: int) -> bool:
+        return evaluate is not None and eval_every > 0 and done % eval_every == 0
+
+    def run_evaluation(done: int) -> None:
+        if evaluate is not None:
+            logger.write(done, evaluate(done, state))
+
+    def save(done: int, *, wait: bool = False, evaluation_owed: bool = False) -> None:
+        if checkpointer is not None:
+            items, metadata = {"state": state, "key": key}, {"evaluation_owed": evaluation_owed}
+            checkpointer.save(done, items, metadata)
+            if wait:
+                checkpointer.wait()
+
+    if owed:
+        run_evaluation(start)
+    interval = _Interval()
+    signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
+    with signals as stop, closing(_ahead(batch_at, range(start, steps))) as batches:
+        for i, batch in batches:
+            state, metrics = step_fn(state, batch, jax.random.fold_in(key, i))
+            interval.add(metrics)
+            done = i + 1
+            if done % log_every == 0 or done == steps:
+                row = interval.end()
+                logger.write(done, row)
+                if row.get("skipped_in_a_row", 0) >= max_skipped:
+                    save(done, wait=True)
+                    raise NonFiniteError(
+                        f"step {done}: {row['skipped_in_a_row']:.0f} steps in a row had a loss or"
+                        " gradient that is not finite; the parameters are as before them"
+                    )
+            if stop:
+                save(done, wait=True, evaluation_owed=evaluation_due(done))
+                logger.note(
+                    f"stopped by {stop.name} at step {done} of {steps}, saved;"
+                    " the same command goes on from here"
+                )
+                raise SystemExit(0)
+            if evaluation_due(done):
+                run_evaluation(done)
+                interval.restart_clock()
+            if save_every and done % save_every == 0:
+                save(done)
+    save(max(start, steps), wait=True)
+    return state
+
+
+def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any]]:
+    """(i, batch_at(i)) for i in `steps`; the next batch is made in a thread meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        upcoming = [pool.submit(batch_at, i) for i in steps[:1]]
+        for i in steps:
+            batch = upcoming.pop().result()
+            upcoming = [pool.submit(batch_at, j) for j in range(i + 1, min(i + 2, steps.stop))]
+            yield i, batch
+
+
+class _Interval:
+    """The metrics of the steps since the last line of the log, on the device until then."""
+
+    def __init__(self) -> None:
+        self._metrics: list[Mapping[str, jax.Array]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._timed = len(self._metrics)
+        self._began = time.monotonic()
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        self._metrics.append(metrics)
+
+    def end(self) -> dict[str, float]:
+        """Means over the steps, without values that are not finite; the last value of a streak."""
+        rows = jax.device_get(self._metrics)
+        means = {name: _finite_mean([float(row[name]) for row in rows]) for name in rows[-1]}
+        if "skipped_in_a_row" in means:
+            means["skipped_in_a_row"] = float(rows[-1]["skipped_in_a_row"])
+        elapsed = time.monotonic() - self._began
+        means["steps_per_second"] = (len(rows) - self._timed) / max(elapsed, 1e-9)
+        self._metrics = []
+        self.restart_clock()
+        return means
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan

@@ -1,0 +1,133 @@
+"""What a run reports: a JSONL file, which is the truth; TensorBoard beside it; a line of progress.
+
+Each line of the file is written whole, so a killed run leaves a readable file; taken up again at a
+checkpoint, it forgets the lines after it, so the file reads as if the run had never stopped. Only
+process 0 writes.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 2.0  # off a terminal, at most one line in this time
+
+
+class MetricLogger:
+    """Writes `workdir/NAME.jsonl` and `workdir/tensorboard/NAME`; prints those in `show`."""
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        name: str,
+        *,
+        total: int,
+        show: Sequence[str] = ("loss", "grad_norm"),
+    ) -> None:
+        self.name = name
+        self.total = total
+        self.show = tuple(show)
+        self.path = Path(workdir) / f"{name}.jsonl"
+        self._active = jax.process_index() == 0
+        self._board_dir = Path(workdir) / "tensorboard" / name
+        self._board: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+        self._begun: tuple[float, int] | None = None
+        self._printed = -math.inf
+
+    def resume(self, step: int) -> None:
+        """Forgets what an earlier process wrote after `step`; called before the first `write`."""
+        if not self._active:
+            return
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            partial = self.path.with_suffix(".jsonl.tmp")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(partial, self.path)
+        self._open_board(step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records scalars after `step` steps. A value that is not finite is null."""
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        board = self._board or self._open_board(None)
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+        self._progress(step, values)
+
+    def note(self, text: str) -> None:
+        """One line for the person who watches, without breaking the progress bar."""
+        if self._active:
+            tqdm.write(f"{self.name}: {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_board(self, purge_after: int | None) -> SummaryWriter:
+        # Made late: a run that fails before its first step leaves no files.
+        purge = None if purge_after is None else purge_after + 1
+        self._board = SummaryWriter(str(self._board_dir), purge_step=purge)
+        return self._board
+
+    def _progress(self, step: int, values: Mapping[str, float]) -> None:
+        shown = {name: f"{values[name]:.4g}" for name in self.show if name in values}
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=self.total, initial=step, desc=self.name, file=sys.stderr)
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        # From the first write on, so that compilation does not count.
+        begun, first = self._begun = self._begun or (now, step)
+        if now - self._printed < PLAIN_LINE_SECONDS and step < self.total:
+            return
+        self._printed = now
+        text = " ".join(f"{name} {value}" for name, value in shown.items())
+        if step > first:
+            rate = (step - first) / max(now - begun, 1e-9)
+            text += f" | {rate:.3g} steps/s | {_clock((self.total - step) / rate)} left"
+        print(f"{self.name} {step}/{self.total} {text}", file=sys.stderr, flush=True)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):  # the unfinished last line of a killed run
+        return math.inf
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

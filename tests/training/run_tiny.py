@@ -1,0 +1,63 @@
+"""A small run to kill: python -m tests.training.run_tiny WORKDIR STEPS SECONDS_PER_STEP."""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from instruct_jax.training.checkpoint import Checkpointer
+from instruct_jax.training.loop import train
+from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.optim import adamw, cosine_schedule
+from instruct_jax.training.state import compile_step, init_state, make_train_step, shard_state
+from tests.training import tiny
+
+
+def noisy_loss(params, batch, key):
+    noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+    return tiny.loss_fn(params, batch | {"x": batch["x"] + noise}, key)
+
+
+def fingerprint(tree):
+    """The sha256 of every bit of `tree`."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=None, **options):
+    """Trains with everything that a checkpoint must hold: moments, average, keys, schedule."""
+    target = make_mesh(mesh)
+    tx = adamw(cosine_schedule(1e-2, steps=steps), weight_decay=0.1)
+    state = shard_state(init_state(tiny.init(jax.random.key(1)), tx, ema=True), target, tiny.RULES)
+    step = make_train_step(noisy_loss, tx, micro_batches=2, ema_decay=0.9)
+
+    def slowly(i):
+        time.sleep(pause)
+        return (batch_at or tiny.batch)(i)
+
+    options = {"save_every": 3} | options
+    with (
+        Checkpointer(Path(workdir) / "checkpoints") as checkpointer,
+        MetricLogger(workdir, "tiny", total=steps) as logger,
+    ):
+        return train(
+            compile_step(step, target, state),
+            state,
+            batch_at=slowly,
+            steps=steps,
+            key=jax.random.key(7),
+            logger=logger,
+            checkpointer=checkpointer,
+            **options,
+        )
+
+
+if __name__ == "__main__":
+    workdir, steps, pause = sys.argv[1:]
+    print(fingerprint(run(workdir, int(steps), pause=float(pause))))

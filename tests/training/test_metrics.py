@@ -1,0 +1,75 @@
+import json
+import time
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instruct_jax.training import metrics
+from instruct_jax.training.metrics import MetricLogger
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+
+
+def test_every_write_is_a_line_of_json_and_a_point_in_tensorboard(tmp_path):
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        logger.write(2, {"loss": jnp.float32(0.5), "n": np.int32(3)})
+        logger.write(4, {"loss": float("nan"), "rate": float("inf")})
+    first, second = rows(tmp_path)
+    assert (first["step"], first["loss"], first["n"]) == (2, 0.5, 3.0)
+    assert (second["step"], second["loss"], second["rate"]) == (4, None, None)
+    (events,) = (tmp_path / "tensorboard" / "sft").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def test_a_run_taken_up_forgets_what_came_after_the_checkpoint(tmp_path):
+    """Also half a line, left by a kill; the file reads as if the run had never stopped."""
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        for step in (1, 2, 3):
+            logger.write(step, {"loss": step})
+    with (tmp_path / "sft.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        logger.resume(2)
+        logger.write(3, {"loss": 30})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_a_logger_that_never_wrote_leaves_no_file(tmp_path):
+    with MetricLogger(tmp_path / "run", "sft", total=4):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 10.1, 20.0])
+    fake = SimpleNamespace(monotonic=lambda: next(clock), time=time.time)
+    monkeypatch.setattr(metrics, "time", fake)
+    with MetricLogger(tmp_path, "sft", total=4, show=("loss", "kl")) as logger:
+        for step in (1, 2, 3, 4):
+            logger.write(step, {"loss": step / 3, "other": 1.0})
+        logger.note("saved")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "sft 1/4 loss 0.3333",
+        "sft 2/4 loss 0.6667 | 0.1 steps/s | 0m20s left",
+        "sft 4/4 loss 1.333 | 0.15 steps/s | 0m00s left",
+        "sft: saved",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics.sys.stderr, "isatty", lambda: True, raising=False)
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        logger.write(2, {"loss": 0.5})
+        logger.write(4, {"loss": 0.25})
+    text = capsys.readouterr().err
+    assert "sft: 100%" in text and "loss=0.25" in text and "4/4" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.7, "1m00s"), (3725, "1h02m"), (5, "0m05s")])
+def test_time_left_is_readable(seconds, text):
+    assert metrics._clock(seconds) == text
