@@ -1,0 +1,322 @@
+"""ToyWorld: a whole instruction-following world in one seed.
+
+A pretraining corpus, prompts from contributors, imperfect demonstrations, few-shot tasks and a gold
+judge, all made by code, so that a GPT of a million parameters can go through the three stages in
+minutes and every result can be checked against the truth. Everything is a pure function of
+(config, seed, split, index): asking for more rows never changes the first ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Literal, get_args
+
+from instruct_jax.data.rows import Demonstration, Document, Prompt
+from instruct_jax.data.toyworld import corpus
+from instruct_jax.data.toyworld.judge import Judge, Judgement, JudgeWeights
+from instruct_jax.data.toyworld.tasks import FAMILIES, SKILLS, Spec, Task, draw_skill
+from instruct_jax.data.toyworld.writers import Writer, good_answer, write_answer
+
+Split = Literal["train", "valid", "test"]
+
+PERSONAS = {
+    "teacher": "For my class: ",
+    "shopkeeper": "For my shop: ",
+    "parent": "For my son: ",
+    "farmer": "For my farm: ",
+    "writer": "For my book: ",
+    "chatter": "Hi there! ",
+    "friend": "Please help me. ",
+}
+"""What a contributor of user-based prompts writes before the request."""
+
+
+def _families() -> dict[str, float]:
+    return {
+        "transform": 0.12,
+        "sort": 0.09,
+        "count": 0.08,
+        "pick": 0.12,
+        "passage": 0.15,
+        "continue": 0.10,
+        "constraint": 0.15,
+        "fact": 0.05,
+        "how_to": 0.05,
+        "decline": 0.09,
+    }
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Every knob of the world; all mixes are weights and need not sum to one."""
+
+    families: Mapping[str, float] = field(default_factory=_families)
+    kinds: Mapping[str, float] = field(
+        default_factory=lambda: {"plain": 0.55, "few_shot": 0.2, "user_based": 0.25}
+    )
+    corpus: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "story": 0.15,
+            "worksheet": 0.25,
+            "solved": 0.30,
+            "drill": 0.15,
+            "note": 0.15,
+        }
+    )
+    writer: Writer = field(default_factory=Writer)
+    judge: JudgeWeights = field(default_factory=JudgeWeights)
+    contributors: int = 240
+    prompts_per_contributor: int = 200  # the cap of the paper's prompt pipeline
+    splits: Mapping[str, float] = field(
+        default_factory=lambda: {"train": 0.7, "valid": 0.15, "test": 0.15}
+    )
+    salt: str = "contributors"  # moves contributors and texts between the splits
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """A few-shot question in the corpus's own form: `prompt` ends in "A:", an answer follows.
+
+    `choices` hold the right answer first; each is ready to be appended, with its leading space.
+    """
+
+    prompt: str
+    answer: str
+    choices: tuple[str, ...]
+    family: str
+    stop: str = "\n"
+
+
+class ToyWorld:
+    """The embedded world of one seed. ValueError for an unknown family, kind or split."""
+
+    stop = "\n"
+    """Where a few-shot prompted base model's answer ends."""
+
+    def __init__(self, seed: int = 0, config: WorldConfig | None = None):
+        self.seed = seed
+        self.config = config or WorldConfig()
+        _known(self.config.families, tuple(FAMILIES), "family")
+        _known(self.config.kinds, ("plain", "few_shot", "user_based"), "prompt kind")
+        _known(self.config.corpus, ("story", "worksheet", "solved", "drill", "note"), "document")
+        _known(self.config.splits, get_args(Split), "split")
+        self._judge = Judge(self.config.judge)
+        self._contributors: dict[str, list[str]] = {split: [] for split in self.config.splits}
+        for i in range(self.config.contributors):
+            name = f"c{i:04d}"
+            self._contributors[self._split_of(name)].append(name)
+        empty = [split for split, names in self._contributors.items() if not names]
+        if empty:
+            raise ValueError(f"no contributor falls into {empty}: raise WorldConfig.contributors")
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    def pretraining_corpus(self, n_documents: int) -> list[Document]:
+        """Documents to pretrain on; `meta["kind"]` says which sort."""
+        return [self._document(i) for i in range(n_documents)]
+
+    def prompts(self, n: int, *, split: Split = "train", offset: int = 0) -> list[Prompt]:
+        """Prompts offset..offset+n of a split; contributors and texts are disjoint between splits.
+
+        ValueError when the split's contributors would pass their cap.
+        """
+        if split not in self.config.splits:
+            raise ValueError(f"no split {split!r}; there are {sorted(self.config.splits)}")
+        names = self._contributors[split]
+        cap = self.config.prompts_per_contributor * len(names)
+        if offset + n > cap:
+            raise ValueError(
+                f"{offset + n} prompts of split {split!r} pass the cap of "
+                f"{self.config.prompts_per_contributor} for each of its {len(names)} contributors: "
+                "raise WorldConfig.contributors"
+            )
+        return [self._prompt(split, i, names[i % len(names)]) for i in range(offset, offset + n)]
+
+    def demonstrate(self, prompt: Prompt, *, draw: int = 0) -> Demonstration:
+        """An imperfect writer's answer; `draw` asks for another one to the same prompt."""
+        rng = Random(f"{self.seed}/demonstration/{draw}/{_key(prompt)}")
+        spec, writer = Spec.from_meta(prompt.meta), self.config.writer
+        flaws = writer.draw_flaws(spec, rng)
+        restate = rng.random() < writer.restate
+        response = write_answer(spec, rng, flaws=flaws, restate=restate)
+        meta = {**prompt.meta, "flaws": list(flaws)}
+        return Demonstration(prompt.text, response, meta)
+
+    def demonstrations(
+        self, n: int, split: Split = "train", *, offset: int = 0
+    ) -> list[Demonstration]:
+        """One demonstration for each of the split's prompts offset..offset+n."""
+        return [self.demonstrate(p) for p in self.prompts(n, split=split, offset=offset)]
+
+    def answer(
+        self, prompt: Prompt, *, flaws: tuple[str, ...] = (), restate: bool = True, draw: int = 0
+    ) -> str:
+        """An answer with exactly these flaws; without any it is one of the best answers."""
+        rng = Random(f"{self.seed}/answer/{draw}/{_key(prompt)}")
+        return write_answer(Spec.from_meta(prompt.meta), rng, flaws=flaws, restate=restate)
+
+    def curt_answer(self, prompt: Prompt, *, draw: int = 0) -> str:
+        """The right answer as the corpus would give it: bare, never a decline."""
+        rng = Random(f"{self.seed}/curt/{draw}/{_key(prompt)}")
+        spec = Spec.from_meta(prompt.meta)
+        if spec.check in ("decline", "unknown"):
+            return spec.wrong[0]
+        return spec.answer if spec.check == "include" else good_answer(spec, rng)
+
+    # --- judging, prompting, tasks ------------------------------------------------------------
+
+    def judge(self, prompt: Prompt, response: str, ended: bool = True) -> Judgement:
+        """The gold judgement; `ended`: the response stopped by itself inside its budget."""
+        return self._judge(prompt, response, ended=ended)
+
+    def few_shot_prefix(self) -> str:
+        """The fixed prefix of the prompted base model: answered questions in the corpus's form."""
+        return (
+            "Q: Which one is an animal: red cow hat?\nA: cow\n"
+            "Q: What is the plural of cup?\nA: cups\n"
+        )
+
+    def prompted(self, prompt: Prompt) -> str:
+        """A prompt as the few-shot prompted base model gets it; its answer ends at `stop`."""
+        return f"{self.few_shot_prefix()}Q: {prompt.text.strip()}\nA:"
+
+    def tasks(self, n: int, *, shots: int = 2) -> list[ToyTask]:
+        """Few-shot questions with one right answer, on texts that no training prompt has."""
+        return [self._task(i, shots) for i in range(n)]
+
+    # --- how rows are made --------------------------------------------------------------------
+
+    def _split_of(self, key: str) -> Split:
+        """A salted hash decides, so that new contributors and texts never move old ones."""
+        digest = hashlib.blake2b(f"{self.config.salt}/{key}".encode(), digest_size=8).digest()
+        point = int.from_bytes(digest, "big") / 2**64 * sum(self.config.splits.values())
+        for split in get_args(Split):
+            point -= self.config.splits.get(split, 0.0)
+            if point < 0:
+                return split
+        return "train"
+
+    def _draw_task(self, rng: Random, solved: bool) -> Task:
+        families = self.config.families
+        name, variant = (
+            corpus.draw_solved_skill(rng, families)
+            if solved
+            else draw_skill(rng, _draw(rng, families))
+        )
+        return SKILLS[name].make(rng, variant)
+
+    def _document(self, index: int) -> Document:
+        rng = Random(f"{self.seed}/document/{index}")
+        kind = _draw(rng, self.config.corpus)
+        if kind == "story":
+            text = corpus.story(rng)
+        elif kind == "worksheet":
+            text = corpus.worksheet(rng, self._draw_request)
+        elif kind == "solved":
+            text = corpus.solved_worksheet(rng, self._draw_task)
+        elif kind == "drill":
+            text = corpus.drill(rng, self.config.families)
+        else:
+            text = corpus.note(rng)
+        return Document(text, {"kind": kind})
+
+    def _draw_request(self, rng: Random, solved: bool) -> Task:
+        """A task of a worksheet, where users' own words come up as well."""
+        task = self._draw_task(rng, solved)
+        kinds = self.config.kinds
+        if rng.random() * sum(kinds.values()) >= kinds.get("user_based", 0.0):
+            return task
+        return replace(task, plain=PERSONAS[rng.choice(tuple(PERSONAS))] + task.plain)
+
+    def _prompt(self, split: Split, index: int, contributor: str) -> Prompt:
+        rng = Random(f"{self.seed}/prompt/{split}/{index}")
+        persona = Random(f"{self.seed}/persona/{contributor}").choice(tuple(PERSONAS))
+        kind, family = _draw(rng, self.config.kinds), _draw(rng, self.config.families)
+        skill, variant = draw_skill(rng, family)
+        while True:
+            task = SKILLS[skill].make(rng, variant)
+            text = self._wording(rng, kind, task, skill, variant, persona)
+            if self._split_of(text) == split:
+                break
+        use_case = SKILLS[skill].use_case
+        if kind == "user_based" and persona in ("chatter", "friend"):
+            use_case = "chat"
+        meta = {
+            "id": f"{split}-{index}",
+            "family": family,
+            "skill": skill,
+            "kind": kind,
+            "use_case": use_case,
+            "contributor": contributor,
+            "persona": persona,
+            "annotations": _annotations(task.spec),
+            "task": task.spec.to_meta(),
+        }
+        return Prompt(text, meta)
+
+    def _wording(
+        self, rng: Random, kind: str, task: Task, skill: str, variant: str, persona: str
+    ) -> str:
+        if kind == "plain":
+            return f"{task.plain}\n"
+        if kind == "user_based":
+            return f"{PERSONAS[persona]}{task.plain}\n"
+        like = SKILLS[SKILLS[skill].shots or skill]
+        variants = like.variants if like.shots_of_any_variant else (variant,)
+        queries = {task.query}
+        pairs = []
+        for _ in range(1 if len(task.query) > 24 else 2):
+            shot = like.make(rng, rng.choice(variants))
+            while shot.query in queries:
+                shot = like.make(rng, rng.choice(variants))
+            queries.add(shot.query)
+            pairs.append(f"{shot.query}\n{write_answer(shot.spec, rng)}\n")
+        return f"{task.head}\n{''.join(pairs)}{task.query}\n"
+
+    def _task(self, index: int, shots: int) -> ToyTask:
+        rng = Random(f"{self.seed}/task/{index}")
+        closed = {f: w for f, w in self.config.families.items() if f not in ("continue", "decline")}
+        while True:
+            name, variant = corpus.draw_solved_skill(rng, closed)
+            task = SKILLS[name].make(rng, variant)
+            single = task.spec.check == "slot" and task.spec.wrong
+            if single and self._split_of(f"{task.plain}\n") == "test":
+                break
+        pairs = []
+        while len(pairs) < shots:
+            shot = self._draw_task(rng, True)
+            if shot.plain != task.plain and shot.spec.check == "slot":
+                pairs.append(f"Q: {shot.plain}\nA: {shot.spec.answer}\n")
+        prompt = f"{''.join(pairs)}Q: {task.plain}\nA:"
+        choices = dict.fromkeys((task.spec.answer, *task.spec.wrong))
+        return ToyTask(
+            prompt, f" {task.spec.answer}", tuple(f" {c}" for c in choices), task.spec.family
+        )
+
+
+def _key(prompt: Prompt) -> str:
+    """Two prompts of one text still get answers of their own."""
+    return f"{prompt.meta.get('id', '')}/{prompt.text}"
+
+
+def _known(weights: Mapping[str, float], known: tuple[str, ...], what: str) -> None:
+    unknown = sorted(set(weights) - set(known))
+    if unknown:
+        raise ValueError(f"unknown {what} {unknown}; there are {sorted(known)}")
+
+
+def _draw(rng: Random, weights: Mapping[str, float]) -> str:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def _annotations(spec: Spec) -> dict[str, bool]:
+    """What the paper's labelers noted about a prompt (Table 7), as far as it occurs here."""
+    return {
+        "closed_domain": spec.closed_domain,
+        "continuation_style": spec.check == "story",
+        "sensitive": spec.check == "decline",
+        "other_explicit_constraints": spec.constrained,
+    }
