@@ -32,6 +32,8 @@ from instruct_jax.data.loader import (
     encode_documents,
     encode_prompts,
 )
+from instruct_jax.data.pii import find_pii
+from instruct_jax.data.prompts import Prepared, expand_few_shot, prepare_prompts
 from instruct_jax.data.templates import ALPACA, CHAT, HH, PLAIN, Template, template_named
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -48,6 +50,7 @@ __all__ = [
     "Document",
     "FileReport",
     "Mixture",
+    "Prepared",
     "Prompt",
     "Rows",
     "Template",
@@ -58,8 +61,11 @@ __all__ = [
     "encode_dialogues",
     "encode_documents",
     "encode_prompts",
+    "expand_few_shot",
+    "find_pii",
     "hash_files",
     "load_tokenizer",
+    "prepare_prompts",
     "read_comparisons",
     "read_demonstrations",
     "read_dialogues",

@@ -117,6 +117,12 @@ def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
     return hashes
 
 
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
 def _file_records(path: Path, split: Split) -> Stream:
     suffix = _suffix(path)
     if suffix not in _SUFFIXES:
@@ -227,26 +233,25 @@ def _array_records(path: Path, file: io.BufferedReader) -> Stream:
 
 
 def _csv_records(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-    try:
-        _ = reader.fieldnames  # reads the header, which may have line ends in it
-        line = reader.line_num + 1
-        for row in reader:
-            record = Record(dict(row), str(path), line)
-            if None in row:
-                extra = len(row.pop(None))
-                yield DataError(f"{extra} values too many", path=path, line=line)
-            elif missing := [name for name, value in row.items() if value is None]:
-                yield DataError("the row has no value", path=path, line=line, field=missing[0])
-            else:
-                yield record
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            _ = reader.fieldnames  # reads the header, which may have line ends in it
             line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"not CSV: {error}", path=path, line=reader.line_num) from error
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8: {error.reason}"
-        raise DataError(reason, path=path, line=reader.line_num + 1) from error
+            for row in reader:
+                if None in row:
+                    extra = f"{len(row[None])} values more than columns"
+                    yield DataError(extra, path=path, line=line)
+                elif missing := [name for name, value in row.items() if value is None]:
+                    yield DataError("the row has no value", path=path, line=line, field=missing[0])
+                else:
+                    yield Record(dict(row), str(path), line)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"not CSV: {error}", path=path, line=reader.line_num) from error
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8: {error.reason}"
+            raise DataError(reason, path=path, line=reader.line_num + 1) from error
 
 
 def _text_records(path: Path, file: io.BufferedReader, split: Split) -> Stream:
@@ -300,7 +305,7 @@ def _no_constant(name: str) -> float:
 
 def _record(value: Any, path: Path, line: int, column: int, raw: str) -> Record:
     if not isinstance(value, dict):
-        reason = f"expected an object, found {_kind(value)}"
+        reason = f"expected an object, found {kind_of(value)}"
         raise DataError(reason, path=path, line=line, column=column, excerpt=raw)
     return Record(value, str(path), line, column, raw)
 
@@ -342,8 +347,3 @@ def _suffix(path: Path) -> str:
 
 def _kinds() -> str:
     return f"known: {', '.join(_SUFFIXES)}, also with .gz"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")

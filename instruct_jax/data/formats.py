@@ -259,18 +259,20 @@ def _detect(record: Record, kinds: tuple[Kind, ...]) -> Format:
             if near is not None:
                 raise _suggestion(record, *near)
             return found
-    # The nearest format is the one that lacks the fewest columns, each of them perhaps misspelt.
-    for found in sorted(known, key=lambda f: len(set(f.required) - columns)):
+    # One column away: the format with the most columns right is the likeliest.
+    nearly = [f for f in known if len(set(f.required) - columns) == 1]
+    nearly.sort(key=lambda f: -len(f.required))
+    for found in nearly:
         near = _misspelt(columns, found, found.required)
-        if near is not None and len(set(found.required) - columns) == 1:
+        if near is not None:
             raise _suggestion(record, *near)
     for other in FORMATS:
         if columns.issuperset(other.required):
             raise record.error(f"expected {' or '.join(kinds)}, found {other.kind} ({other.name})")
-    for found in known:
-        missing = sorted(set(found.required) - columns)
-        if len(missing) == 1 and len(found.required) > 1:
-            raise record.error(f'"{missing[0]}" is missing', hint=f"format {found.name}")
+    for found in nearly:
+        if len(found.required) > 1:
+            (missing,) = set(found.required) - columns
+            raise record.error(f'"{missing}" is missing', hint=f"format {found.name}")
     known_columns = "; ".join(dict.fromkeys("+".join(f.required) for f in known))
     raise record.error(
         f"unknown columns {', '.join(sorted(columns)) or '(none)'}", hint=f"known: {known_columns}"
@@ -347,12 +349,11 @@ def _ranks(case: Case, kept: list[int], tie_gap: float) -> tuple[int, ...]:
     if case.ranks is not None:
         levels = sorted({case.ranks[i] for i in kept})
         return tuple(levels.index(case.ranks[i]) for i in kept)
-    assert case.scores is not None
+    scores = case.scores or ()
     ranks: dict[int, int] = {}
     leader, rank = None, -1
-    for i in sorted(kept, key=lambda i: -case.scores[i]):
-        score = case.scores[i]
-        if leader is None or (score != leader and leader - score >= tie_gap):
-            leader, rank = score, rank + 1
+    for i in sorted(kept, key=lambda i: -scores[i]):
+        if leader is None or (scores[i] != leader and leader - scores[i] >= tie_gap):
+            leader, rank = scores[i], rank + 1
         ranks[i] = rank
     return tuple(ranks[i] for i in kept)

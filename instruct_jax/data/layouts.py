@@ -7,10 +7,10 @@ format, write its function and add it to `FORMATS`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from instruct_jax.data.files import Record
+from instruct_jax.data.files import Record, kind_of
 from instruct_jax.data.rows import DataError, Meta, Turn
 from instruct_jax.data.templates import ALPACA, HH, Template, tldr_prompt
 from instruct_jax.data.tokenizer import EOS
@@ -58,10 +58,11 @@ class Case:
 class Fields:
     """Checked access to a record; every mistake is a DataError with its place."""
 
-    def __init__(self, record: Record, mended: Counter[str]) -> None:
-        """`mended` counts what a layout put right by itself."""
+    def __init__(self, record: Record, mended: Counter[str], *, inside: str = "") -> None:
+        """`mended` counts what a layout put right by itself; `inside` is the field of an entry."""
         self.record = record
         self.mended = mended
+        self._inside = inside
         self._used: set[str] = set()
 
     def text(self, name: str, *, blank: bool = False) -> str:
@@ -113,9 +114,9 @@ class Fields:
         for i, value in enumerate(values):
             if not isinstance(value, dict):
                 raise self.error(f"entry {i} is no object", name)
-        place = self.record
+        # The outer field stays among an entry's own, for the excerpt of an error.
         return [
-            Fields(Record(value, place.path, place.line, place.column, place.raw), self.mended)
+            Fields(replace(self.record, fields={**value, name: values}), self.mended, inside=name)
             for value in values
         ]
 
@@ -123,7 +124,7 @@ class Fields:
         """A list of anything."""
         value = self.value(name)
         if not isinstance(value, list | tuple):
-            raise self.error(f"expected a list, found {_kind(value)}", name)
+            raise self.error(f"expected a list, found {kind_of(value)}", name)
         return list(value)
 
     def number(self, value: Any, name: str) -> float:
@@ -154,12 +155,15 @@ class Fields:
 
     def error(self, reason: str, name: str | None = None) -> DataError:
         """A DataError at this record, or at its field `name`."""
+        if self._inside:
+            what = f'"{name}" of an entry: ' if name else "an entry: "
+            return self.record.error(what + reason, field=self._inside)
         return self.record.error(reason, field=name)
 
     def _text(self, value: Any, name: str, *, at: str = "", blank: bool = False) -> str:
         place = f"{at} " if at else ""
         if not isinstance(value, str):
-            raise self.error(f"{place}expected a string, found {_kind(value)}", name)
+            raise self.error(f"{place}expected a string, found {kind_of(value)}", name)
         if not blank and not value.strip():
             raise self.error(f"{place}empty text", name)
         if "\0" in value:
@@ -383,8 +387,8 @@ def _tldr_comparison(f: Fields) -> list[Case]:
     """summarize-from-feedback: two summaries of a Reddit post and a worker's choice."""
     info = f.value("info")
     if not isinstance(info, dict):
-        raise f.error(f"expected an object, found {_kind(info)}", "info")
-    post = Fields(Record(info, f.record.path, f.record.line, raw=f.record.raw), f.mended)
+        raise f.error(f"expected an object, found {kind_of(info)}", "info")
+    post = Fields(replace(f.record, fields=info), f.mended, inside="info")
     prompt = tldr_prompt(
         post.text("subreddit", blank=True), post.text("title", blank=True), post.text("post")
     )
@@ -443,11 +447,6 @@ def joined(task: Instruction) -> str:
     return f"{task.text}\n\n{task.input}" if task.input.strip() else task.text
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
-
-
 # A record is read by the first format of the wanted kind whose required columns it has.
 FORMATS = (
     Format("oasst rankings", "comparisons", ("messages", "responses"), _oasst),
@@ -466,7 +465,7 @@ FORMATS = (
     Format("tldr comparisons", "comparisons", ("info", "summaries", "choice"), _tldr_comparison),
     Format("gpt4llm", "comparisons", ("user_input", "completion_a", "completion_b"), _gpt4llm),
     Format("preference", "comparisons", ("prompt", "chosen", "rejected"), _preference),
-    Format("hh transcripts", "comparisons", ("chosen", "rejected"), _hh),
+    Format("hh transcripts", "comparisons", ("chosen", "rejected"), _hh, ("prompt",)),
     Format("self-instruct", "demonstrations", ("instruction", "instances"), _instances),
     Format("alpaca", "demonstrations", ("instruction", "output"), _alpaca, ("input", "history")),
     Format("dolly", "demonstrations", ("instruction", "response"), _dolly, ("context",)),

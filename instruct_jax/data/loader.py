@@ -100,19 +100,16 @@ def encode_dialogues(
             long_prompts += 1
             continue
         shortened += len(turns) < len(row.turns)
-        ids, learnt = [], []
-        for text, is_response in template.segments(turns):
-            piece = tokenizer.encode(text) + [tokenizer.eos_id] * is_response
-            ids += piece
-            learnt += [is_response] * len(piece)
-        last = len(piece)
-        cut += last > response_length
-        end = len(ids) - max(0, last - response_length)
-        tokens[n, :end] = ids[:end]
-        mask[n, :end] = True
-        loss_mask[n, :end] = learnt[:end]
-        if not all_turns:
-            loss_mask[n, : len(ids) - last] = False
+        segments = template.segments(turns)
+        pieces = [tokenizer.encode(text) + [tokenizer.eos_id] * ours for text, ours in segments]
+        cut += len(pieces[-1]) > response_length
+        pieces[-1] = pieces[-1][:response_length]
+        at = 0
+        for i, (piece, (_, ours)) in enumerate(zip(pieces, segments, strict=True), 1):
+            here = slice(at, at := at + len(piece))
+            tokens[n, here] = piece
+            loss_mask[n, here] = ours and (all_turns or i == len(pieces))
+        mask[n, :at] = True
         n += 1
     counts = {"questions too long": long_prompts, "lost old turns": shortened, "responses cut": cut}
     _report("dialogues", len(rows), counts)

@@ -123,10 +123,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     try:
         with open(temporary, "wb") as file:
             # No name and no time in the gzip header: equal rows give equal bytes.
-            packed = (
-                gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else file
-            )
-            with packed:
+            zipped = path.suffix == ".gz"
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) if zipped else file as packed:
                 for row in rows:
                     line = json.dumps(_record(row), ensure_ascii=False)
                     packed.write(line.encode("utf-8") + b"\n")
@@ -138,12 +136,11 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+    """The row as a record whose columns tell its format."""
+    values: dict[str, Any] = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     if isinstance(row, Prompt):
-        values["prompt"] = values.pop("text")  # a record with "text" alone is a document
+        values = {"prompt": row.text, "meta": row.meta}  # "text" alone is a document
     if isinstance(row, Dialogue):
-        turns = [{"role": turn.role, "content": turn.text} for turn in values.pop("turns")]
-        values = {"messages": turns, **values}
-    meta = dict(values.pop("meta"))
-    kept = {name: value for name, value in values.items() if value not in (None, ())}
-    return {**kept, "meta": meta} if meta else kept
+        turns = [{"role": turn.role, "content": turn.text} for turn in row.turns]
+        values = {"messages": turns, "meta": row.meta}
+    return {name: value for name, value in values.items() if value not in (None, (), {})}
