@@ -1,0 +1,112 @@
+"""The door of every script: a command line in, a frozen configuration and a work directory out.
+
+    python experiments/sft.py --config=configs/sft.py:toyworld --config.sft.learning_rate=1e-4
+
+All that can be wrong with a command line is found before any device is touched or any file is
+written, and told in one line on stderr with exit code 2 (the other codes: instruct_jax/errors.py).
+"""
+
+import argparse
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from instruct_jax.cli.config import field_help, from_config, load_config, resolve, suggest
+from instruct_jax.cli.workdir import Run, claim, describe, recorded
+from instruct_jax.errors import ConfigError, RunError
+
+__all__ = ["Run", "from_config", "run"]
+
+Config = TypeVar("Config")
+
+
+def run(
+    main: Callable[[Config, Run], Any],
+    config_class: type[Config],
+    *,
+    default: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Calls `main(config, run)` as the command line says; a RunError becomes its exit code.
+
+    `config_class` is a frozen dataclass, `default` the "FILE:NAME" of its usual values. Writes
+    workdir/config.json before `main`: the resolved configuration, versions, commit and command.
+    Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or ~/.cache/instruct_jax/xla.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        flags, overrides = _parse(argv, main, default)
+        config = resolve(config_class, load_config(flags.config), overrides)
+        if flags.help:
+            print(flags.usage + field_help(config, flags.config))
+            return
+        workdir = flags.workdir or Path("runs", Path(flags.config.partition(":")[0]).stem)
+        claim(workdir, config, overwrite=flags.overwrite)
+        _configure_jax(flags.host_devices)
+        with recorded(workdir, describe(config, flags.config, flags.mesh, argv)):
+            main(config, Run(workdir, flags.mesh))
+    except RunError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (-[^\s=]*)", message)
+        raise ConfigError(message + (suggest(unknown[1], known) if unknown else ""))
+
+
+def _parse(
+    argv: Sequence[str], main: Callable[..., Any], default: str
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides as "a.b" -> text."""
+    parser = _Parser(
+        description=inspect.getdoc(inspect.getmodule(main)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    flag = parser.add_argument
+    flag("-h", "--help", action="store_true", help="this, and the fields of the configuration")
+    flag("--config", default=default, metavar="FILE:NAME", help=f"preset (default: {default})")
+    flag("--workdir", type=Path, metavar="DIR", help="the run's files (default: runs/FILE)")
+    flag("--mesh", default="auto", help="such as data:2,fsdp:4 (default: auto, all devices)")
+    flag("--overwrite", action="store_true", help="delete the run in DIR instead of resuming it")
+    flag("--host_devices", type=int, metavar="N", help="use the CPU as N devices")
+    rest, overrides = _split_overrides(argv)
+    flags = parser.parse_args(rest)
+    flags.usage = parser.format_help()
+    if flags.host_devices is not None and flags.host_devices < 1:
+        raise ConfigError(f"--host_devices={flags.host_devices}: expected 1 or more")
+    return flags, overrides
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    rest, overrides, words = [], {}, iter(argv)
+    for word in words:
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
+        if match is None:
+            rest.append(word)
+            continue
+        value = match[2] if match[2] is not None else next(words, "--")
+        if match[2] is None and value.startswith("--"):
+            raise ConfigError(f"{word} needs a value: {word}=VALUE")
+        overrides[match[1]] = value
+    return rest, overrides
+
+
+def _configure_jax(host_devices: int | None) -> None:
+    import jax  # a mistake on the command line should not wait for it
+
+    if host_devices is not None:
+        jax.config.update("jax_num_cpu_devices", host_devices)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path.home() / ".cache" / "instruct_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

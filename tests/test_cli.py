@@ -1,0 +1,399 @@
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from instruct_jax import cli
+from instruct_jax.cli import Run, from_config
+from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+
+CONFIGS = """
+from ml_collections import ConfigDict
+
+PRESETS = ("tiny", "large")
+
+def get_config(name="tiny"):
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; it has {', '.join(PRESETS)}")
+    return ConfigDict({"steps": 10, "adam": {"learning_rate": 1e-3}})
+"""
+
+
+@dataclass(frozen=True)
+class Adam:
+    learning_rate: float
+    clip: float | None = 1.0
+    kind: Literal["torch", "tf"] = "torch"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    steps: int
+    adam: Adam
+    name: str = "x"
+    flag: bool = False
+    files: tuple[str, ...] = ()
+    shape: tuple[int, float] = (1, 2.0)
+    limit: int | None = None
+    extra: Adam | None = None
+    mixed: int | str = 0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected 1 or more")
+
+
+BASE = {"steps": 10, "adam": {"learning_rate": 0.1}}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "presets.py"
+    path.write_text(CONFIGS)
+    return path
+
+
+@pytest.fixture
+def launch(tmp_path, config_file):
+    """Runs a command line in this process; returns what main was called with."""
+
+    def launch(*argv, main=None):
+        calls = []
+
+        def record(config, run):
+            calls.append((config, run))
+            if main is not None:
+                main(config, run)
+
+        argv = [f"--workdir={tmp_path / 'runs' / 'a'}", *argv]
+        cli.run(record, Config, default=str(config_file), argv=argv)
+        return calls[0]
+
+    return launch
+
+
+def test_nested_values_become_nested_frozen_dataclasses():
+    config = from_config(Config, ConfigDict(BASE | {"files": ("a", "b"), "shape": [3, 4]}))
+    assert config == Config(10, Adam(0.1), files=("a", "b"), shape=(3, 4.0))
+    assert type(config.shape[1]) is float
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 3
+    assert from_config(Config, ConfigDict(BASE | {"limit": placeholder(int)})).limit is None
+    assert from_config(Config, BASE | {"extra": {"learning_rate": 1}}).extra == Adam(1.0)
+    assert (
+        type(from_config(Config, BASE | {"adam": {"learning_rate": 1}}).adam.learning_rate) is float
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (BASE | {"stpes": 1}, "unknown key config.stpes; did you mean steps?"),
+        (
+            BASE | {"adam": {"learning_rat": 1.0}},
+            "config.adam.learning_rat; did you mean learning_rate?",
+        ),
+        (BASE | {"zzz": 1}, "unknown key config.zzz; there are adam, extra, files"),
+        ({"steps": 1}, "config.adam has no value"),
+        (BASE | {"steps": 1.5}, "config.steps=1.5: expected int"),
+        (BASE | {"steps": True}, "config.steps=True: expected int"),
+        (BASE | {"steps": "3"}, "config.steps='3': expected int"),
+        (BASE | {"flag": 1}, "config.flag=1: expected bool"),
+        (BASE | {"name": None}, "config.name=None: expected str"),
+        (BASE | {"limit": "many"}, "config.limit=many: expected int | None"),
+        (BASE | {"files": ["a", 3]}, "config.files[1]=3: expected str"),
+        (BASE | {"files": "a"}, "config.files='a': expected tuple[str, ...]"),
+        (BASE | {"shape": (1, 2.0, 3)}, "config.shape: expected 2 values, got 3"),
+        (BASE | {"adam": 3}, "config.adam=3: expected Adam"),
+        (BASE | {"extra": {"learning_rate": 1, "clp": 1}}, "config.extra.clp; did you mean clip?"),
+        (BASE | {"adam": {"learning_rate": 1, "kind": "jax"}}, "expected one of torch, tf"),
+        (BASE | {"steps": 0}, "config: steps is 0, expected 1 or more"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(values, message):
+    with pytest.raises(ConfigError) as error:
+        from_config(Config, values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("steps=1_000", {"steps": 1000}),
+        ("name=1e-5", {"name": "1e-5"}),
+        ("name=", {"name": ""}),
+        ("name=a=b c", {"name": "a=b c"}),
+        ("flag=true", {"flag": True}),
+        ("flag=False", {"flag": False}),
+        ("files=a.jsonl, b.jsonl", {"files": ("a.jsonl", "b.jsonl")}),
+        ("files=('a,b',)", {"files": ("a,b",)}),
+        ("files=", {"files": ()}),
+        ("shape=3,4", {"shape": (3, 4.0)}),
+        ("limit=5", {"limit": 5}),
+        ("limit=None", {"limit": None}),
+        ("mixed=7", {"mixed": 7}),
+        ("mixed=seven", {"mixed": "seven"}),
+        ("adam.learning_rate=1", {"adam": Adam(1.0)}),
+        ("adam.learning_rate=-1e-3", {"adam": Adam(-1e-3)}),
+        ("adam.clip=none", {"adam": Adam(1e-3, clip=None)}),
+        ("adam.kind=tf", {"adam": Adam(1e-3, kind="tf")}),
+        ("extra.learning_rate=2", {"extra": Adam(2.0)}),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_field(launch, override, changed):
+    """Also of a field that the file leaves out."""
+    config, _ = launch(f"--config.{override}")
+    assert config == dataclasses.replace(Config(10, Adam(1e-3)), **changed)
+
+
+def test_an_override_may_follow_its_name_and_the_last_one_counts(launch):
+    config, run = launch(
+        "--config.steps", "3", "-config.adam.learning_rate", "-2", "--config.steps=4"
+    )
+    assert config == Config(4, Adam(-2.0))
+    assert (run.workdir.name, run.mesh) == ("a", "auto")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.stpes=1", "unknown key config.stpes; did you mean config.steps?"),
+        ("--config.learning_rate=1", "did you mean config.adam.learning_rate?"),
+        ("--config.adam.learning_rat=1", "did you mean config.adam.learning_rate?"),
+        ("--config.steps.x=1", "unknown key config.steps.x"),
+        ("--config.steps=ten", "config.steps=ten: expected int"),
+        ("--config.adam.learning_rate=fast", "config.adam.learning_rate=fast: expected float"),
+        ("--config.flag=yes", "config.flag=yes: expected bool"),
+        ("--config.limit=many", "config.limit=many: expected int | None"),
+        ("--config.shape=1", "config.shape: expected 2 values, got 1"),
+        ("--config.files=('a'", "config.files=('a': expected tuple[str, ...]"),
+        ("--config.adam=3", "config.adam is a group of fields; set one of them"),
+        ("--config.adam.kind=jax", "expected one of torch, tf"),
+        ("--config.steps", "--config.steps needs a value"),
+        ("--config.steps=0", "config: steps is 0, expected 1 or more"),
+        ("--config=nowhere.py", "no config file 'nowhere.py'"),
+        ("--config=configs/stf.py", "did you mean configs/sft.py?"),
+        ("--config={file}:tyni", "no preset 'tyni'; it has tiny, large"),
+        ("--wrkdir=x", "unrecognized arguments: --wrkdir=x; did you mean --workdir?"),
+        ("--host_devices=0", "--host_devices=0: expected 1 or more"),
+        ("--host_devices=two", "invalid int value: 'two'"),
+        ("stray", "unrecognized arguments: stray"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    launch, tmp_path, config_file, capsys, argument, message
+):
+    """R12: and nothing is written."""
+    with pytest.raises(SystemExit) as exit_:
+        launch(argument.format(file=config_file))
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config(:\n", "presets.py"),
+        ("x = 1\ny = x.z\n", "presets.py:2: AttributeError"),
+        ("def get_config():\n    return 1 / 0\n", "presets.py:2: ZeroDivisionError"),
+        ("", "AttributeError"),
+    ],
+)
+def test_a_bug_in_a_config_file_is_one_line_with_its_place(
+    launch, config_file, capsys, source, message
+):
+    config_file.write_text(source)
+    with pytest.raises(SystemExit) as exit_:
+        launch()
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("bad row"), 2),
+        (NonFiniteError("20 steps"), 3),
+        (CheckpointError("damaged\nhere"), 4),
+    ],
+)
+def test_the_way_a_run_ends_is_its_exit_code(launch, tmp_path, capsys, error, code):
+    def main(config, run):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        launch(main=main)
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    assert not (tmp_path / "runs").exists(), "a run that wrote nothing leaves nothing"
+
+
+def test_a_bug_keeps_its_traceback(launch):
+    def main(config, run):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        launch(main=main)
+
+
+def write_a_file(config, run):
+    (run.workdir / "log").write_text("x")
+
+
+def test_the_record_says_what_was_run(launch, config_file):
+    def main(config, run):
+        assert json.loads((run.workdir / "config.json").read_text())["mesh"] == "data:2"
+        run.record(data={"train": "ab12"})
+
+    _, run = launch("--mesh=data:2", "--config.steps=3", main=main)
+    record = json.loads((run.workdir / "config.json").read_text())
+    assert record["config"] == json.loads(json.dumps(dataclasses.asdict(Config(3, Adam(1e-3)))))
+    assert record["config_file"] == str(config_file)
+    assert record["command"][1:] == [
+        f"--workdir={run.workdir}",
+        "--mesh=data:2",
+        "--config.steps=3",
+    ]
+    assert record["data"] == {"train": "ab12"}
+    assert {"jax", "numpy", "python", "instruct_jax"} <= record["versions"].keys()
+    assert "commit" in record and record["started"].endswith("Z")
+    assert [p.name for p in run.workdir.iterdir()] == ["config.json"]
+
+
+def test_the_same_configuration_resumes_and_another_is_refused(launch, tmp_path, capsys):
+    launch(main=write_a_file)
+    launch(main=write_a_file)
+    record = (tmp_path / "runs" / "a" / "config.json").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        launch("--config.steps=3", "--config.adam.clip=none", main=write_a_file)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "another configuration (adam.clip was 1.0, is None, steps was 10, is 3)" in err
+    assert (tmp_path / "runs" / "a" / "config.json").read_bytes() == record
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(launch, tmp_path, capsys):
+    _, run = launch(main=write_a_file)
+    launch("--config.steps=3", "--overwrite")
+    assert [p.name for p in run.workdir.iterdir()] == ["config.json"]
+    (run.workdir / "config.json").rename(run.workdir / "thesis.tex")
+    with pytest.raises(SystemExit):
+        launch("--overwrite")
+    assert "so it is no run to delete" in capsys.readouterr().err
+    assert (run.workdir / "thesis.tex").exists()
+
+
+def test_a_mistake_found_late_keeps_an_earlier_run(launch, tmp_path):
+    def fail(config, run):
+        raise UserError("bad row")
+
+    launch(main=write_a_file)
+    with pytest.raises(SystemExit):
+        launch(main=fail)
+    assert sorted(p.name for p in (tmp_path / "runs" / "a").iterdir()) == ["config.json", "log"]
+
+
+SCRIPT = '''
+"""Counts to config.steps.
+
+    python count.py --config=presets.py:tiny
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from instruct_jax import cli
+
+@dataclass(frozen=True)
+class Adam:
+    learning_rate: float = 1.0
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1
+    adam: Adam = Adam()
+
+def main(config, run):
+    import jax
+    print(config.steps, run.workdir, jax.device_count(), jax.config.jax_compilation_cache_dir)
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="presets.py")
+'''
+
+
+@pytest.fixture
+def script(tmp_path, config_file, repository, monkeypatch):
+    (tmp_path / "count.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def call(*argv):
+        return subprocess.run(
+            [sys.executable, "count.py", *argv], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    return call
+
+
+def test_a_script_says_what_it_does_and_what_can_be_set(script):
+    done = script("--help", "--config.steps=7")
+    assert done.returncode == 0 and not done.stderr
+    for text in (
+        "Counts to config.steps.",
+        "python count.py --config=presets.py:tiny",
+        "--workdir DIR",
+        "fields, with their values in presets.py",
+        "--config.steps=7",
+        "--config.adam.learning_rate=0.001",
+    ):
+        assert text in done.stdout
+
+
+def test_a_script_runs_with_devices_and_a_cache_of_its_own(script, tmp_path):
+    done = script("--host_devices=3", "--config=presets.py:large")
+    cache = Path(tmp_path) / ".cache" / "instruct_jax" / "xla"
+    assert done.stdout.split() == ["10", "runs/presets", "3", str(cache)], done.stderr
+
+
+def test_a_misspelt_key_fails_within_two_seconds(script, tmp_path):
+    """R12: of processor time, since the machine may be busy."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = script("--config.adam.learning_rat=1")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: unknown key config.adam.learning_rat; did you mean config.adam.learning_rate?\n"
+    )
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_door_itself_does_not_load_jax():
+    code = "import sys, instruct_jax.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_outside_a_script_can_be_recorded(tmp_path):
+    Run(tmp_path / "notebook").record(data="x")
+    assert json.loads((tmp_path / "notebook" / "config.json").read_text()) == {"data": "x"}
+
+
+@dataclass(frozen=True)
+class Default:
+    adam: Adam = field(default_factory=lambda: Adam(2.0))
+
+
+def test_a_default_factory_is_a_default():
+    assert from_config(Default, {}) == Default(Adam(2.0))
