@@ -1,0 +1,101 @@
+"""Samples K answers to every prompt and has simulated labelers rank them (comparison data).
+
+    python experiments/collect.py --config=configs/collect.py:toyworld \\
+        --config.policy=runs/sft/model --workdir=runs/collect
+
+Writes WORKDIR/comparisons.jsonl, one K-wise ranking a line, and WORKDIR/labelers.json: how often
+two labelers agree on a pair, and how often the gold judge agrees with a labeler, which no reward
+model can beat. The labelers need a gold judge, so the prompts are those of the embedded world;
+rankings of your own go straight to experiments/reward_model.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from instruct_jax import cli
+from instruct_jax.data.rows import write_rows
+from instruct_jax.data.sources import DataConfig, ToySource, open_source
+from instruct_jax.errors import ConfigError
+from instruct_jax.feedback.labelers import (
+    accuracy,
+    agreement,
+    collect_rankings,
+    simulated_labelers,
+)
+from instruct_jax.sampling.complete import complete
+from instruct_jax.stages.stage import load_trained
+
+
+@dataclass(frozen=True)
+class Config:
+    """`policy` answers every prompt of the training split `completions` times."""
+
+    policy: str = "runs/sft/model"
+    data: DataConfig = DataConfig()
+    completions: int = 4
+    prompt_length: int = 56
+    response_length: int = 24
+    temperature: float = 1.0
+    batch_size: int = 256
+    labelers: int = 40
+    seed: int = 0
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Samples, ranks and returns the file of comparisons."""
+    policy = load_trained(config.policy, kind="language")
+    source = open_source(config.data)
+    if not isinstance(source, ToySource):
+        raise ConfigError("data.source must be 'toyworld': simulated labelers need its gold judge")
+    tokenizer = policy.tokenizer
+    prompts = [
+        row
+        for row in source.prompts("train")
+        if len(tokenizer.encode(row.text)) <= config.prompt_length
+    ]
+    answers = complete(
+        policy.model,
+        policy.params,
+        tokenizer,
+        [row.text for row in prompts for _ in range(config.completions)],
+        key=jax.random.key(config.seed),
+        max_new_tokens=config.response_length,
+        prompt_length=config.prompt_length,
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+    )
+    k = config.completions
+    groups = [answers[i : i + k] for i in range(0, len(answers), k)]
+    texts = [[answer.text for answer in group] for group in groups]
+    ended = [[answer.ended for answer in group] for group in groups]
+    judge = source.world.judge
+    labelers = simulated_labelers(judge, config.labelers, seed=config.seed)
+    rankings, second = (
+        collect_rankings(prompts, texts, labelers, seed=seed, ended=ended)
+        for seed in (config.seed, config.seed + 1)
+    )
+    gold = [
+        [judge(prompt, text, end).overall for text, end in zip(row, ends, strict=True)]
+        for prompt, row, ends in zip(prompts, texts, ended, strict=True)
+    ]
+    agree, ceiling = agreement(rankings, second), accuracy(rankings, gold)
+    report = {
+        "prompts": len(rankings),
+        "completions": k,
+        "labelers": config.labelers,
+        "agreement": agree.rate,
+        "agreement_standard_error": agree.standard_error,
+        "ceiling": ceiling.rate,
+        "ceiling_standard_error": ceiling.standard_error,
+    }
+    path = run.workdir / "comparisons.jsonl"
+    write_rows(path, rankings)
+    (run.workdir / "labelers.json").write_text(json.dumps(report, indent=2) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/collect.py")

@@ -1,0 +1,103 @@
+"""Improves a policy by PPO against a reward model (M5), with a pretraining mix PPO-ptx (M6).
+
+    python experiments/ppo.py --config=configs/ppo.py:toyworld_ptx \\
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+        --workdir=runs/ppo_ptx
+
+Writes WORKDIR/model (the exponential moving average of the policy, which is the one to use),
+metrics.jsonl, checkpoints and samples.jsonl. Run again, it resumes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from instruct_jax import cli
+from instruct_jax.data.loader import Batches, encode_documents, encode_prompts
+from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.errors import ConfigError
+from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.sampling.complete import complete
+from instruct_jax.stages import ppo
+from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.training.mesh import make_mesh
+
+PROBES = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """`init` is the policy's start and KL reference, `reward_model` a scalar model folder."""
+
+    init: str = "runs/rlhf_init/model"
+    reward_model: str = "runs/reward_model/model"
+    data: DataConfig = DataConfig()
+    ptx_length: int = 96
+    ppo: ppo.PPOConfig = ppo.PPOConfig()
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Trains and returns the model folder of the averaged policy."""
+    start = load_trained(config.init, kind="language")
+    reward = load_trained(config.reward_model, kind="scalar")
+    if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
+        raise ConfigError(
+            f"{config.reward_model} and {config.init} have different tokenizers; "
+            "the reward model must read the policy's tokens"
+        )
+    source = open_source(config.data)
+    prompts = encode_prompts(
+        source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
+    )
+    ptx = None
+    texts = [row.text for row in source.documents("train")]
+    held_out = encode_documents(
+        [row.text for row in source.documents("valid")], start.tokenizer, length=config.ptx_length
+    )["tokens"]
+    if config.ppo.ptx_coef > 0:
+        rows = encode_documents(texts, start.tokenizer, length=config.ptx_length)["tokens"]
+        size = config.ppo.updates * config.ppo.minibatch * config.ppo.ptx_ratio
+        ptx = Batches({"tokens": rows}, size, seed=config.ppo.seed + 1)
+
+    policy = start.model
+    probes = [row.text for row in source.prompts("valid")][:PROBES]
+
+    def evaluate(step: int, state: ppo.PPOState) -> dict[str, float]:
+        """Held-out pretraining loss, and a fixed set of prompts answered, for people to read."""
+        params = state.policy.ema
+        answers = complete(
+            policy,
+            params,
+            start.tokenizer,
+            probes,
+            key=jax.random.key(0),
+            max_new_tokens=config.ppo.response_length,
+            prompt_length=config.ppo.prompt_length,
+        )
+        with (run.workdir / "samples.jsonl").open("a") as file:
+            for prompt, answer in zip(probes, answers, strict=True):
+                row = {"step": step, "prompt": prompt, "response": answer.text}
+                file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
+        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out)}
+
+    state = ppo.train(
+        config.ppo,
+        policy,
+        reward.model,
+        start.params,
+        reward.params,
+        Batches(prompts, config.ppo.rollout_batch, seed=config.ppo.seed),
+        ptx=ptx,
+        eos_id=start.tokenizer.eos_id,
+        mesh=make_mesh(run.mesh),
+        workdir=run.workdir,
+        evaluate=evaluate,
+    )
+    trained = start._replace(params=state.policy.ema, stage="ppo")
+    return save_trained(run.workdir / "model", trained)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/ppo.py")

@@ -1,0 +1,69 @@
+"""Pretrains a GPT on plain text (M0), with a tokenizer of its own or a given one.
+
+    python experiments/pretrain.py --config=configs/pretrain.py:toyworld --workdir=runs/pretrain
+    python experiments/sft.py --config=configs/sft.py:toyworld --config.init=runs/pretrain/model ...
+
+Writes WORKDIR/model (a model folder), metrics.jsonl, checkpoints and config.json; run again, it
+resumes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from instruct_jax import cli
+from instruct_jax.data.loader import encode_documents
+from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
+from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.models.transformer import language_model
+from instruct_jax.stages import pretrain
+from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
+from instruct_jax.training.mesh import make_mesh
+
+
+@dataclass(frozen=True)
+class Config:
+    """`tokenizer` is a tokenizer.json or folder; None trains a byte-level BPE of `vocab_size`
+    entries.
+    """
+
+    data: DataConfig = DataConfig()
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    model: ModelConfig = ModelConfig()
+    pretrain: pretrain.PretrainConfig = pretrain.PretrainConfig()
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Trains and returns the model folder."""
+    source = open_source(config.data)
+    texts = [row.text for row in source.documents("train")]
+    if config.tokenizer is None:
+        tokenizer = train_bpe(texts, vocab_size=config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    length = config.pretrain.length
+    train_rows = encode_documents(texts, tokenizer, length=length)["tokens"]
+    held_out = [row.text for row in source.documents("valid")]
+    valid_rows = encode_documents(held_out, tokenizer, length=length)["tokens"]
+
+    model_config = config.model.build(tokenizer)
+    model = language_model(model_config)
+    params = pretrain.train(
+        config.pretrain,
+        model,
+        model.init(jax.random.key(config.pretrain.seed)),
+        train_rows,
+        mesh=make_mesh(run.mesh),
+        workdir=run.workdir,
+        evaluate=lambda _, state: {"valid_loss": held_out_loss(model, state.params, valid_rows)},
+    )
+    trained = TrainedModel("language", model_config, params, tokenizer, "pretrain")
+    notes = {"valid_loss": held_out_loss(model, params, valid_rows)}
+    return save_trained(run.workdir / "model", trained, notes=notes)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/pretrain.py")

@@ -1,0 +1,83 @@
+"""Fine-tunes a language model on demonstrations: the SFT model (M1), or the start of PPO (M3).
+
+    python experiments/sft.py --config=configs/sft.py:toyworld \\
+        --config.init=runs/pretrain/model --workdir=runs/sft
+    python experiments/sft.py --config=configs/sft.py:toyworld_rlhf_init \\
+        --config.init=runs/pretrain/model --workdir=runs/rlhf_init
+
+Writes WORKDIR/model and, with `--config.keep_epochs=True`, WORKDIR/epochs/N, from which
+`experiments/select.py` picks by reward-model score (SFT-4). Run again, it resumes.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instruct_jax import cli
+from instruct_jax.data.loader import encode_demonstrations, encode_documents
+from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.models.transformer import language_model
+from instruct_jax.stages import sft
+from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.training.mesh import make_mesh
+
+
+@dataclass(frozen=True)
+class Config:
+    """`init` is the model folder to start from."""
+
+    init: str = "runs/pretrain/model"
+    data: DataConfig = DataConfig()
+    sft: sft.SFTConfig = sft.SFTConfig()
+    keep_epochs: bool = False
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Trains and returns the model folder of the last epoch."""
+    start = load_trained(config.init, kind="language")
+    source = open_source(config.data)
+    lengths = {
+        "prompt_length": config.sft.prompt_length,
+        "response_length": config.sft.response_length,
+    }
+    rows = encode_demonstrations(source.demonstrations("train"), start.tokenizer, **lengths)
+    valid = encode_demonstrations(source.demonstrations("valid"), start.tokenizer, **lengths)
+    pretraining = None
+    if config.sft.pretrain_fraction > 0:
+        texts = [row.text for row in source.documents("train")]
+        width = rows["tokens"].shape[1]
+        pretraining = encode_documents(texts, start.tokenizer, length=width)["tokens"]
+
+    model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
+    model = language_model(model_config)
+    losses: dict[int, float] = {}
+
+    def keep(epoch: int, params: Any) -> None:
+        """SFT-4: every epoch's model, with its validation loss, for the choice by reward-model
+        score.
+        """
+        losses[epoch] = held_out_loss(model, params, **valid)
+        if config.keep_epochs:
+            kept = start._replace(config=model_config, params=params, stage="sft")
+            notes = {"epoch": epoch, "valid_loss": losses[epoch]}
+            save_trained(run.workdir / "epochs" / str(epoch), kept, notes=notes)
+
+    params = sft.train(
+        config.sft,
+        model,
+        start.params,
+        rows,
+        pretraining=pretraining,
+        mesh=make_mesh(run.mesh),
+        workdir=run.workdir,
+        on_epoch=keep,
+    )
+    trained = start._replace(config=model_config, params=params, stage="sft")
+    notes = {"valid_loss": losses.get(config.sft.epochs)}
+    return save_trained(run.workdir / "model", trained, notes=notes)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/sft.py")

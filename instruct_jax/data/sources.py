@@ -1,0 +1,166 @@
+"""Where a run's rows come from: the embedded world, or files and hub data sets.
+
+`open_source(DataConfig)` answers the same four questions for both: documents to pretrain on,
+demonstrations, comparisons, prompts, each for a split. Splits of the embedded world are disjoint in
+contributors (DATA-6); rows of files go to a split by a salted hash of their prompt, so adding data
+never moves a row and the completions of one prompt never straddle the border.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from instruct_jax.data.formats import (
+    read_comparisons,
+    read_demonstrations,
+    read_documents,
+    read_prompts,
+)
+from instruct_jax.data.rows import Comparison, DataError, Demonstration, Document, Prompt
+from instruct_jax.data.toyworld import ToyWorld
+from instruct_jax.errors import ConfigError
+
+Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`source` is "toyworld" (the `toy_` sizes) or "files" (paths, globs or hub ids of each row
+    type).
+
+    Comparisons are files in both cases: in the embedded world `experiments/collect.py` makes them.
+    """
+
+    source: str = "toyworld"
+    seed: int = 0
+    documents: tuple[str, ...] = ()
+    demonstrations: tuple[str, ...] = ()
+    comparisons: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    template: str | None = None
+    limit: int | None = None
+    # Rankings with more completions than this many are cut to a random few; near ties are ties.
+    completions: tuple[int, int] | None = None
+    tie_gap: float = 0.0
+    valid_fraction: float = 0.05
+    on_bad_row: str = "error"
+    toy_documents: int = 24_000
+    toy_demonstrations: int = 4_000
+    toy_prompts: int = 4_000
+    toy_valid: int = 512
+
+
+class Source(Protocol):
+    """Rows by split: "train", "valid" or "test" (files have one held-out part for both)."""
+
+    def documents(self, split: str) -> Sequence[Document]:
+        """Pretraining text."""
+        ...
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        """Prompts with a labeler's answer."""
+        ...
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        """Prompts with ranked completions."""
+        ...
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """Prompts alone."""
+        ...
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source a config names; ConfigError for an unknown one."""
+    if config.source == "toyworld":
+        return ToySource(config)
+    if config.source == "files":
+        return FileSource(config)
+    raise ConfigError(f"data.source {config.source!r} is neither 'toyworld' nor 'files'")
+
+
+class FileSource:
+    """Rows of the files, globs and hub ids of a DataConfig."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    def documents(self, split: str) -> Sequence[Document]:
+        """Documents of `config.documents`; whole documents go to one split."""
+        return self._rows("documents", read_documents, split, lambda row: row.text[:200])
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        """Demonstrations of `config.demonstrations`."""
+        return self._rows("demonstrations", read_demonstrations, split, lambda row: row.prompt)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        """Comparisons of `config.comparisons`."""
+        read = partial(
+            read_comparisons,
+            subsample=self.config.completions,
+            tie_gap=self.config.tie_gap,
+            seed=self.config.seed,
+        )
+        return self._rows("comparisons", read, split, lambda row: row.prompt)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """Prompts of `config.prompts`."""
+        return self._rows("prompts", read_prompts, split, lambda row: row.text)
+
+    def _rows(
+        self,
+        field: str,
+        read: Callable[..., Sequence[Row]],
+        split: str,
+        key: Callable[[Row], str],
+    ) -> list[Row]:
+        paths = getattr(self.config, field)
+        if not paths:
+            raise DataError(f"data.{field} is empty; name the files (or hub ids) to read")
+        rows: list[Row] = []
+        for path in paths:
+            rows += read(
+                path,
+                template=self.config.template,
+                limit=self.config.limit,
+                on_bad_row=self.config.on_bad_row,
+            )
+        held_out = split != "train"
+        return [row for row in rows if self._is_held_out(key(row)) == held_out]
+
+    def _is_held_out(self, text: str) -> bool:
+        digest = hashlib.sha256(f"split:{self.config.seed}:{text}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.config.valid_fraction * 2**64
+
+
+class ToySource:
+    """Rows of the embedded world; its judge stands behind `world`."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.world = ToyWorld(config.seed)
+        self._files = FileSource(config)
+
+    def documents(self, split: str) -> Sequence[Document]:
+        """The corpus; its last `toy_valid` documents are held out."""
+        n, held_out = self.config.toy_documents, self.config.toy_valid
+        corpus = self.world.pretraining_corpus(n + held_out)
+        return corpus[:n] if split == "train" else corpus[n:]
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        """Imperfect demonstrations by simulated labelers."""
+        return self.world.demonstrations(self._size("toy_demonstrations", split), split=split)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        """Collected comparisons, read from `config.comparisons`."""
+        return self._files.comparisons(split)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """Prompts with the hidden task that the judge needs in `meta`."""
+        return self.world.prompts(self._size("toy_prompts", split), split=split)
+
+    def _size(self, field: str, split: str) -> int:
+        size: Any = getattr(self.config, field) if split == "train" else self.config.toy_valid
+        return int(size)

@@ -1,0 +1,3 @@
+"""The paper, one file a stage: pretrain, sft, reward_model, ppo. Stages meet only through model
+folders.
+"""

@@ -1,0 +1,114 @@
+"""Stage 0: language-model pretraining, the GPT that InstructGPT starts from (M0).
+
+The loss is the mean next-token cross-entropy over all tokens of packed documents:
+
+    L = - (1/N) sum_b sum_t log p(x_{b,t+1} | x_{b,<=t})
+
+`language_loss` is the one language-model loss of the stages: pretraining, fine-tuning and the
+pretraining term of PPO-ptx differ only in the rows they give it and in their `loss_mask`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.data.loader import Batches
+from instruct_jax.losses import next_token_loss, sum_and_count
+from instruct_jax.models.transformer import Model
+from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit
+from instruct_jax.training.state import LossFn, TrainState
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Hyper-parameters of pretraining (MODEL-2 for the paper's batch sizes and learning rates)."""
+
+    epochs: float = 1.0
+    batch_size: int = 64
+    length: int = 96
+    learning_rate: float = 2e-3
+    warmup: int = 40
+    final_fraction: float = 0.1
+    adam: AdamConfig = AdamConfig(weight_decay=0.1)
+    micro_batches: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+
+
+def language_loss(model: Model, *, dropout: bool = False) -> LossFn:
+    """Next-token cross-entropy over the tokens that `loss_mask` marks.
+
+    The batch holds `tokens` int32[B, T], `mask` bool[B, T] (real tokens) and `loss_mask` bool[B, T]
+    (tokens that are targets; position 0 can never be one). Sums, not means: the caller divides once
+    by the global count. Dropout is on only when asked for: the ptx term of PPO runs without it.
+    """
+
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        tokens, targets = batch["tokens"], batch["loss_mask"][:, 1:]
+        logits = model.apply(
+            params, tokens, mask=batch["mask"], dropout_key=key if dropout else None
+        )
+        total, count = sum_and_count(next_token_loss(logits, tokens), targets)
+        hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).astype(jnp.float32)
+        return total, count, {"accuracy": sum_and_count(hits, targets)}
+
+    return loss
+
+
+def language_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Packed documents int32[N, T] as rows of `language_loss`: every token is real and is a
+    target.
+    """
+    real = np.ones(tokens.shape, bool)
+    return {"tokens": tokens, "mask": real, "loss_mask": real}
+
+
+def train(
+    config: PretrainConfig,
+    model: Model,
+    params: Any,
+    tokens: np.ndarray,
+    *,
+    mesh: Mesh,
+    workdir: Path,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+) -> Any:
+    """Trains `params` on packed documents int32[N, T]; returns the trained parameters.
+
+    Resumes from `workdir/checkpoints` when there is one.
+    """
+    batches = Batches(language_rows(tokens), config.batch_size, seed=config.seed)
+    steps = max(1, round(config.epochs * len(tokens) / config.batch_size))
+    state = fit(
+        language_loss(model, dropout=model.config.residual_dropout > 0),
+        params,
+        batches,
+        tx=cosine_adam(
+            config.adam,
+            config.learning_rate,
+            steps=steps,
+            warmup=config.warmup,
+            final=config.final_fraction,
+        ),
+        steps=steps,
+        key=jax.random.key(config.seed),
+        mesh=mesh,
+        workdir=workdir,
+        name="pretrain",
+        micro_batches=config.micro_batches,
+        evaluate=evaluate,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    return state.params

@@ -1,0 +1,175 @@
+"""Stage 2: the reward model, trained on K-wise rankings (M2).
+
+One prompt with its K ranked completions is one element of the batch (RM-2): K forwards, all pairs
+in one gradient step, every prompt of equal weight (RM-1):
+
+    loss(x) = -(1/|S|) sum_{(w,l) in S} log sigmoid(r(x, y_w) - r(x, y_l)),  S = pairs without ties
+
+The loss does not see a shift of r, so training ends by moving the head's bias until the labelers'
+demonstrations score 0 on average (RM-4). The bias is a parameter like any other: it is in the
+checkpoint, and the value model, which starts as a copy of the reward model, starts with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.data.loader import Batches
+from instruct_jax.errors import ConfigError
+from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
+from instruct_jax.models.transformer import Model, final_scores
+from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit, in_batches
+from instruct_jax.training.state import LossFn, TrainState
+
+NORMALISATIONS = ("demo_mean", "policy_meanstd", "none")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """RM-3: one epoch, 64 prompts a batch, cosine to 10 %; a second epoch overfits."""
+
+    epochs: float = 1.0
+    batch_size: int = 64
+    completions: int = 9
+    prompt_length: int = 1024
+    response_length: int = 1024
+    learning_rate: float = 9e-6
+    warmup: int = 0
+    final_fraction: float = 0.1
+    adam: AdamConfig = AdamConfig()
+    pair_norm: str = "valid"
+    residual_dropout: float = 0.0
+    normalisation: str = "demo_mean"
+    micro_batches: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+
+
+def sequence_scores(
+    model: Model, params: Any, tokens: jax.Array, mask: jax.Array, *, key: jax.Array | None = None
+) -> jax.Array:
+    """Reward of whole sequences: the head's output at the last real token (MODEL-4).
+
+    tokens int32[..., T] and mask bool[..., T] -> float32[...]. Left and right padding score alike.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, tokens.shape[-1])
+    outputs = model.apply(params, flat[0], mask=flat[1], dropout_key=key)
+    return final_scores(outputs, flat[1]).reshape(tokens.shape[:-1])
+
+
+def reward_loss(model: Model, *, pair_norm: str = "valid", dropout: bool = False) -> LossFn:
+    """K-wise ranking loss over a batch of `tokens` int32[B, K, T], `mask`, `ranks` int32[B, K],
+    `where`.
+
+    The count is the number of prompts with at least one pair that is not a tie, so that a prompt
+    whose labeler saw only ties weighs nothing.
+    """
+
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        ranks, where = batch["ranks"], batch["where"]
+        scores = sequence_scores(
+            model, params, batch["tokens"], batch["mask"], key=key if dropout else None
+        )
+        losses = ranking_loss(scores, ranks, where=where, pair_norm=pair_norm)
+        pairs = pair_counts(scores, ranks, where=where)
+        count = (pairs.total > 0).sum(dtype=jnp.float32)
+        metrics = {
+            "accuracy": (pairs.correct.sum(), pairs.total.sum()),
+            "score": sum_and_count(scores, where),
+        }
+        return losses.sum(), count, metrics
+
+    return loss
+
+
+def score_rows(
+    model: Model, params: Any, tokens: np.ndarray, mask: np.ndarray, *, batch_size: int = 64
+) -> np.ndarray:
+    """Scores float32[N] or [N, K] of encoded rows int32[N, (K,) T], in batches of `batch_size`
+    rows.
+    """
+    score = jax.jit(lambda p, t, m: sequence_scores(model, p, t, m))
+    return in_batches(lambda t, m: score(params, t, m), batch_size, tokens, mask)
+
+
+def normalise(model: Model, params: Any, rows: dict[str, np.ndarray], *, kind: str) -> Any:
+    """The same reward model with its scores on `rows` (tokens int32[N, T], mask) normalised.
+
+    "demo_mean" (RM-4, the paper): rows are demonstrations, r <- r - mean(r). "policy_meanstd" (the
+    2019 recipe): rows are samples of the pretrained policy, r <- (r - mean(r)) / sd(r). Both are
+    affine, so they are folded into the head. "none" returns `params`.
+    """
+    if kind == "none":
+        return params
+    scores = score_rows(model, params, rows["tokens"], rows["mask"]).astype(np.float64)
+    gain = 1.0 / scores.std() if kind == "policy_meanstd" else 1.0
+    return affine_scores(params, gain=gain, shift=-gain * scores.mean())
+
+
+def affine_scores(params: Any, *, gain: float = 1.0, shift: float = 0.0) -> Any:
+    """The same reward model with every score r replaced by gain * r + shift."""
+    head = params["head"]
+    head = {
+        "kernel": head["kernel"] * jnp.float32(gain),
+        "bias": head["bias"] * jnp.float32(gain) + jnp.float32(shift),
+    }
+    return {**params, "head": head}
+
+
+def train(
+    config: RewardModelConfig,
+    model: Model,
+    params: Any,
+    comparisons: dict[str, np.ndarray],
+    *,
+    standard: dict[str, np.ndarray] | None,
+    mesh: Mesh,
+    workdir: Path,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+) -> Any:
+    """Trains a scalar model on encoded comparisons and sets its zero point; returns the parameters.
+
+    `comparisons`: tokens int32[N, K, T], mask, ranks int32[N, K] (0 is best), where bool[N, K].
+    `standard` (tokens int32[N, T], mask) are the rows that fix the scale of the score, see
+    `normalise`; they may be None only when `config.normalisation` is "none". Resumes from
+    `workdir/checkpoints` when there is one.
+    """
+    if config.normalisation not in NORMALISATIONS:
+        raise ConfigError(f"normalisation {config.normalisation!r} is none of {NORMALISATIONS}")
+    if standard is None and config.normalisation != "none":
+        raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
+    batches = Batches(comparisons, config.batch_size, seed=config.seed)
+    steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
+    state = fit(
+        reward_loss(model, pair_norm=config.pair_norm, dropout=config.residual_dropout > 0),
+        params,
+        batches,
+        tx=cosine_adam(
+            config.adam,
+            config.learning_rate,
+            steps=steps,
+            warmup=config.warmup,
+            final=config.final_fraction,
+        ),
+        steps=steps,
+        key=jax.random.key(config.seed),
+        mesh=mesh,
+        workdir=workdir,
+        name="reward_model",
+        micro_batches=config.micro_batches,
+        evaluate=evaluate,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    return normalise(model, state.params, standard or {}, kind=config.normalisation)

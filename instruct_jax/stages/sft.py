@@ -1,0 +1,133 @@
+"""Stage 1: supervised fine-tuning on demonstrations (M1), and the initialisation of the RL policy
+(M3).
+
+    L = - (1/N) sum over response tokens (the stop token included) of log p(y_t | x, y_<t)
+
+Two recipes, one function (spec SFT-1..5):
+  * M1, the SFT baseline and the sampler of comparison data: 16 epochs, residual dropout 0.2.
+    Validation loss overfits after one epoch while the reward model's score keeps rising, so every
+    epoch is kept and `select_epoch` takes the one whose sampled answers the reward model likes best
+    (SFT-4).
+  * M3, where PPO starts and the KL reference: 2 epochs with a tenth of every batch replaced by
+    pretraining rows (SFT-5). The paper does not say a tenth of what; here it is of the batch's
+    rows.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.data.loader import Batches, Mixture
+from instruct_jax.models.transformer import Model
+from instruct_jax.stages.pretrain import language_loss, language_rows
+from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit
+from instruct_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """SFT-2: 16 epochs, 32 sequences a batch, no warm-up, cosine to 10 %, residual dropout 0.2."""
+
+    epochs: int = 16
+    batch_size: int = 32
+    prompt_length: int = 1024
+    response_length: int = 1024
+    learning_rate: float = 9.65e-6
+    warmup: int = 0
+    final_fraction: float = 0.1
+    adam: AdamConfig = AdamConfig()
+    residual_dropout: float = 0.2
+    loss_on_prompt: bool = False
+    pretrain_fraction: float = 0.0
+    micro_batches: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+
+
+def train(
+    config: SFTConfig,
+    model: Model,
+    params: Any,
+    demonstrations: dict[str, np.ndarray],
+    *,
+    pretraining: np.ndarray | None = None,
+    mesh: Mesh,
+    workdir: Path,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_epoch: Callable[[int, Any], None] | None = None,
+) -> Any:
+    """Fine-tunes `params` on encoded demonstrations; returns the parameters after the last epoch.
+
+    `demonstrations`: tokens int32[N, T], mask, loss_mask. `pretraining` int32[M, T] rows of the
+    same length fill `config.pretrain_fraction` of every batch. `on_epoch(epoch, params)` sees the
+    parameters after every epoch (SFT-4). Resumes from `workdir/checkpoints` when there is one.
+    """
+    rows = dict(demonstrations)
+    if config.loss_on_prompt:
+        rows["loss_mask"] = rows["mask"]
+    mixed = round(config.pretrain_fraction * config.batch_size)
+    own = config.batch_size - mixed
+    demonstrated = Batches(rows, own, seed=config.seed)
+    batches: Batches | Mixture = demonstrated
+    if mixed:
+        assert pretraining is not None, "pretrain_fraction > 0 needs pretraining rows"
+        extra = Batches(language_rows(pretraining), mixed, seed=config.seed + 1)
+        batches = Mixture(demonstrated, extra)
+    per_epoch = demonstrated.steps_per_epoch
+    steps = config.epochs * per_epoch
+
+    def at_epoch_end(step: int, state: TrainState) -> dict[str, float]:
+        """Called by the loop after update `step`, every `per_epoch` updates."""
+        if on_epoch is not None:
+            on_epoch(step // per_epoch, state.params)
+        return evaluate(step, state) if evaluate is not None else {}
+
+    state = fit(
+        language_loss(model, dropout=model.config.residual_dropout > 0),
+        params,
+        batches,
+        tx=cosine_adam(
+            config.adam,
+            config.learning_rate,
+            steps=steps,
+            warmup=config.warmup,
+            final=config.final_fraction,
+        ),
+        steps=steps,
+        key=jax.random.key(config.seed),
+        mesh=mesh,
+        workdir=workdir,
+        name="sft",
+        micro_batches=config.micro_batches,
+        evaluate=at_epoch_end,
+        eval_every=per_epoch,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    return state.params
+
+
+def select_epoch(scores: dict[int, float], *, losses: dict[int, float], path: Path) -> int:
+    """SFT-4: the epoch whose validation answers have the best mean reward-model score.
+
+    Writes the decision, with every epoch's score and validation loss beside it, to `path`.
+    Validation loss takes no part: it overfits after one epoch while answers still improve. Equal
+    scores go to the earlier.
+    """
+    best = max(sorted(scores), key=lambda epoch: scores[epoch])
+    decision = {
+        "selected_epoch": best,
+        "by": "mean reward-model score of sampled validation responses",
+        "epochs": {str(e): {"score": scores[e], "loss": losses.get(e)} for e in sorted(scores)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(decision, indent=2) + "\n")
+    return best

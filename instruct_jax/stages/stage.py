@@ -1,0 +1,204 @@
+"""What the stages share: the optimizer's fields, one way to fit, and the folder a trained model is
+kept in.
+
+A stage hands its result on as a model folder, and only so:
+
+    DIR/model.json       what it is: kind ("language" or "scalar"), the stage that made it, its
+    configuration DIR/tokenizer.json   the tokenizer it was trained with DIR/params/          the
+    parameters, fp32
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
+from instruct_jax.errors import ConfigError
+from instruct_jax.models.families import preset
+from instruct_jax.models.transformer import (
+    PARTITION_RULES,
+    Model,
+    TransformerConfig,
+    language_model,
+    scalar_model,
+)
+from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
+from instruct_jax.training.loop import train as run_loop
+from instruct_jax.training.mesh import tree_shardings
+from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.optim import adamw, cosine_schedule
+from instruct_jax.training.state import (
+    LossFn,
+    TrainState,
+    compile_step,
+    init_state,
+    make_train_step,
+    shard_state,
+)
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """Adam as the paper uses it (betas 0.9, 0.95); eps, decay and clip are not printed there."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A named size; the vocabulary is always the tokenizer's. None keeps the preset's value."""
+
+    preset: str = "mini"
+    max_length: int | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+    def build(self, tokenizer: Tokenizer) -> TransformerConfig:
+        """The preset with these changes; ValueError for an unknown preset name."""
+        base = preset(self.preset)
+        return dataclasses.replace(
+            base,
+            vocab_size=tokenizer.vocab_size,
+            max_length=self.max_length or base.max_length,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+
+
+def cosine_adam(
+    adam: AdamConfig, learning_rate: float, *, steps: int, warmup: int = 0, final: float = 0.1
+) -> optax.GradientTransformation:
+    """AdamW under the paper's schedule: cosine from the peak to `final` of it over `steps`
+    updates.
+    """
+    schedule = cosine_schedule(learning_rate, steps=steps, final=final, warmup=warmup)
+    return adamw(schedule, **dataclasses.asdict(adam))
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Any,
+    batch_at: Callable[[int], Any],
+    *,
+    tx: optax.GradientTransformation,
+    steps: int,
+    key: jax.Array,
+    mesh: Mesh,
+    workdir: Path,
+    name: str,
+    micro_batches: int = 1,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    log_every: int = 10,
+) -> TrainState:
+    """Minimises one loss by one optimizer for `steps` updates; resumes from
+    `workdir/checkpoints`.
+    """
+    state = shard_state(init_state(params, tx), mesh, PARTITION_RULES)
+    step = compile_step(make_train_step(loss_fn, tx, micro_batches=micro_batches), mesh, state)
+    with (
+        Checkpointer(workdir / "checkpoints") as checkpointer,
+        MetricLogger(workdir, name, total=steps) as logger,
+    ):
+        return run_loop(
+            step,
+            state,
+            batch_at=batch_at,
+            steps=steps,
+            key=key,
+            logger=logger,
+            checkpointer=checkpointer,
+            save_every=save_every,
+            evaluate=evaluate,
+            eval_every=eval_every,
+            log_every=log_every,
+        )
+
+
+class TrainedModel(NamedTuple):
+    """A model folder in memory."""
+
+    kind: str
+    config: TransformerConfig
+    params: Any
+    tokenizer: Tokenizer
+    stage: str
+
+    @property
+    def model(self) -> Model:
+        """The pure functions that `params` belong to."""
+        return (language_model if self.kind == "language" else scalar_model)(self.config)
+
+
+def save_trained(
+    directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
+) -> Path:
+    """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
+    `directory`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    save_model(directory / "params", trained.params, {"stage": trained.stage})
+    trained.tokenizer.save(directory)
+    about = {
+        "kind": trained.kind,
+        "stage": trained.stage,
+        "config": dataclasses.asdict(trained.config),
+        "notes": notes or {},
+    }
+    # Written last: a folder with a model.json is complete.
+    (directory / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+    return directory
+
+
+def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedModel:
+    """Reads a model folder. ConfigError when it is not one, or is not of the `kind` asked for."""
+    directory = Path(directory)
+    if not (directory / "model.json").is_file():
+        raise ConfigError(
+            f"{directory}: no model.json here; give the `model` folder that a stage wrote"
+        )
+    about = json.loads((directory / "model.json").read_text())
+    if kind is not None and about["kind"] != kind:
+        raise ConfigError(
+            f"{directory}: holds a {about['kind']} model ({about['stage']}), "
+            f"a {kind} model is needed"
+        )
+    params, _ = load_model(directory / "params")
+    return TrainedModel(
+        kind=about["kind"],
+        config=TransformerConfig(**about["config"]),
+        params=params,
+        tokenizer=load_tokenizer(directory),
+        stage=about["stage"],
+    )
+
+
+def place_params(params: Any, mesh: Mesh) -> Any:
+    """`params` on `mesh`, sharded by the models' partition rules, in buffers of their own."""
+    return jax.device_put(params, tree_shardings(mesh, PARTITION_RULES, params), may_alias=False)
+
+
+def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:
+    """`fn` over rows of `arrays`, `batch_size` at a time, as one array; the last batch is filled up
+    with copies of row 0, so that one compiled program serves all.
+    """
+    rows = len(arrays[0])
+    out = []
+    for start in range(0, rows, batch_size):
+        index = np.arange(start, start + batch_size)
+        index = np.where(index < rows, index, 0)
+        out.append(np.asarray(fn(*(array[index] for array in arrays))))
+    return np.concatenate(out)[:rows]
