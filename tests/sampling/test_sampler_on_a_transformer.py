@@ -15,17 +15,26 @@ ROWS = ([5, 9, 3], [7], [8, 8, 1, 2, 30, 31, 4, 4], [12, 60, 13, 14, 15])
 SETTINGS = dict(max_new_tokens=12, eos_id=EOS)
 
 
-@pytest.fixture(scope="module", params=["gpt", "llama"])
-def model(request):
-    shape = dict(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, max_length=96)
-    if request.param == "llama":
-        shape |= dict(norm="rmsnorm", activation="swiglu", positions="rope", num_kv_heads=2)
-    return language_model(TransformerConfig(**shape, init_std=0.3, vocab_multiple=64))
+SHAPE = dict(vocab_size=VOCAB, d_model=16, num_heads=4, max_length=96, vocab_multiple=64)
+GPT = dict(num_layers=2)
+LLAMA = dict(num_layers=1, norm="rmsnorm", activation="swiglu", positions="rope", num_kv_heads=2)
+
+
+def make_model(**options):
+    config = TransformerConfig(**SHAPE, **options, init_std=0.3)
+    return language_model(config), language_model(config).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    return model.init(jax.random.key(0))
+def gpt():
+    """(model, params) of a GPT of two layers."""
+    return make_model(**GPT)
+
+
+@pytest.fixture(scope="module")
+def rollout(gpt):
+    """What `gpt` samples for ROWS."""
+    return generate(*gpt, *prompts_of(), keys_of(4), **SETTINGS)
 
 
 def prompts_of(rows=ROWS, width=WIDTH):
@@ -39,70 +48,62 @@ def keys_of(count, seed=0):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cached_log_probs_equal_those_of_the_full_forward(model, params, temperature):
+@pytest.mark.parametrize(("options", "temperature"), [(GPT, 0.7), (LLAMA, 1.0)])
+def test_cached_log_probs_equal_those_of_the_full_forward(options, temperature):
     """T7: to 1e-4; what the trainer computes for the same tokens (NUM-4)."""
+    model, params = make_model(**options)
     rollout = generate(
         model, params, *prompts_of(), keys_of(4), **SETTINGS, temperature=temperature
     )
-    logits = model.apply(params, rollout.tokens, mask=rollout.mask)
-    full = token_log_probs(
-        logits[:, WIDTH - 1 : -1],
-        jnp.minimum(rollout.tokens[:, WIDTH:], VOCAB - 1),
-        temperature=temperature,
-    )
-    full = jnp.where(rollout.response_mask, full, 0.0)
-    np.testing.assert_allclose(rollout.log_probs, full, atol=1e-4)
+
+    @jax.jit
+    def full_forward(params, rollout):
+        logits = model.apply(params, rollout.tokens, mask=rollout.mask)[:, WIDTH - 1 : -1]
+        responses = jnp.minimum(rollout.tokens[:, WIDTH:], VOCAB - 1)
+        log_probs = token_log_probs(logits, responses, temperature=temperature)
+        return jnp.where(rollout.response_mask, log_probs, 0.0)
+
+    np.testing.assert_allclose(rollout.log_probs, full_forward(params, rollout), atol=1e-4)
 
 
-def test_greedy_decoding_is_the_argmax_of_the_full_forward(model, params):
-    rollout = generate(model, params, *prompts_of(), keys_of(4), **SETTINGS, temperature=0)
-    logits = model.apply(params, rollout.tokens, mask=rollout.mask)[:, WIDTH - 1 : -1]
-    best = jnp.where(rollout.response_mask, jnp.argmax(logits, axis=-1), VOCAB)
-    assert np.array_equal(rollout.tokens[:, WIDTH:], best)
+def test_greedy_decoding_is_the_argmax_of_the_full_forward(gpt):
+    model, params = gpt
+    greedy = generate(model, params, *prompts_of(), keys_of(4), **SETTINGS, temperature=0)
+    apply = jax.jit(lambda tokens, mask: model.apply(params, tokens, mask=mask))
+    best = np.argmax(apply(greedy.tokens, greedy.mask), axis=-1)[:, WIDTH - 1 : -1]
+    best = np.where(greedy.response_mask, best, VOCAB)
+    assert np.array_equal(greedy.tokens[:, WIDTH:], best)
 
 
-def test_a_batch_samples_what_each_row_alone_would(model, params):
-    """R15: tokens equal, log-probs to 1e-5."""
-    prompts, mask = prompts_of()
-    keys = keys_of(4)
-    together = generate(model, params, prompts, mask, keys, **SETTINGS)
-    for b in range(4):
-        alone = generate(
-            model, params, prompts[b : b + 1], mask[b : b + 1], keys[b : b + 1], **SETTINGS
-        )
-        assert np.array_equal(alone.tokens[0], together.tokens[b])
-        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[b], atol=1e-5)
+def test_a_batch_samples_what_each_row_alone_would(gpt, rollout):
+    """R15: tokens equal, log-probs to 1e-5. Row 1, unpadded, is one token: nothing to prefill."""
+    for b, width in enumerate([WIDTH, 1, WIDTH, WIDTH]):
+        prompt = prompts_of([ROWS[b]], width=width)
+        alone = generate(*gpt, *prompt, keys_of(4)[b : b + 1], **SETTINGS)
+        assert np.array_equal(alone.tokens[0, width:], rollout.tokens[b, WIDTH:])
+        np.testing.assert_allclose(alone.log_probs[0], rollout.log_probs[b], atol=1e-5)
 
 
-@pytest.mark.parametrize("extra", [1, 63])
-def test_more_padding_on_the_left_changes_nothing(model, params, extra):
+def test_more_padding_on_the_left_changes_nothing(gpt, rollout):
     """T5: no log-prob moves by more than 1e-5."""
-    base = generate(model, params, *prompts_of(), keys_of(4), **SETTINGS)
-    padded = generate(model, params, *prompts_of(width=WIDTH + extra), keys_of(4), **SETTINGS)
-    assert np.array_equal(padded.tokens[:, WIDTH + extra :], base.tokens[:, WIDTH:])
-    np.testing.assert_allclose(padded.log_probs, base.log_probs, atol=1e-5)
+    width = WIDTH + 63
+    padded = generate(*gpt, *prompts_of(width=width), keys_of(4), **SETTINGS)
+    assert np.array_equal(padded.tokens[:, width:], rollout.tokens[:, WIDTH:])
+    np.testing.assert_allclose(padded.log_probs, rollout.log_probs, atol=1e-5)
 
 
-def test_a_one_token_prompt_needs_no_prefill(model, params):
-    alone = generate(model, params, *prompts_of([[7]], width=1), keys_of(2)[1:], **SETTINGS)
-    padded = generate(model, params, *prompts_of(), keys_of(4), **SETTINGS)
-    assert np.array_equal(alone.tokens[0, 1:], padded.tokens[1, WIDTH:])
-
-
-@pytest.mark.parametrize("axes", ["data:8", "data:2,fsdp:2,tensor:2"])
-def test_a_mesh_samples_what_one_device_would(model, params, axes):
+def test_a_mesh_samples_what_one_device_would(gpt, rollout):
     """The rows of a batch are spread over data and fsdp; tokens are the same."""
-    mesh = make_mesh(axes)
-    rows = ROWS * 4
+    model, params = gpt
+    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    rows = ROWS * 2
     prompts, mask = prompts_of(rows)
-    keys = keys_of(len(rows))
-    single = generate(model, params, prompts, mask, keys, **SETTINGS)
+    keys = jnp.tile(keys_of(4), 2)
     sharded = jax.device_put(params, tree_shardings(mesh, PARTITION_RULES, params))
     batch = jax.device_put((prompts, mask, keys), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         spread = generate(model, sharded, *batch, **SETTINGS)
-    assert np.array_equal(single.tokens, spread.tokens)
-    np.testing.assert_allclose(single.log_probs, spread.log_probs, atol=1e-4)
+    assert np.array_equal(spread.tokens, np.tile(rollout.tokens, (2, 1)))
+    np.testing.assert_allclose(spread.log_probs, np.tile(rollout.log_probs, (2, 1)), atol=1e-4)
     rows_here = spread.tokens.sharding.shard_shape(spread.tokens.shape)[0]
     assert rows_here == len(rows) // (mesh.shape["data"] * mesh.shape["fsdp"])
