@@ -1,0 +1,1 @@
+"""Evaluation: win rates, reward-model metrics, held-out loss and few-shot tasks, and the report."""
