@@ -14,10 +14,20 @@ gpt4llm_7b, gpt4llm_small  Peng et al. 2023: three models' answers scored by GPT
 
 Ziegler et al. took a softmax over the four answers and decayed the learning rate linearly; here the
 best of four is ranked above three tied ones, and the decay is a cosine to zero.
+
+What a preset leaves out has the default of its dataclass: in the stages, the paper's value.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+TOYWORLD = {
+    "data.comparisons": ("runs/collect/comparisons.jsonl",),
+    "reward_model.batch_size": 32,
+    "reward_model.completions": 4,
+    "reward_model.prompt_length": 64,
+    "reward_model.response_length": 32,
+    "reward_model.learning_rate": 3e-4,
+}
 
 LMHP = {
     "init": "runs/gpt2/model",
@@ -45,8 +55,9 @@ GPT4LLM = {
 }
 
 PRESETS = {
-    "toyworld": {},
-    "debug": {
+    "toyworld": TOYWORLD,
+    "debug": TOYWORLD
+    | {
         "data.toy_demonstrations": 64,
         "data.toy_valid": 16,
         "reward_model.batch_size": 8,
@@ -113,48 +124,7 @@ PRESETS = {
 def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
     if name not in PRESETS:
-        raise ValueError(
-            f"no preset {name!r} in configs/reward_model.py; it has {', '.join(PRESETS)}"
-        )
-    config = ConfigDict(
-        {
-            "init": "runs/sft/model",
-            "data": {
-                "source": "toyworld",
-                "seed": 0,
-                "documents": (),
-                "demonstrations": (),
-                "comparisons": ("runs/collect/comparisons.jsonl",),
-                "prompts": (),
-                "template": placeholder(str),
-                "limit": placeholder(int),
-                "valid_fraction": 0.05,
-                "on_bad_row": "error",
-                "toy_documents": 24_000,
-                "toy_demonstrations": 4_000,
-                "toy_prompts": 4_000,
-                "toy_valid": 512,
-            },
-            "reward_model": {
-                "epochs": 1.0,
-                "batch_size": 32,
-                "completions": 4,
-                "prompt_length": 64,
-                "response_length": 32,
-                "learning_rate": 3e-4,
-                "warmup": 0,
-                "final_fraction": 0.1,
-                "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0},
-                "pair_norm": "valid",
-                "residual_dropout": 0.0,
-                "normalisation": "demo_mean",
-                "micro_batches": 1,
-                "seed": 0,
-                "log_every": 10,
-                "eval_every": 0,
-                "save_every": 0,
-            },
-        }
-    )
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict({"data": {}, "reward_model": {"adam": {}}})
     config.update_from_flattened_dict(PRESETS[name])
     return config

@@ -13,10 +13,19 @@ gpt4llm_7b, gpt4llm_small           Peng et al. 2023 on LLaMA-7B, and on a small
 
 The labelers' demonstrations of InstructGPT were never published: put yours under data/, or name
 hub ids in --config.data.demonstrations.
+
+What a preset leaves out has the default of its dataclass: in the stages, the paper's value.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+TOYWORLD = {
+    "sft.epochs": 3,
+    "sft.prompt_length": 64,
+    "sft.response_length": 32,
+    "sft.learning_rate": 5e-4,
+    "sft.residual_dropout": 0.0,
+}
 
 # One tenth of every batch is pretraining text; two epochs (SFT-5).
 RLHF_INIT = {"sft.epochs": 2, "sft.pretrain_fraction": 0.1}
@@ -67,9 +76,10 @@ GPT4LLM = {
 }
 
 PRESETS = {
-    "toyworld": {},
-    "toyworld_rlhf_init": RLHF_INIT,
-    "debug": {
+    "toyworld": TOYWORLD,
+    "toyworld_rlhf_init": TOYWORLD | RLHF_INIT,
+    "debug": TOYWORLD
+    | {
         "data.toy_documents": 128,
         "data.toy_demonstrations": 64,
         "data.toy_valid": 16,
@@ -114,46 +124,7 @@ PRESETS = {
 def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r} in configs/sft.py; it has {', '.join(PRESETS)}")
-    config = ConfigDict(
-        {
-            "init": "runs/pretrain/model",
-            "keep_epochs": False,
-            "data": {
-                "source": "toyworld",
-                "seed": 0,
-                "documents": (),
-                "demonstrations": (),
-                "comparisons": (),
-                "prompts": (),
-                "template": placeholder(str),
-                "limit": placeholder(int),
-                "valid_fraction": 0.05,
-                "on_bad_row": "error",
-                "toy_documents": 24_000,
-                "toy_demonstrations": 4_000,
-                "toy_prompts": 4_000,
-                "toy_valid": 512,
-            },
-            "sft": {
-                "epochs": 3,
-                "batch_size": 32,
-                "prompt_length": 64,
-                "response_length": 32,
-                "learning_rate": 5e-4,
-                "warmup": 0,
-                "final_fraction": 0.1,
-                "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0},
-                "residual_dropout": 0.0,
-                "loss_on_prompt": False,
-                "pretrain_fraction": 0.0,
-                "micro_batches": 1,
-                "seed": 0,
-                "log_every": 10,
-                "eval_every": 0,
-                "save_every": 0,
-            },
-        }
-    )
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict({"data": {}, "sft": {"adam": {}}})
     config.update_from_flattened_dict(PRESETS[name])
     return config
