@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.cli import from_config
-from instruct_jax.cli.config import load_config
+from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
 from instruct_jax.models import families
 from instruct_jax.models.transformer import language_model
@@ -38,6 +38,15 @@ def test_every_preset_opens_the_strict_door(script, name):
     assert dataclasses.is_dataclass(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.data = None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_setting_one_field_of_adam_keeps_its_neighbours(script):
+    config_class = importlib.import_module(f"experiments.{script}").Config
+    values = load_config(f"configs/{script}.py:toyworld")
+    before = getattr(from_config(config_class, values), script).adam
+    after = getattr(resolve(config_class, values, {f"{script}.adam.clip": "0.5"}), script).adam
+    assert after == dataclasses.replace(before, clip=0.5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
