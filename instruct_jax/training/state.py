@@ -5,8 +5,8 @@ A loss function returns sums and counts, never means. Sums are added over micro-
 the global count. So the loss and the gradient do not depend on how a batch is split (JAX-4, JAX-5).
 
 The update is guarded. Where the gradient is not finite, or larger than a limit, the step keeps
-parameters, optimizer (its count too) and average bit for bit, and is counted. It selects between
-old and new: multiplying by a zero would let the NaN through.
+parameters, optimizer (its count too) and average bit for bit, and is counted. It takes the old
+state or the new: multiplying the update by zero would let a NaN through.
 """
 
 import math
@@ -157,14 +157,16 @@ def apply_gradients(
     if loss is not None:
         accepted &= jnp.isfinite(loss)
 
-    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer count
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema if ema_decay is None else ema_update(state.ema, params, ema_decay)
-    params, opt_state, ema = jax.tree.map(
-        lambda new, old: jnp.where(accepted, new, old),
-        (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema),
+    def update() -> tuple[Any, Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer count
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema if ema_decay is None else ema_update(state.ema, params, ema_decay)
+        return params, opt_state, ema
+
+    # A branch: a select of every leaf would keep a second copy of the state alive.
+    params, opt_state, ema = jax.lax.cond(
+        accepted, update, lambda: (state.params, state.opt_state, state.ema)
     )
     skipped = (~accepted).astype(jnp.int32)
     in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)

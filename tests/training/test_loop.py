@@ -23,7 +23,9 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return fingerprint(run(tmp_path_factory.mktemp("whole"), STEPS))
+    """The workdir and the sha256 of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, fingerprint(run(workdir, STEPS))
 
 
 def rows(workdir, name="tiny"):
@@ -74,7 +76,7 @@ def test_killed_and_preempted_a_run_ends_with_the_same_bits(tmp_path, repository
     process = start(repository, tmp_path, pause=0)
     out, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
-    assert out.strip() == uninterrupted
+    assert out.strip() == uninterrupted[1]
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
 
 
@@ -92,22 +94,21 @@ def test_a_signal_saves_the_step_and_exits_with_code_0(tmp_path, uninterrupted, 
         run(tmp_path, STEPS, batch_at=batch_at, save_every=0)
     assert stopped.value.code == 0 and signal.getsignal(number) is before
     assert 18 <= rows(tmp_path)[-1]["step"] <= 22
-    assert fingerprint(run(tmp_path, STEPS)) == uninterrupted
+    assert fingerprint(run(tmp_path, STEPS)) == uninterrupted[1]
 
 
-def test_a_run_goes_on_with_another_mesh(tmp_path):
-    """T55: the same losses to 1e-5; a finished run is returned as it is."""
-    whole = run(tmp_path / "whole", 12)
-    with pytest.raises(UserError):
-        run(tmp_path / "parts", 12, batch_at=fail_at(7))
-    run(tmp_path / "parts", 12, mesh="fsdp:4")
-    first, second = rows(tmp_path / "whole"), rows(tmp_path / "parts")
-    assert [row["step"] for row in second] == [row["step"] for row in first]
-    np.testing.assert_allclose(
-        [row["loss"] for row in second], [row["loss"] for row in first], rtol=1e-5
-    )
-    again = run(tmp_path / "whole", 12, batch_at=fail_at(0))
-    assert fingerprint(again) == fingerprint(whole)
+def test_a_run_goes_on_with_another_mesh(tmp_path, uninterrupted):
+    """T55: the same losses to 1e-5."""
+    with pytest.raises(UserError, match="row 3 is malformed"):
+        run(tmp_path, STEPS, batch_at=fail_at(20))
+    run(tmp_path, STEPS, mesh="fsdp:4")
+    losses = [[row["loss"] for row in rows(workdir)] for workdir in (tmp_path, uninterrupted[0])]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_finished_run_has_nothing_to_do(uninterrupted):
+    workdir, sha = uninterrupted
+    assert fingerprint(run(workdir, STEPS, batch_at=fail_at(0))) == sha
 
 
 def fail_at(step):

@@ -164,24 +164,44 @@ def test_the_schedule_counts_updates_and_not_batches():
 
 # --- PPO-ptx: two gradients, one update --------------------------------------------------------
 
+PTX_TX = adamw(1e-3, eps=1e-12, clip=None)
+
 
 def ptx_loss(params, batch, key):
     total, count, _ = tiny.loss_fn(params, batch | {"y": -2.0 * batch["y"]}, key)
     return 3.0 * total, count, {}
 
 
-def ptx_update(tx, state, coefficient):
-    pg = accumulate_gradients(tiny.loss_fn, state.params, tiny.batch(0, rows=8), KEY)
-    mix = accumulate_gradients(ptx_loss, state.params, tiny.batch(1, rows=64), KEY, micro_batches=8)
-    grads = jax.tree.map(lambda a, b: a + coefficient * b, pg.grads, mix.grads)
-    return apply_gradients(state, grads, tx)[0], grads
+@jax.jit
+def pg_gradients(params):
+    return accumulate_gradients(tiny.loss_fn, params, tiny.batch(0, rows=8), KEY).grads
+
+
+@jax.jit
+def ptx_gradients(params):
+    batch = tiny.batch(1, rows=64)
+    return accumulate_gradients(ptx_loss, params, batch, KEY, micro_batches=8).grads
+
+
+@jax.jit
+def apply(state, grads):
+    return apply_gradients(state, grads, PTX_TX)[0]
+
+
+def summed(params, coefficient):
+    return jax.tree.map(
+        lambda pg, ptx: pg + coefficient * ptx, pg_gradients(params), ptx_gradients(params)
+    )
+
+
+def moved(state, grads):
+    moves = jax.tree.map(jnp.subtract, apply(state, grads).params, state.params)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moves)])
 
 
 def test_the_ptx_gradient_is_the_sum_and_there_is_one_update():
     """T36: the input gradient of the single update is dL_pg + g * dL_ptx."""
-    tx = adamw(1e-3)
-    state = init_state(tiny.init(KEY), tx)
-    after, grads = ptx_update(tx, state, 27.8)
+    state = init_state(tiny.init(KEY), PTX_TX)
 
     def objective(params):
         means = []
@@ -190,38 +210,27 @@ def test_the_ptx_gradient_is_the_sum_and_there_is_one_update():
             means.append(total / count)
         return means[0] + 27.8 * means[1]
 
-    assert_close(grads, jax.grad(objective)(state.params), rtol=1e-5, atol=1e-5)
+    grads = summed(state.params, 27.8)
+    assert_close(grads, jax.jit(jax.grad(objective))(state.params), rtol=1e-5, atol=1e-5)
+    after = apply(state, grads)
     assert int(after.updates) == 1 and int(after.opt_state[1].count) == 1
 
 
 def test_a_ptx_coefficient_of_zero_is_ppo():
     """T36: bit-equal."""
-    tx = adamw(1e-3)
-    state = init_state(tiny.init(KEY), tx)
-    pg = accumulate_gradients(tiny.loss_fn, state.params, tiny.batch(0, rows=8), KEY)
-    assert same_bits(ptx_update(tx, state, 0.0)[0], apply_gradients(state, pg.grads, tx)[0])
+    state = init_state(tiny.init(KEY), PTX_TX)
+    ppo = apply(state, pg_gradients(state.params))
+    assert same_bits(apply(state, summed(state.params, 0.0)), ppo)
 
 
 def test_only_the_summed_gradient_gives_the_ptx_coefficient_a_meaning():
     """T37: a separate update is blind to the coefficient; the single update turns with it."""
-    tx = adamw(1e-3, eps=1e-12, clip=None)
-    state = init_state(tiny.init(KEY), tx)
-
-    def separate(coefficient):
-        mix = accumulate_gradients(ptx_loss, state.params, tiny.batch(1, rows=64), KEY)
-        grads = jax.tree.map(lambda g: coefficient * g, mix.grads)
-        return apply_gradients(state, grads, tx)[0].params
-
-    assert_close(separate(1.0), separate(2.0), rtol=1e-5)
-
-    def direction(coefficient):
-        after, _ = ptx_update(tx, state, coefficient)
-        moves = jax.tree.map(jnp.subtract, after.params, state.params)
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moves)])
-
-    one, two = direction(0.1), direction(0.2)
-    cosine = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
-    assert cosine < 0.999
+    state = init_state(tiny.init(KEY), PTX_TX)
+    alone = ptx_gradients(state.params)
+    doubled = jax.tree.map(lambda g: 2.0 * g, alone)
+    np.testing.assert_allclose(moved(state, alone), moved(state, doubled), rtol=1e-4)
+    one, two = (moved(state, summed(state.params, g)) for g in (0.1, 0.2))
+    assert one @ two / np.linalg.norm(one) / np.linalg.norm(two) < 0.999
 
 
 # --- precision ---------------------------------------------------------------------------------
@@ -248,13 +257,13 @@ def test_small_updates_reach_float32_masters_and_are_lost_in_bfloat16():
 
 def test_the_average_is_float32_and_follows_every_update():
     tx = adamw(1e-2)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.init(KEY))
+    params = tiny.init(KEY)
     state = init_state(params, tx, ema=True)
-    assert {x.dtype for x in jax.tree.leaves(state.ema)} == {np.dtype(np.float32)}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    averages = jax.tree.leaves(init_state(half, tx, ema=True).ema)
+    assert {x.dtype for x in averages} == {np.dtype(np.float32)}
     after, _ = apply_gradients(state, jax.tree.map(jnp.ones_like, params), tx, ema_decay=0.992)
-    expected = jax.tree.map(
-        lambda e, p: 0.992 * e + 0.008 * p.astype(jnp.float32), state.ema, after.params
-    )
+    expected = jax.tree.map(lambda e, p: 0.992 * e + 0.008 * p, state.ema, after.params)
     assert_close(after.ema, expected)
     kept, _ = apply_gradients(state, jax.tree.map(jnp.ones_like, params), tx)
     assert same_bits(kept.ema, state.ema)
