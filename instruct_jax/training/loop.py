@@ -143,7 +143,7 @@ def train(
     return state
 
 
-def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any]]:
+def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any], None, None]:
     """(i, batch_at(i)) for i in `steps`; the next batch is made in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = [pool.submit(batch_at, i) for i in steps[:1]]

@@ -13,7 +13,7 @@ import pytest
 
 from instruct_jax.errors import NonFiniteError, UserError
 from instruct_jax.training.checkpoint import Checkpointer
-from instruct_jax.training.loop import train
+from instruct_jax.training.loop import catch_stop_signals, train
 from instruct_jax.training.metrics import MetricLogger
 from tests.training import tiny
 from tests.training.run_tiny import fingerprint, run
@@ -95,6 +95,13 @@ def test_a_signal_saves_the_step_and_exits_with_code_0(tmp_path, uninterrupted, 
     assert stopped.value.code == 0 and signal.getsignal(number) is before
     assert 18 <= rows(tmp_path)[-1]["step"] <= 22
     assert fingerprint(run(tmp_path, STEPS)) == uninterrupted[1]
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop and stop.name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_goes_on_with_another_mesh(tmp_path, uninterrupted):
