@@ -174,62 +174,56 @@ def _line_records(path: Path, file: io.BufferedReader) -> Stream:
             yield error
 
 
-def _parse(text: str, path: Path, line: int) -> Record:
-    hint = None
-    try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        if text.startswith("\ufeff"):
-            hint = "a byte order mark inside the file: were files joined?"
-        elif error.pos >= len(text.rstrip()):
-            hint = "one whole JSON object a line, or one array of objects a file"
-        reason = f"not JSON: {error.msg}"
-        near = text[max(0, error.pos - 20) :]
-        raise DataError(
-            reason, path=path, line=line, column=error.colno, excerpt=near, hint=hint
-        ) from None
-    except _RowError as error:
-        raise error.at(text, path, line, 1) from None
-    except RecursionError:
-        raise DataError("nested too deeply", path=path, line=line, excerpt=text) from None
-    return _record(value, path, line, 1, text)
-
-
 def _array_records(path: Path, file: io.BufferedReader) -> Stream:
+    """The elements are found first and then parsed as lines are, each at its own place."""
     text = _decode(file.read(), path, 1).removeprefix("\ufeff")
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-    at, line, column = text.index("[") + 1, 1, 1
-    line, column = _position(text, at, line, column)
+    decoder = json.JSONDecoder()
+    end = text.index("[") + 1
+    line, column = _position(text, end, 1, 1)
     while True:
-        start = _skip(text, at, " \t\r\n,")
-        line, column = _position(text[at:start], start - at, line, column)
+        start = _skip(text, end, " \t\r\n,")
+        line, column = _position(text[end:start], start - end, line, column)
         if text[start : start + 1] == "]":
             return
-        end = start
         try:
-            value, end = decoder.raw_decode(text, start)
-            record = _record(value, path, line, column, text[start:end])
-        except json.JSONDecodeError as error:
-            near = text[max(0, error.pos - 20) : error.pos + 60]
-            raise DataError(
-                f"not JSON: {error.msg}",
-                path=path,
-                line=error.lineno,
-                column=error.colno,
-                excerpt=near,
-                hint="nothing after this place can be read",
-            ) from None
-        except RecursionError:
-            raise DataError("nested too deeply", path=path, line=line, column=column) from None
-        except _RowError as error:
-            _, end = json.JSONDecoder().raw_decode(text, start)
-            yield error.at(text[start:end], path, line, column)
+            _, after = decoder.raw_decode(text, start)
+        except (RecursionError, ValueError) as error:
+            raise _not_json(error, text, path, 1, hint="nothing after this can be read") from None
+        try:
+            yield _parse(text[start:after], path, line, column)
         except DataError as error:
             yield error
-        else:
-            yield record
-        line, column = _position(text[start:end], end - start, line, column)
-        at = end
+        line, column = _position(text[start:after], after - start, line, column)
+        end = after
+
+
+def _parse(text: str, path: Path, line: int, column: int = 1) -> Record:
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except _RowError as error:
+        raise error.at(text, path, line, column) from None
+    except (RecursionError, ValueError) as error:
+        raise _not_json(error, text, path, line) from None
+    if not isinstance(value, dict):
+        reason = f"expected an object, found {kind_of(value)}"
+        raise DataError(reason, path=path, line=line, column=column, excerpt=text)
+    return Record(value, str(path), line, column, text)
+
+
+def _not_json(
+    error: Exception, text: str, path: Path, line: int, *, hint: str | None = None
+) -> DataError:
+    """What the library says, at its place in `text`, which starts at `line`."""
+    # Deep nesting and numbers of thousands of digits fail without a position.
+    at = error.pos if isinstance(error, json.JSONDecodeError) else 0
+    if text.startswith("\ufeff"):
+        hint = "a byte order mark inside the file: were files joined?"
+    elif hint is None and at >= len(text.rstrip()):
+        hint = "one whole JSON object a line, or one array of objects a file"
+    line, column = _position(text, at, line, 1)
+    reason = f"not JSON: {getattr(error, 'msg', error)}"
+    near = text[max(0, at - 20) : at + 60]
+    return DataError(reason, path=path, line=line, column=column, excerpt=near, hint=hint)
 
 
 def _csv_records(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
@@ -301,13 +295,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise _RowError(f"{name} is not a number in JSON", name)
-
-
-def _record(value: Any, path: Path, line: int, column: int, raw: str) -> Record:
-    if not isinstance(value, dict):
-        reason = f"expected an object, found {kind_of(value)}"
-        raise DataError(reason, path=path, line=line, column=column, excerpt=raw)
-    return Record(value, str(path), line, column, raw)
 
 
 def _decode(data: bytes, path: Path, line: int) -> str:

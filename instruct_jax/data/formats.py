@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from instruct_jax.data.fields import Fields
 from instruct_jax.data.files import Record, Split, hash_files, open_records
-from instruct_jax.data.layouts import FORMATS, Case, Fields, Format, Instruction, Kind, joined
+from instruct_jax.data.layouts import FORMATS, Case, Format, Instruction, Kind, joined
 from instruct_jax.data.rows import (
     Comparison,
     DataError,
@@ -218,10 +219,9 @@ def _read(
                 continue
             rows += made[: None if limit is None else limit - len(rows)]
             report.rows += len(made)
-        if not formats and last_error is not None:
-            raise last_error  # no row of the file is known: a wrong file rather than bad rows
-        if not formats and (limit is None or len(rows) < limit):
-            raise DataError("no rows", path=path)
+        if report.rows == 0 and (limit is None or len(rows) < limit):
+            # Not one good row: a wrong file rather than one with bad rows.
+            raise last_error or DataError("no rows", path=path)
         (logger.warning if report.bad else logger.info)("%s", report)
     rows.report = tuple(reports)
     return rows

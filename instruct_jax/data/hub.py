@@ -51,15 +51,20 @@ def load_hub(source: str) -> Iterable[dict[str, Any]]:
         hint = "check the connection, or give a path to a local copy"
         raise DataError("no such path, and the hub cannot be reached", path=source, hint=hint)
     import datasets
+    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not online
+    # Both libraries read the environment once, on import; with no answer they must not ask again.
+    settings = (datasets.config, constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
     try:
+        for module, was_offline in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = was_offline or not online
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds; all mean "not to be had"
         raise DataError(_first_line(error), path=source) from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        for module, was_offline in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = was_offline
 
 
 def is_saved(folder: Path) -> bool:
@@ -127,11 +132,20 @@ def _reachable(name: str) -> bool:
 
 
 def _in_cache(name: str) -> bool:
+    """Whether either library has a copy; they change the case of a name and its underscores."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    fetched = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    copies = prepared / name.replace("/", "___"), fetched / f"datasets--{name.replace('/', '--')}"
-    return any(copy.exists() for copy in copies)
+    folders = (
+        Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")),
+        Path(os.environ.get("HF_HUB_CACHE", home / "hub")),
+    )
+    wanted = {_letters(name), _letters(f"datasets{name}")}
+    return any(
+        _letters(child.name) in wanted for f in folders if f.is_dir() for child in f.iterdir()
+    )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import random
 import re
 import time
 
@@ -309,7 +310,7 @@ def test_a_file_without_a_known_row_is_an_error_even_when_bad_rows_are_skipped(t
         ('{"a": 1}\n' * 3, r":3:1: unknown columns a.*known: .*prompt\+completion"),
         ("no JSON at all\n", "not JSON"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "found comparisons .preference"),
-        ("{" + '"text": ' + "[" * 100_000, "nested too deeply|not JSON"),
+        ("{" + '"text": ' + "[" * 100_000, "not JSON"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):
@@ -336,6 +337,32 @@ def test_a_missing_file_is_told_at_once_with_the_nearest_name(tmp_path):
 def test_an_unknown_way_with_bad_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match='neither "error" nor "skip"'):
         read_documents(tmp_path / "x.txt", on_bad_row="ignore")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damage_anywhere_gives_rows_or_a_data_error(tmp_path, layout):
+    """Random bytes put into, taken from and changed in a file; no other exception comes out."""
+    read, record, _ = LAYOUTS[layout]
+    draw = random.Random(layout)
+    whole = "\n".join([json.dumps(record), json.dumps([record]), json.dumps(record)]).encode()
+    pieces = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"NaN", b"\xff", b"\\ud800", b"\0",
+              b"9" * 5000, b"1e999", b"\r", b"\n", b"\\", b"[[[[", b"{}", b"true"]  # fmt: skip
+    path = tmp_path / "rows.json"
+    for _ in range(40):
+        data = bytearray(
+            whole if draw.random() < 0.7 else b"[" + whole.replace(b"\n", b",\n") + b"]"
+        )
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(data))
+            data[at : at + draw.randint(0, 4)] = draw.choice(pieces)
+        path.write_bytes(data)
+        for on_bad_row in ("error", "skip"):
+            try:
+                rows = read(path, on_bad_row=on_bad_row)
+            except DataError as error:
+                assert str(error).startswith(str(path))
+            else:
+                assert len(rows) == sum(report.rows for report in rows.report) > 0
 
 
 def test_a_long_line_is_never_held_in_memory_whole(tmp_path, monkeypatch):
