@@ -21,6 +21,7 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.sampling.complete import complete
 from instruct_jax.stages import ppo
+from instruct_jax.stages.ppo import PPOConfig
 from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -35,7 +36,7 @@ class Config:
     reward_model: str = "runs/reward_model/model"
     data: DataConfig = DataConfig()
     ptx_length: int = 96
-    ppo: ppo.PPOConfig = ppo.PPOConfig()
+    ppo: PPOConfig = PPOConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:
@@ -52,12 +53,12 @@ def main(config: Config, run: cli.Run) -> Path:
         source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
     )
     ptx = None
-    texts = [row.text for row in source.documents("train")]
     held_out = encode_documents(
-        [row.text for row in source.documents("valid")], start.tokenizer, length=config.ptx_length
+        source.documents("valid"), start.tokenizer, length=config.ptx_length
     )["tokens"]
     if config.ppo.ptx_coef > 0:
-        rows = encode_documents(texts, start.tokenizer, length=config.ptx_length)["tokens"]
+        documents = source.documents("train")
+        rows = encode_documents(documents, start.tokenizer, length=config.ptx_length)["tokens"]
         size = config.ppo.updates * config.ppo.minibatch * config.ppo.ptx_ratio
         ptx = Batches({"tokens": rows}, size, seed=config.ppo.seed + 1)
 

@@ -19,6 +19,7 @@ from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import pretrain
+from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -33,21 +34,20 @@ class Config:
     tokenizer: str | None = None
     vocab_size: int = 512
     model: ModelConfig = ModelConfig()
-    pretrain: pretrain.PretrainConfig = pretrain.PretrainConfig()
+    pretrain: PretrainConfig = PretrainConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
     source = open_source(config.data)
-    texts = [row.text for row in source.documents("train")]
+    documents = source.documents("train")
     if config.tokenizer is None:
-        tokenizer = train_bpe(texts, vocab_size=config.vocab_size)
+        tokenizer = train_bpe([row.text for row in documents], vocab_size=config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     length = config.pretrain.length
-    train_rows = encode_documents(texts, tokenizer, length=length)["tokens"]
-    held_out = [row.text for row in source.documents("valid")]
-    valid_rows = encode_documents(held_out, tokenizer, length=length)["tokens"]
+    train_rows = encode_documents(documents, tokenizer, length=length)["tokens"]
+    valid_rows = encode_documents(source.documents("valid"), tokenizer, length=length)["tokens"]
 
     model_config = config.model.build(tokenizer)
     model = language_model(model_config)

@@ -30,7 +30,7 @@ from instruct_jax.evaluation.reward_model import (
 )
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.stages import reward_model
-from instruct_jax.stages.reward_model import score_rows
+from instruct_jax.stages.reward_model import RewardModelConfig, score_rows
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -41,7 +41,7 @@ class Config:
 
     init: str = "runs/sft/model"
     data: DataConfig = DataConfig()
-    reward_model: reward_model.RewardModelConfig = reward_model.RewardModelConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:

@@ -6,7 +6,7 @@
         --config.init=runs/pretrain/model --workdir=runs/rlhf_init
 
 Writes WORKDIR/model and, with `--config.keep_epochs=True`, WORKDIR/epochs/N, from which
-`experiments/select.py` picks by reward-model score (SFT-4). Run again, it resumes.
+`experiments/select_sft.py` picks by reward-model score (SFT-4). Run again, it resumes.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import sft
+from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -30,7 +31,7 @@ class Config:
 
     init: str = "runs/pretrain/model"
     data: DataConfig = DataConfig()
-    sft: sft.SFTConfig = sft.SFTConfig()
+    sft: SFTConfig = SFTConfig()
     keep_epochs: bool = False
 
 
@@ -46,9 +47,8 @@ def main(config: Config, run: cli.Run) -> Path:
     valid = encode_demonstrations(source.demonstrations("valid"), start.tokenizer, **lengths)
     pretraining = None
     if config.sft.pretrain_fraction > 0:
-        texts = [row.text for row in source.documents("train")]
-        width = rows["tokens"].shape[1]
-        pretraining = encode_documents(texts, start.tokenizer, length=width)["tokens"]
+        documents, width = source.documents("train"), rows["tokens"].shape[1]
+        pretraining = encode_documents(documents, start.tokenizer, length=width)["tokens"]
 
     model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
     model = language_model(model_config)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from instruct_jax.data.formats import (
     read_comparisons,
@@ -20,6 +20,7 @@ from instruct_jax.data.formats import (
 )
 from instruct_jax.data.rows import Comparison, DataError, Demonstration, Document, Prompt
 from instruct_jax.data.toyworld import ToyWorld
+from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
 
 Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt)
@@ -41,6 +42,10 @@ class DataConfig:
     prompts: tuple[str, ...] = ()
     template: str | None = None
     limit: int | None = None
+    # How a file of plain text is cut into documents: "file", "line" or "paragraph".
+    split_text: Literal["file", "line", "paragraph"] = "file"
+    # Rankings of these data sets are evaluation sets, never trained on.
+    exclude_datasets: tuple[str, ...] = ("selfinstruct",)
     # Rankings with more completions than this many are cut to a random few; near ties are ties.
     completions: tuple[int, int] | None = None
     tie_gap: float = 0.0
@@ -55,19 +60,19 @@ class DataConfig:
 class Source(Protocol):
     """Rows by split: "train", "valid" or "test" (files have one held-out part for both)."""
 
-    def documents(self, split: str) -> Sequence[Document]:
+    def documents(self, split: Split) -> Sequence[Document]:
         """Pretraining text."""
         ...
 
-    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+    def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Prompts with a labeler's answer."""
         ...
 
-    def comparisons(self, split: str) -> Sequence[Comparison]:
+    def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Prompts with ranked completions."""
         ...
 
-    def prompts(self, split: str) -> Sequence[Prompt]:
+    def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts alone."""
         ...
 
@@ -87,15 +92,16 @@ class FileSource:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
 
-    def documents(self, split: str) -> Sequence[Document]:
+    def documents(self, split: Split) -> Sequence[Document]:
         """Documents of `config.documents`; whole documents go to one split."""
-        return self._rows("documents", read_documents, split, lambda row: row.text[:200])
+        read = partial(read_documents, split=self.config.split_text)
+        return self._rows("documents", read, split, lambda row: row.text[:200])
 
-    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+    def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Demonstrations of `config.demonstrations`."""
         return self._rows("demonstrations", read_demonstrations, split, lambda row: row.prompt)
 
-    def comparisons(self, split: str) -> Sequence[Comparison]:
+    def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Comparisons of `config.comparisons`."""
         read = partial(
             read_comparisons,
@@ -103,9 +109,11 @@ class FileSource:
             tie_gap=self.config.tie_gap,
             seed=self.config.seed,
         )
-        return self._rows("comparisons", read, split, lambda row: row.prompt)
+        rows = self._rows("comparisons", read, split, lambda row: row.prompt)
+        excluded = self.config.exclude_datasets if split == "train" else ()
+        return [row for row in rows if row.meta.get("dataset") not in excluded]
 
-    def prompts(self, split: str) -> Sequence[Prompt]:
+    def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts of `config.prompts`."""
         return self._rows("prompts", read_prompts, split, lambda row: row.text)
 
@@ -113,7 +121,7 @@ class FileSource:
         self,
         field: str,
         read: Callable[..., Sequence[Row]],
-        split: str,
+        split: Split,
         key: Callable[[Row], str],
     ) -> list[Row]:
         paths = getattr(self.config, field)
@@ -143,24 +151,24 @@ class ToySource:
         self.world = ToyWorld(config.seed)
         self._files = FileSource(config)
 
-    def documents(self, split: str) -> Sequence[Document]:
+    def documents(self, split: Split) -> Sequence[Document]:
         """The corpus; its last `toy_valid` documents are held out."""
         n, held_out = self.config.toy_documents, self.config.toy_valid
         corpus = self.world.pretraining_corpus(n + held_out)
         return corpus[:n] if split == "train" else corpus[n:]
 
-    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+    def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Imperfect demonstrations by simulated labelers."""
         return self.world.demonstrations(self._size("toy_demonstrations", split), split=split)
 
-    def comparisons(self, split: str) -> Sequence[Comparison]:
+    def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Collected comparisons, read from `config.comparisons`."""
         return self._files.comparisons(split)
 
-    def prompts(self, split: str) -> Sequence[Prompt]:
+    def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts with the hidden task that the judge needs in `meta`."""
         return self.world.prompts(self._size("toy_prompts", split), split=split)
 
-    def _size(self, field: str, split: str) -> int:
+    def _size(self, field: str, split: Split) -> int:
         size: Any = getattr(self.config, field) if split == "train" else self.config.toy_valid
         return int(size)

@@ -1,0 +1,42 @@
+"""Comparisons of models, for experiments/evaluate.py.
+
+    python experiments/evaluate.py --config=configs/evaluate.py:toyworld --workdir=runs/evaluate \\
+        --config.models="('gpt=runs/pretrain/model', 'sft=runs/sft/model', 'ppo=runs/ppo/model')"
+
+toyworld       400 prompts, gold judge, few-shot tasks
+debug          a handful
+shared_data    Alpaca prompts and books: held-out loss, reward, lengths, samples
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = {
+    "toyworld": {"prompts": 400, "tasks": 256, "document_length": 112, "data.toy_valid": 512},
+    "debug": {
+        "prompts": 16,
+        "tasks": 8,
+        "document_length": 112,
+        "batch_size": 16,
+        "data.toy_valid": 16,
+    },
+    "shared_data": {
+        "data.source": "files",
+        "data.documents": ("../shared/data/pretrain/gutenberg_16books.jsonl.gz",),
+        "data.prompts": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
+        "data.template": "alpaca",
+        "prompts": 256,
+        "document_length": 256,
+        "prompt_length": 128,
+        "response_length": 64,
+        "batch_size": 64,
+    },
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict({"data": {}})
+    config.update_from_flattened_dict(PRESETS[name])
+    return config

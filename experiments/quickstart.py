@@ -1,0 +1,200 @@
+"""The whole of InstructGPT on the embedded world, in minutes, from nothing.
+
+    python experiments/quickstart.py --workdir=runs/quickstart
+
+Pretrains a small GPT, fine-tunes it on demonstrations (M1) and for RL (M3), collects rankings from
+simulated labelers, trains the reward model, picks the SFT epoch by its score, runs PPO and PPO-ptx,
+and judges all of them on prompts of contributors that training never saw. Ends with the table, and
+WORKDIR/report.html and report.json. Every part is the script of its name with the preset of its
+name in configs/; run again, it goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import collect
+import evaluate
+import jax
+import ppo
+import pretrain
+import reward_model
+import select_sft
+import sft
+
+from instruct_jax import cli
+from instruct_jax.evaluation.report import summary_table, write_report
+
+MODELS = {"gpt": "pretrain", "sft": "select_sft", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """`preset` names the size in the configs of all stages: "toyworld", or "debug" for seconds."""
+
+    preset: str = "toyworld"
+    seed: int = 0
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Runs all parts and returns the report."""
+    pipeline = Pipeline(config, run)
+    part = pipeline.part
+    gpt = part("pretrain", pretrain)
+    sft_epochs = part("sft", sft, init=gpt, keep_epochs=True)
+    rlhf_init = part("rlhf_init", sft, preset="_rlhf_init", config_file="sft", init=gpt)
+    comparisons = part("collect", collect, policy=sft_epochs)
+    reward = part("reward_model", reward_model, init=sft_epochs, comparisons=comparisons)
+    part("select_sft", select_sft, epochs=run.workdir / "sft" / "epochs", reward_model=reward)
+    policies = {"init": rlhf_init, "reward_model": reward}
+    part("ppo", ppo, **policies)
+    part("ppo_ptx", ppo, preset="_ptx", config_file="ppo", **policies)
+    models = tuple(f"{name}={run.workdir / part}/model" for name, part in MODELS.items())
+    part("evaluate", evaluate, models=models, prompted=("gpt",), reward_model=reward)
+    report = build_report(config, run.workdir, pipeline.timings)
+    page = write_report(run.workdir, report)
+    print(f"\n{summary_table(report)}\n\nreport: {page}")
+    return page
+
+
+class Pipeline:
+    """Runs the parts in order; a finished part is not run again, and its time is kept."""
+
+    def __init__(self, config: Config, run: cli.Run) -> None:
+        self.config, self.run = config, run
+        self._path = run.workdir / "timings.json"
+        self.timings: dict[str, float] = (
+            json.loads(self._path.read_text()) if self._path.exists() else {}
+        )
+
+    def part(
+        self,
+        name: str,
+        script: Any,
+        *,
+        preset: str = "",
+        config_file: str | None = None,
+        **changes: Any,
+    ) -> Path:
+        """The result of `script.main` in WORKDIR/name: a model folder or a file of rows.
+
+        The configuration is that of `configs/FILE.py:PRESET`, with the run's seed and `changes`.
+        """
+        workdir = self.run.workdir / name
+        spec = f"configs/{config_file or name}.py:{self.config.preset}{preset}"
+        config = seeded(cli.resolve(script.Config, cli.load_config(spec), {}), self.config.seed)
+        if "comparisons" in changes:
+            files = (str(changes.pop("comparisons")),)
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, comparisons=files)
+            )
+        changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
+        config = dataclasses.replace(config, **changes)
+        done = workdir / ("comparisons.jsonl" if script is collect else "model")
+        if name in self.timings:
+            print(f"== {name}: done before")
+            return done
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        cli.claim(workdir, config, overwrite=False)
+        with cli.recorded(workdir, cli.describe(config, spec, self.run.mesh, [])):
+            script.main(config, cli.Run(workdir, self.run.mesh))
+        self.timings[name] = round(time.monotonic() - began, 1)
+        self._path.write_text(json.dumps(self.timings, indent=2) + "\n")
+        return done
+
+
+def seeded(config: Any, seed: int) -> Any:
+    """`config` with every field called `seed`, at any depth, set to `seed`."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "seed":
+            changes["seed"] = seed
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = seeded(value, seed)
+    return dataclasses.replace(config, **changes)
+
+
+def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> dict[str, Any]:
+    """What the parts wrote, in the form of `evaluation.report`."""
+
+    def read(path: str) -> Any:
+        return json.loads((workdir / path).read_text())
+
+    models = read("evaluate/evaluation.json")["models"]
+    reward, labelers = read("reward_model/accuracy.json"), read("collect/labelers.json")
+    selection = read("select_sft/selection.json")
+    error = 1.96 * labelers["ceiling_standard_error"]
+    ceiling = labelers["ceiling"]
+    order = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
+    measured = {name: models[name] for name in order}
+    samples = [json.loads(line) for line in (workdir / "evaluate/samples.jsonl").open()]
+    return {
+        "title": "InstructGPT on the embedded world",
+        "summary": (
+            f"A GPT pretrained for {timings['pretrain'] / 60:.1f} minutes, aligned in three stages "
+            f"and judged by the world's own gold judge on {len(samples)} prompts of contributors "
+            "that no training row comes from. Seed "
+            f"{config.seed}."
+        ),
+        "win_rate_vs_sft": {name: model["win_rate"] for name, model in measured.items()},
+        "gold": {name: model["gold"] for name, model in measured.items()},
+        "flags": {name: model["flags"] for name, model in measured.items()},
+        "reward_model": {
+            **reward,
+            "labelers": {"mean": ceiling, "low": ceiling - error, "high": ceiling + error},
+        },
+        "pretrain_loss": _present(models, "pretrain_loss"),
+        "tasks": {"few-shot accuracy": _present(models, "task_accuracy")},
+        "curves": {name: _metrics(workdir / name) for name in CURVES},
+        "selection": [
+            {
+                "epoch": int(epoch),
+                "valid_loss": row["loss"],
+                "score": row["score"],
+                "chosen": int(epoch) == selection["selected_epoch"],
+            }
+            for epoch, row in selection["epochs"].items()
+        ],
+        "samples": samples[:24],
+        "timings": timings,
+        "environment": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        },
+        "config": {name: _config(workdir / name) for name in timings},
+        "notes": [
+            f"Two labelers agree on {labelers['agreement']:.1%} of the pairs they both order; the "
+            f"gold judge agrees with a labeler on {ceiling:.1%}, the ceiling of a reward model.",
+            "Win rates are of one sample a prompt against a sample of the SFT model, ties half; "
+            "SFT itself is compared with a second sample of its own.",
+            "The judge is a program that knows each prompt's hidden task; it is the truth of this "
+            "world and of nothing beyond it.",
+        ],
+    }
+
+
+CURVES = ("pretrain", "sft", "rlhf_init", "reward_model", "ppo", "ppo_ptx")
+
+
+def _present(models: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: model[key] for name, model in models.items() if key in model}
+
+
+def _metrics(workdir: Path) -> list[dict[str, Any]]:
+    (path,) = workdir.glob("*.jsonl") if workdir.name[:3] != "ppo" else [workdir / "ppo.jsonl"]
+    return [json.loads(line) for line in path.open()]
+
+
+def _config(workdir: Path) -> Any:
+    return json.loads((workdir / "config.json").read_text())["config"]
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/quickstart.py:toyworld")
