@@ -143,13 +143,14 @@ class Norm(nn.Module):
         """[B, T, D] -> dtype[B, T, D]."""
         c = self.config
         x = x.astype(jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, (c.d_model,), jnp.float32)
         if c.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * scale[None, None]
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+        scale = self.param("scale", nn.initializers.ones, (c.d_model,), jnp.float32)
+        x = x * scale.astype(jnp.float32)[None, None]
         if c.norm == "layernorm":
             bias = self.param("bias", nn.initializers.zeros, (c.d_model,), jnp.float32)
-            x = x + bias[None, None]
+            x = x + bias.astype(jnp.float32)[None, None]
         return x.astype(c.dtype)
 
 
