@@ -7,9 +7,10 @@ or answers in the polite full sentences that the demonstrations will teach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from random import Random
 
+from instruct_jax.data.toyworld.config import FamilyMix
 from instruct_jax.data.toyworld.lexicon import (
     ANIMALS,
     BAD_DEEDS,
@@ -66,7 +67,7 @@ def solved_worksheet(rng: Random, draw: DrawTask) -> str:
     return "".join(f"Q: {task.plain}\nA: {curt_answer(task, rng)}\n" for task in tasks)
 
 
-def drill(rng: Random, families: Mapping[str, float]) -> str:
+def drill(rng: Random, families: FamilyMix) -> str:
     """One instruction, then lines to apply it to, each with its curt answer."""
     name, variant = draw_solved_skill(rng, families)
     tasks = [SKILLS[name].make(rng, variant) for _ in range(rng.choice((3, 4, 5)))]
@@ -74,11 +75,10 @@ def drill(rng: Random, families: Mapping[str, float]) -> str:
     return f"{tasks[0].head}\n{pairs}"
 
 
-def draw_solved_skill(rng: Random, families: Mapping[str, float]) -> tuple[str, str]:
+def draw_solved_skill(rng: Random, families: FamilyMix) -> tuple[str, str]:
     """A skill that appears with its answers in the corpus."""
     while True:
-        family = rng.choices(list(families), list(families.values()))[0]
-        name, variant = draw_skill(rng, family)
+        name, variant = draw_skill(rng, families.draw(rng))
         if SKILLS[name].solved:
             return name, variant
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 
+from instruct_jax.data.toyworld.config import draw
 from instruct_jax.data.toyworld.lexicon import (
     ANIMALS,
     BAD_DEEDS,
@@ -394,7 +395,7 @@ def _story(rng: Random, _: str) -> Task:
     plain = rng.choice(("Continue the story: {}", "What happens next? {}", "Go on: {}"))
     other = rng.choice(_others(rng, NAMES, {start.name}, 3))
     spec = Spec(
-        family="continue",
+        family="story",
         check="story",
         answer=next_line(rng, start.topics, on_topic=True),
         wrong=tuple(f"{other} {next_line(rng, start.topics, on_topic=True)}" for _ in "ab"),
@@ -579,7 +580,7 @@ FAMILIES: dict[str, dict[str, Skill]] = {
         "passage": Skill(_passage, "closed_qa", weight=2.0),
         "unknown": Skill(_unknown, "closed_qa", shots="passage", solved=False),
     },
-    "continue": {"story": Skill(_story, "generation")},
+    "story": {"story": Skill(_story, "generation")},
     "constraint": {
         "name_some": Skill(_name_some, "brainstorming", tuple(GROUPS), shots_of_any_variant=True),
         "name_without": Skill(_name_without, "brainstorming", _FOUR, shots_of_any_variant=True),
@@ -603,5 +604,5 @@ SKILLS: dict[str, Skill] = {
 def draw_skill(rng: Random, family: str) -> tuple[str, str]:
     """A skill of a family by weight, and one of its variants."""
     skills = FAMILIES[family]
-    name = rng.choices(list(skills), [skill.weight for skill in skills.values()])[0]
+    name = draw(rng, {name: skill.weight for name, skill in skills.items()})
     return name, rng.choice(skills[name].variants)

@@ -9,16 +9,17 @@ minutes and every result can be checked against the truth. Everything is a pure 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import itertools
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, get_args
 
 from instruct_jax.data.rows import Demonstration, Document, Prompt
 from instruct_jax.data.toyworld import corpus
-from instruct_jax.data.toyworld.judge import Judge, Judgement, JudgeWeights
-from instruct_jax.data.toyworld.tasks import FAMILIES, SKILLS, Spec, Task, draw_skill
-from instruct_jax.data.toyworld.writers import Writer, good_answer, write_answer
+from instruct_jax.data.toyworld.config import WorldConfig
+from instruct_jax.data.toyworld.judge import Judge, Judgement
+from instruct_jax.data.toyworld.tasks import SKILLS, Spec, Task, draw_skill
+from instruct_jax.data.toyworld.writers import draw_flaws, good_answer, write_answer
 
 Split = Literal["train", "valid", "test"]
 
@@ -32,48 +33,6 @@ PERSONAS = {
     "friend": "Please help me. ",
 }
 """What a contributor of user-based prompts writes before the request."""
-
-
-def _families() -> dict[str, float]:
-    return {
-        "transform": 0.12,
-        "sort": 0.09,
-        "count": 0.08,
-        "pick": 0.12,
-        "passage": 0.15,
-        "continue": 0.10,
-        "constraint": 0.15,
-        "fact": 0.05,
-        "how_to": 0.05,
-        "decline": 0.09,
-    }
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """Every knob of the world; all mixes are weights and need not sum to one."""
-
-    families: Mapping[str, float] = field(default_factory=_families)
-    kinds: Mapping[str, float] = field(
-        default_factory=lambda: {"plain": 0.55, "few_shot": 0.2, "user_based": 0.25}
-    )
-    corpus: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "story": 0.15,
-            "worksheet": 0.25,
-            "solved": 0.30,
-            "drill": 0.15,
-            "note": 0.15,
-        }
-    )
-    writer: Writer = field(default_factory=Writer)
-    judge: JudgeWeights = field(default_factory=JudgeWeights)
-    contributors: int = 240
-    prompts_per_contributor: int = 200  # the cap of the paper's prompt pipeline
-    splits: Mapping[str, float] = field(
-        default_factory=lambda: {"train": 0.7, "valid": 0.15, "test": 0.15}
-    )
-    salt: str = "contributors"  # moves contributors and texts between the splits
 
 
 @dataclass(frozen=True)
@@ -91,7 +50,7 @@ class ToyTask:
 
 
 class ToyWorld:
-    """The embedded world of one seed. ValueError for an unknown family, kind or split."""
+    """The embedded world of one seed."""
 
     stop = "\n"
     """Where a few-shot prompted base model's answer ends."""
@@ -99,12 +58,9 @@ class ToyWorld:
     def __init__(self, seed: int = 0, config: WorldConfig | None = None):
         self.seed = seed
         self.config = config or WorldConfig()
-        _known(self.config.families, tuple(FAMILIES), "family")
-        _known(self.config.kinds, ("plain", "few_shot", "user_based"), "prompt kind")
-        _known(self.config.corpus, ("story", "worksheet", "solved", "drill", "note"), "document")
-        _known(self.config.splits, get_args(Split), "split")
         self._judge = Judge(self.config.judge)
-        self._contributors: dict[str, list[str]] = {split: [] for split in self.config.splits}
+        self._shares = self.config.splits.weights()
+        self._contributors: dict[str, list[str]] = {split: [] for split in get_args(Split)}
         for i in range(self.config.contributors):
             name = f"c{i:04d}"
             self._contributors[self._split_of(name)].append(name)
@@ -118,13 +74,21 @@ class ToyWorld:
         """Documents to pretrain on; `meta["kind"]` says which sort."""
         return [self._document(i) for i in range(n_documents)]
 
+    def tokenizer_texts(self, n: int) -> list[str]:
+        """Text to train a small BPE on: documents, and as many words of dialogue as keep it whole.
+
+        A GPT's tokenizer knows words that its tasks never showed; so "sorry" is one token here too.
+        """
+        rows = self.demonstrations(n)
+        return [d.text for d in self.pretraining_corpus(n)] + [d.response for d in rows]
+
     def prompts(self, n: int, *, split: Split = "train", offset: int = 0) -> list[Prompt]:
         """Prompts offset..offset+n of a split; contributors and texts are disjoint between splits.
 
         ValueError when the split's contributors would pass their cap.
         """
-        if split not in self.config.splits:
-            raise ValueError(f"no split {split!r}; there are {sorted(self.config.splits)}")
+        if split not in self._contributors:
+            raise ValueError(f"no split {split!r}; there are {sorted(self._contributors)}")
         names = self._contributors[split]
         cap = self.config.prompts_per_contributor * len(names)
         if offset + n > cap:
@@ -139,7 +103,7 @@ class ToyWorld:
         """An imperfect writer's answer; `draw` asks for another one to the same prompt."""
         rng = Random(f"{self.seed}/demonstration/{draw}/{_key(prompt)}")
         spec, writer = Spec.from_meta(prompt.meta), self.config.writer
-        flaws = writer.draw_flaws(spec, rng)
+        flaws = draw_flaws(spec, writer, rng)
         restate = rng.random() < writer.restate
         response = write_answer(spec, rng, flaws=flaws, restate=restate)
         meta = {**prompt.meta, "flaws": list(flaws)}
@@ -192,9 +156,9 @@ class ToyWorld:
     def _split_of(self, key: str) -> Split:
         """A salted hash decides, so that new contributors and texts never move old ones."""
         digest = hashlib.blake2b(f"{self.config.salt}/{key}".encode(), digest_size=8).digest()
-        point = int.from_bytes(digest, "big") / 2**64 * sum(self.config.splits.values())
+        point = int.from_bytes(digest, "big") / 2**64 * sum(self._shares.values())
         for split in get_args(Split):
-            point -= self.config.splits.get(split, 0.0)
+            point -= self._shares[split]
             if point < 0:
                 return split
         return "train"
@@ -204,13 +168,13 @@ class ToyWorld:
         name, variant = (
             corpus.draw_solved_skill(rng, families)
             if solved
-            else draw_skill(rng, _draw(rng, families))
+            else draw_skill(rng, families.draw(rng))
         )
         return SKILLS[name].make(rng, variant)
 
     def _document(self, index: int) -> Document:
         rng = Random(f"{self.seed}/document/{index}")
-        kind = _draw(rng, self.config.corpus)
+        kind = self.config.corpus.draw(rng)
         if kind == "story":
             text = corpus.story(rng)
         elif kind == "worksheet":
@@ -226,17 +190,18 @@ class ToyWorld:
     def _draw_request(self, rng: Random, solved: bool) -> Task:
         """A task of a worksheet, where users' own words come up as well."""
         task = self._draw_task(rng, solved)
-        kinds = self.config.kinds
-        if rng.random() * sum(kinds.values()) >= kinds.get("user_based", 0.0):
+        if self.config.kinds.draw(rng) != "user_based":
             return task
         return replace(task, plain=PERSONAS[rng.choice(tuple(PERSONAS))] + task.plain)
 
     def _prompt(self, split: Split, index: int, contributor: str) -> Prompt:
         rng = Random(f"{self.seed}/prompt/{split}/{index}")
         persona = Random(f"{self.seed}/persona/{contributor}").choice(tuple(PERSONAS))
-        kind, family = _draw(rng, self.config.kinds), _draw(rng, self.config.families)
-        skill, variant = draw_skill(rng, family)
-        while True:
+        kind, family = self.config.kinds.draw(rng), self.config.families.draw(rng)
+        for tries in itertools.count():
+            if tries >= 100:  # a small family may have no text of this wording in this split
+                family = self.config.families.draw(rng)
+            skill, variant = draw_skill(rng, family)
             task = SKILLS[skill].make(rng, variant)
             text = self._wording(rng, kind, task, skill, variant, persona)
             if self._split_of(text) == split:
@@ -278,9 +243,8 @@ class ToyWorld:
 
     def _task(self, index: int, shots: int) -> ToyTask:
         rng = Random(f"{self.seed}/task/{index}")
-        closed = {f: w for f, w in self.config.families.items() if f not in ("continue", "decline")}
         while True:
-            name, variant = corpus.draw_solved_skill(rng, closed)
+            name, variant = corpus.draw_solved_skill(rng, self.config.families)
             task = SKILLS[name].make(rng, variant)
             single = task.spec.check == "slot" and task.spec.wrong
             if single and self._split_of(f"{task.plain}\n") == "test":
@@ -300,16 +264,6 @@ class ToyWorld:
 def _key(prompt: Prompt) -> str:
     """Two prompts of one text still get answers of their own."""
     return f"{prompt.meta.get('id', '')}/{prompt.text}"
-
-
-def _known(weights: Mapping[str, float], known: tuple[str, ...], what: str) -> None:
-    unknown = sorted(set(weights) - set(known))
-    if unknown:
-        raise ValueError(f"unknown {what} {unknown}; there are {sorted(known)}")
-
-
-def _draw(rng: Random, weights: Mapping[str, float]) -> str:
-    return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def _annotations(spec: Spec) -> dict[str, bool]:

@@ -1,16 +1,15 @@
 """Imperfect human writers: an answer to a task, with named flaws.
 
-Some flaws make an answer longer (ramble, a broken one-word constraint), some shorter (curt), some
-leave its length alone (sloppy, wrong, comply, invent), so that length alone says little about
-quality.
+`FlawMix` names the flaws. Some make an answer longer (ramble, a broken one-word constraint), some
+shorter (curt), some leave its length alone (sloppy, wrong, comply, invent), so that length alone
+says little about quality.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from random import Random
 
+from instruct_jax.data.toyworld.config import Writer, draw
 from instruct_jax.data.toyworld.lexicon import (
     ANIMALS,
     COLOURS,
@@ -22,18 +21,6 @@ from instruct_jax.data.toyworld.lexicon import (
 )
 from instruct_jax.data.toyworld.tasks import Spec, next_line
 
-FLAWS = {
-    "ramble": "a needless second sentence",
-    "curt": "the bare answer instead of a sentence",
-    "sloppy": "no capital, no full stop",
-    "constraint": "the stated constraint is missed",
-    "wrong": "a wrong answer",
-    "comply": "helps with what should be declined",
-    "invent": "answers what the text does not tell",
-    "over_decline": "declines what it could have answered",
-}
-"""What can be wrong with an answer."""
-
 CONTENT_FLAWS = frozenset({"constraint", "wrong", "comply", "invent", "over_decline"})
 """Flaws of what is said; the others are of how it is said."""
 
@@ -41,47 +28,28 @@ DECLINE = "I am sorry but I can not help with that."
 NOT_KNOWN = "I do not know."
 
 
-@dataclass(frozen=True)
-class Writer:
-    """How often a writer errs.
-
-    `flawless` of the answers have no flaw, `two_flaws` of the rest have two. Which flaw is drawn
-    from `weights` among those that can occur in the task. `restate` of the sentences take the
-    asked form that says what it answers; the others are terser.
-    """
-
-    flawless: float = 0.46
-    two_flaws: float = 0.2
-    restate: float = 0.65
-    weights: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "ramble": 3.0,
-            "curt": 3.0,
-            "sloppy": 1.5,
-            "constraint": 2.5,
-            "wrong": 1.2,
-            "comply": 4.0,
-            "invent": 4.0,
-            "over_decline": 0.8,
+def draw_flaws(spec: Spec, writer: Writer, rng: Random) -> tuple[str, ...]:
+    """No, one or two flaws of a writer's answer; at most one of them a flaw of content."""
+    if rng.random() < writer.flawless:
+        return ()
+    flaws: list[str] = []
+    weights = writer.flaws.weights()
+    for _ in range(2 if rng.random() < writer.two_flaws else 1):
+        possible = {
+            flaw: weights[flaw]
+            for flaw in possible_flaws(spec)
+            if not any(_clash(spec, flaw, other) for other in flaws)
         }
-    )
-
-    def draw_flaws(self, spec: Spec, rng: Random) -> tuple[str, ...]:
-        """No, one or two flaws; at most one of them a flaw of content."""
-        if rng.random() < self.flawless:
-            return ()
-        flaws: list[str] = []
-        for _ in range(2 if rng.random() < self.two_flaws else 1):
-            possible = [
-                flaw for flaw in possible_flaws(spec) if not any(_clash(flaw, f) for f in flaws)
-            ]
-            flaws += rng.choices(possible, [self.weights[flaw] for flaw in possible])
-        return tuple(flaws)
+        flaws.append(draw(rng, possible))
+    return tuple(flaws)
 
 
-def _clash(a: str, b: str) -> bool:
-    """Whether two flaws cannot go together: a bare answer shows no fault of its content."""
-    return a == b or {a, b} <= CONTENT_FLAWS or ("curt" in (a, b) and bool({a, b} & CONTENT_FLAWS))
+def _clash(spec: Spec, a: str, b: str) -> bool:
+    """Whether two flaws are one, are both of content, or one of them would hide the other."""
+    if a == b or {a, b} <= CONTENT_FLAWS:
+        return True
+    hidden = CONTENT_FLAWS if spec.check in ("story", "include") else {"over_decline"}
+    return "curt" in (a, b) and bool({a, b} & hidden)
 
 
 def possible_flaws(spec: Spec) -> tuple[str, ...]:
