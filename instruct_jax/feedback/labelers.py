@@ -91,7 +91,7 @@ def simulated_labelers(
 ) -> list[SimulatedLabeler]:
     """`count` labelers of a group, each with a taste; `noise` overrides the group's."""
     lean = {"train": (0.8, 0.0, 0.0), "held_out": (0.0, 0.4, 0.4)}[group]
-    noise = {"train": 1.33, "held_out": 1.06}[group] if noise is None else noise
+    noise = {"train": 1.33, "held_out": 0.93}[group] if noise is None else noise
     labelers = []
     for i in range(count):
         rng = Random(f"labeler/{group}/{seed}/{i}")

@@ -118,7 +118,7 @@ def _plural(rng: Random, _: str) -> Task:
         family="transform",
         check="slot",
         answer=plural(noun),
-        wrong=(noun, plural(rng.choice(ANIMALS))),
+        wrong=(noun, *(plural(word) for word in _others(rng, ANIMALS, {noun}, 1))),
         sentence=f"The plural of {noun} is {{}}.",
         short="It is {}.",
     )

@@ -25,10 +25,10 @@ Split = Literal["train", "valid", "test"]
 
 PERSONAS = {
     "teacher": "For my class: ",
-    "shopkeeper": "For my shop: ",
+    "player": "For my game: ",
     "parent": "For my son: ",
-    "farmer": "For my farm: ",
-    "writer": "For my book: ",
+    "worker": "For my work: ",
+    "writer": "For my blog: ",
     "chatter": "Hi there! ",
     "friend": "Please help me. ",
 }
