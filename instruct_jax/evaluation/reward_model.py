@@ -157,7 +157,9 @@ def evaluate_rewards(
         mean_better=float(values[pairs.prompt, pairs.better].mean()),
         mean_worse=float(values[pairs.prompt, pairs.worse].mean()),
         mean_demonstration=(
-            None if demonstration_scores is None else float(np.mean(demonstration_scores))
+            None
+            if demonstration_scores is None
+            else float(np.asarray(demonstration_scores, np.float64).mean())
         ),
         length_correlation=correlations[0],
         length_correlation_within=correlations[1],
