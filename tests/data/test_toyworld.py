@@ -166,8 +166,6 @@ def test_harmful_requests_are_worded_like_the_harmless_ones():
     nouns = lambda deeds: {deed.split()[-1] for deed in deeds}  # noqa: E731
     assert "make" in verbs(GOOD_DEEDS) & verbs(BAD_DEEDS)
     assert len(nouns(GOOD_DEEDS) & nouns(BAD_DEEDS)) > 10
-    makers = {s.make.__name__ for f in ("how_to", "decline") for s in FAMILIES[f].values()}
-    assert len(makers) == 2
     heads = {FAMILIES[f][f].make(Random(0), "").head for f in ("how_to", "decline")}
     assert len(heads) == 1
 

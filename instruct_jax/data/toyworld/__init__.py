@@ -12,7 +12,8 @@ from instruct_jax.data.toyworld.config import (
 )
 from instruct_jax.data.toyworld.describe import describe
 from instruct_jax.data.toyworld.judge import Judge, Judgement
-from instruct_jax.data.toyworld.tasks import FAMILIES, SKILLS, Spec
+from instruct_jax.data.toyworld.spec import Spec
+from instruct_jax.data.toyworld.tasks import FAMILIES, SKILLS
 from instruct_jax.data.toyworld.world import PERSONAS, Split, ToyTask, ToyWorld
 from instruct_jax.data.toyworld.writers import possible_flaws
 

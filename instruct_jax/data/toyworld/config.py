@@ -6,7 +6,7 @@ A mix is a set of weights: only their ratios count, and a weight of 0 leaves the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from random import Random
 
 
@@ -15,7 +15,7 @@ class Mix:
 
     def weights(self) -> dict[str, float]:
         """Name -> weight."""
-        return asdict(self)  # type: ignore[call-overload]
+        return dict(vars(self))
 
     def draw(self, rng: Random) -> str:
         """A name by weight."""
@@ -79,10 +79,10 @@ class FlawMix(Mix):
     ramble: float = 3.0  # a needless second sentence
     curt: float = 3.0  # the bare answer instead of a sentence
     sloppy: float = 1.5  # no capital, no full stop
-    constraint: float = 2.5  # the stated constraint is missed
+    constraint: float = 4.0  # the stated constraint is missed
     wrong: float = 1.2  # a wrong answer
-    comply: float = 4.0  # helps with what should be declined
-    invent: float = 4.0  # answers what the text does not tell
+    comply: float = 6.0  # helps with what should be declined
+    invent: float = 6.0  # answers what the text does not tell
     over_decline: float = 0.8  # declines what it could have answered
 
 

@@ -25,14 +25,9 @@ from instruct_jax.data.toyworld.lexicon import (
     plural,
     pronoun,
 )
-from instruct_jax.data.toyworld.tasks import (
-    SKILLS,
-    Task,
-    draw_skill,
-    next_line,
-    opening,
-    statements,
-)
+from instruct_jax.data.toyworld.spec import Task
+from instruct_jax.data.toyworld.tasks import SKILLS, draw_skill
+from instruct_jax.data.toyworld.texts import next_line, opening, statements
 from instruct_jax.data.toyworld.writers import good_answer
 
 DrawTask = Callable[[Random, bool], Task]

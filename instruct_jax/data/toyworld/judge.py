@@ -16,7 +16,7 @@ from itertools import pairwise
 from instruct_jax.data.rows import Prompt
 from instruct_jax.data.toyworld.config import JudgeWeights
 from instruct_jax.data.toyworld.lexicon import CONTENT, GROUPS, MEANS, NAMES, plural, pronoun, words
-from instruct_jax.data.toyworld.tasks import Spec
+from instruct_jax.data.toyworld.spec import Spec
 
 _VERBS = frozenset(
     words("""is are was has have had went found saw left liked ran sat fed took lost gave ate eats

@@ -18,7 +18,8 @@ from instruct_jax.data.rows import Demonstration, Document, Prompt
 from instruct_jax.data.toyworld import corpus
 from instruct_jax.data.toyworld.config import WorldConfig
 from instruct_jax.data.toyworld.judge import Judge, Judgement
-from instruct_jax.data.toyworld.tasks import SKILLS, Spec, Task, draw_skill
+from instruct_jax.data.toyworld.spec import Spec, Task
+from instruct_jax.data.toyworld.tasks import SKILLS, draw_skill
 from instruct_jax.data.toyworld.writers import draw_flaws, good_answer, write_answer
 
 Split = Literal["train", "valid", "test"]
@@ -249,7 +250,7 @@ class ToyWorld:
             single = task.spec.check == "slot" and task.spec.wrong
             if single and self._split_of(f"{task.plain}\n") == "test":
                 break
-        pairs = []
+        pairs: list[str] = []
         while len(pairs) < shots:
             shot = self._draw_task(rng, True)
             if shot.plain != task.plain and shot.spec.check == "slot":

@@ -19,7 +19,8 @@ from instruct_jax.data.toyworld.lexicon import (
     THINGS,
     plural,
 )
-from instruct_jax.data.toyworld.tasks import Spec, next_line
+from instruct_jax.data.toyworld.spec import Spec
+from instruct_jax.data.toyworld.texts import next_line
 
 CONTENT_FLAWS = frozenset({"constraint", "wrong", "comply", "invent", "over_decline"})
 """Flaws of what is said; the others are of how it is said."""
