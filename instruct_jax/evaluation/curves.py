@@ -105,8 +105,8 @@ def _selection(rows: Sequence[Row]) -> str:
     cells = [
         (
             str(row["epoch"]),
-            f"{row['valid_loss']:.3f}",
-            f"{row['score']:.3f}",
+            number(row.get("valid_loss"), 4),
+            number(row.get("score")),
             "chosen" if row.get("chosen") else "",
         )
         for row in rows

@@ -13,6 +13,10 @@ LABELS = {
     "ppo_ptx": "PPO-ptx",
     "pretrain": "Pretraining",
     "reward_model": "Reward model",
+    "collect": "Comparisons",
+    "select_sft": "SFT selection",
+    "evaluate": "Evaluation",
+    "baseline": "Baseline",
 }
 STYLES = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
 

@@ -77,7 +77,12 @@ def report():
             "ppo_ptx": reinforcement(1),
         },
         "selection": [
-            {"epoch": e, "valid_loss": 1 + e / 10, "score": e / 5, "chosen": e == 3}
+            {
+                "epoch": e,
+                "valid_loss": 1 + e / 10 if e > 1 else None,
+                "score": e / 5,
+                "chosen": e == 3,
+            }
             for e in (1, 2, 3)
         ],
         "samples": [
