@@ -4,8 +4,8 @@
     y    = min { i : sum_{j<=i} p_j > u },  u ~ Uniform[0, 1)          (inverse CDF)
 
 One uniform number a token instead of one Gumbel variate a vocabulary entry: the same distribution
-to the resolution of a float32 uniform (about 1e-7), and 2.5 to 5 times faster on a CPU, where the
-random bits of `jax.random.categorical` cost more than the forward pass of a small model. An entry
+to the resolution of a float32 uniform (about 1e-7), and 2.5 to 5 times faster than
+`jax.random.categorical` on two CPU cores (1.1 ms against 5.3 ms for 32 rows of 8,192). An entry
 with p = 0 is never drawn.
 """
 
