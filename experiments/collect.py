@@ -68,7 +68,15 @@ def main(config: Config, run: cli.Run) -> Path:
         temperature=config.temperature,
     )
     k = config.completions
-    groups = [answers[i : i + k] for i in range(0, len(answers), k)]
+    groups = [
+        # What a labeler cannot read is not ranked; the K of its prompt is smaller.
+        [answer for answer in answers[i : i + k] if readable(answer.text)]
+        for i in range(0, len(answers), k)
+    ]
+    prompts, groups = zip(
+        *((row, group) for row, group in zip(prompts, groups, strict=True) if len(group) > 1),
+        strict=True,
+    )
     texts = [[answer.text for answer in group] for group in groups]
     ended = [[answer.ended for answer in group] for group in groups]
     judge = source.world.judge
@@ -95,6 +103,11 @@ def main(config: Config, run: cli.Run) -> Path:
     write_rows(path, rankings)
     (run.workdir / "labelers.json").write_text(json.dumps(report, indent=2) + "\n")
     return path
+
+
+def readable(text: str) -> bool:
+    """Some text, and no control characters (a young policy samples stray bytes)."""
+    return bool(text.strip()) and all(c.isprintable() or c in "\n\t" for c in text)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(config: Config, run: cli.Run) -> Path:
     source = open_source(config.data)
     documents = source.documents("train")
     if config.tokenizer is None:
-        tokenizer = train_bpe([row.text for row in documents], vocab_size=config.vocab_size)
+        tokenizer = train_bpe(source.tokenizer_texts(), vocab_size=config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     length = config.pretrain.length

@@ -16,6 +16,7 @@ from typing import Any
 
 from instruct_jax import cli
 from instruct_jax.data.loader import encode_demonstrations, encode_documents
+from instruct_jax.data.packing import pack
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.transformer import language_model
@@ -44,6 +45,8 @@ def main(config: Config, run: cli.Run) -> Path:
         "response_length": config.sft.response_length,
     }
     rows = encode_demonstrations(source.demonstrations("train"), start.tokenizer, **lengths)
+    if config.sft.pack_length is not None:
+        rows = pack(rows, length=config.sft.pack_length, pad_id=start.tokenizer.pad_id)
     valid = encode_demonstrations(source.demonstrations("valid"), start.tokenizer, **lengths)
     pretraining = None
     if config.sft.pretrain_fraction > 0:

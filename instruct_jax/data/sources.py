@@ -64,6 +64,10 @@ class Source(Protocol):
         """Pretraining text."""
         ...
 
+    def tokenizer_texts(self) -> Sequence[str]:
+        """Text of all kinds that the tokenizer will meet, to train it on."""
+        ...
+
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Prompts with a labeler's answer."""
         ...
@@ -96,6 +100,13 @@ class FileSource:
         """Documents of `config.documents`; whole documents go to one split."""
         read = partial(read_documents, split=self.config.split_text)
         return self._rows("documents", read, split, lambda row: row.text[:200])
+
+    def tokenizer_texts(self) -> Sequence[str]:
+        """The documents, and the demonstrations where there are any."""
+        texts = [row.text for row in self.documents("train")]
+        if self.config.demonstrations:
+            texts += [row.prompt + row.response for row in self.demonstrations("train")]
+        return texts
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Demonstrations of `config.demonstrations`."""
@@ -156,6 +167,10 @@ class ToySource:
         n, held_out = self.config.toy_documents, self.config.toy_valid
         corpus = self.world.pretraining_corpus(n + held_out)
         return corpus[:n] if split == "train" else corpus[n:]
+
+    def tokenizer_texts(self) -> Sequence[str]:
+        """Documents, prompts and answers of the world."""
+        return self.world.tokenizer_texts(self.config.toy_documents)
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Imperfect demonstrations by simulated labelers."""

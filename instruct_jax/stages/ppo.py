@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ from instruct_jax.stages.pretrain import language_loss, language_rows
 from instruct_jax.stages.stage import AdamConfig, place_params
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
-from instruct_jax.training.mesh import batch_sharding, replicated
+from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
@@ -72,6 +72,7 @@ from instruct_jax.training.state import (
     TrainState,
     accumulate_gradients,
     apply_gradients,
+    global_norm,
     init_state,
     shard_state,
 )
@@ -92,21 +93,21 @@ class PPOConfig:
     kl_coef: float = 0.02
     kl_target: float | None = None
     kl_horizon: int = 10_000
-    missing_eos: str = "none"
+    missing_eos: Literal["none", "replace", "subtract"] = "none"
     missing_eos_penalty: float = 1.0
     reward_clip: float | None = None
     whiten_rewards: bool = False
     # Advantages and the clipped losses.
     discount: float = 1.0
     gae_lambda: float = 0.95
-    whiten_advantages: str = "rollout"
+    whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
     clip: float = 0.2
     value_clip: float = 0.2
-    loss_reduction: str = "token_mean"
+    loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
     # The pretraining mix.
     ptx_coef: float = 0.0
     ptx_ratio: int = 8
-    ptx_reduction: str = "token_mean"
+    ptx_reduction: Literal["token_mean", "seq_sum_mean"] = "token_mean"
     # Optimizers: one each for the policy and the value model.
     learning_rate: float = 9.65e-6
     value_learning_rate: float = 9e-6
@@ -120,7 +121,7 @@ class PPOConfig:
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        """ConfigError where a batch does not divide or a choice is unknown."""
+        """ConfigError where a batch does not divide."""
         if self.rollout_batch % self.minibatch:
             raise ConfigError(
                 f"rollout_batch {self.rollout_batch} is not a multiple of "
@@ -131,14 +132,6 @@ class PPOConfig:
                 f"minibatch {self.minibatch} is not a multiple of "
                 f"micro_batches {self.micro_batches}"
             )
-        for field, allowed in {
-            "missing_eos": ("none", "replace", "subtract"),
-            "whiten_advantages": ("rollout", "minibatch", "none"),
-            "loss_reduction": ("token_mean", "seq_mean", "seq_sum_const"),
-            "ptx_reduction": ("token_mean", "seq_sum_mean"),
-        }.items():
-            if getattr(self, field) not in allowed:
-                raise ConfigError(f"{field} {getattr(self, field)!r} is none of {allowed}")
 
     @property
     def iterations(self) -> int:
@@ -367,24 +360,28 @@ def minibatch_update(
         batch = batch._replace(advantages=masked_whiten(batch.advantages, batch.where))
     accumulate = partial(accumulate_gradients, key=key, micro_batches=config.micro_batches)
     pg = accumulate(policy_loss(config, policy), state.policy.params, batch)
-    metrics = {"policy_loss": pg.loss, **pg.metrics, "grad_norm_pg": optax.global_norm(pg.grads)}
+    metrics = {
+        "policy_loss": pg.loss,
+        **pg.metrics,
+        "grad_norm_pg": global_norm(pg.grads),
+    }
     grads = pg.grads
     if ptx is not None:
         mix = accumulate(ptx_loss(config, policy), state.policy.params, ptx)
         scaled = jax.tree.map(lambda g: config.ptx_coef * g, mix.grads)
-        dot = optax.tree.vdot(pg.grads, scaled)
-        norms = metrics["grad_norm_pg"] * optax.global_norm(scaled)
+        dot = jnp.asarray(optax.tree.vdot(pg.grads, scaled))
+        norms = metrics["grad_norm_pg"] * global_norm(scaled)
         metrics |= {
             **mix.metrics,
-            "grad_norm_ptx": optax.global_norm(scaled),
+            "grad_norm_ptx": global_norm(scaled),
             "grad_cosine": dot / jnp.maximum(norms, 1e-30),
         }
         grads = jax.tree.map(jnp.add, pg.grads, scaled)
     new_policy, applied = apply_gradients(
-        state.policy, grads, policy_tx, ema_decay=config.ema_decay
+        state.policy, grads, policy_tx, loss=pg.loss, ema_decay=config.ema_decay
     )
     vf = accumulate(value_loss(config, scalar), state.value.params, batch)
-    new_value, value_applied = apply_gradients(state.value, vf.grads, value_tx)
+    new_value, value_applied = apply_gradients(state.value, vf.grads, value_tx, loss=vf.loss)
     metrics |= {
         "grad_norm": applied["grad_norm"],
         "value_loss": vf.loss,
@@ -429,6 +426,8 @@ def update(
     # (T1).
     metrics["ratio_error"] = history["ratio_error"][0]
     metrics["skipped"] = (state.policy.skipped + state.value.skipped).astype(jnp.float32)
+    in_a_row = jnp.maximum(state.policy.skipped_in_a_row, state.value.skipped_in_a_row)
+    metrics["skipped_in_a_row"] = in_a_row.astype(jnp.float32)
     if config.kl_target is not None:
         kl_coef = adaptive_kl_update(
             state.kl_coef,
@@ -536,6 +535,8 @@ def train(
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
+    check_batch_size(config.rollout_batch, mesh)
+    check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
     warmup = config.warmup_iterations * config.updates
     adam = dict(vars(config.adam))
     policy_tx = adamw(warmup_constant_schedule(config.learning_rate, warmup=warmup), **adam)

@@ -48,7 +48,8 @@ def language_loss(model: Model, *, dropout: bool = False) -> LossFn:
 
     The batch holds `tokens` int32[B, T], `mask` bool[B, T] (real tokens) and `loss_mask` bool[B, T]
     (tokens that are targets; position 0 can never be one). Sums, not means: the caller divides once
-    by the global count. Dropout is on only when asked for: the ptx term of PPO runs without it.
+    by the global count. Packed rows also have `segment_ids` int32[B, T]. Dropout is on only when
+    asked for: the ptx term of PPO runs without it.
     """
 
     def loss(
@@ -56,7 +57,11 @@ def language_loss(model: Model, *, dropout: bool = False) -> LossFn:
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         tokens, targets = batch["tokens"], batch["loss_mask"][:, 1:]
         logits = model.apply(
-            params, tokens, mask=batch["mask"], dropout_key=key if dropout else None
+            params,
+            tokens,
+            mask=batch["mask"],
+            segment_ids=batch.get("segment_ids"),
+            dropout_key=key if dropout else None,
         )
         total, count = sum_and_count(next_token_loss(logits, tokens), targets)
         hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).astype(jnp.float32)

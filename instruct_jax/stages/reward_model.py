@@ -13,7 +13,7 @@ checkpoint, and the value model, which starts as a copy of the reward model, sta
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from instruct_jax.models.transformer import Model, final_scores
 from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit, in_batches
 from instruct_jax.training.state import LossFn, TrainState
 
-NORMALISATIONS = ("demo_mean", "policy_meanstd", "none")
+PairNorm = Literal["comb", "valid"]
+Normalisation = Literal["demo_mean", "policy_meanstd", "none"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class RewardModelConfig:
     warmup: int = 0
     final_fraction: float = 0.1
     adam: AdamConfig = AdamConfig()
-    pair_norm: str = "valid"
+    pair_norm: PairNorm = "valid"
     residual_dropout: float = 0.0
-    normalisation: str = "demo_mean"
+    normalisation: Normalisation = "demo_mean"
     micro_batches: int = 1
     seed: int = 0
     log_every: int = 10
@@ -65,7 +66,7 @@ def sequence_scores(
     return final_scores(outputs, flat[1]).reshape(tokens.shape[:-1])
 
 
-def reward_loss(model: Model, *, pair_norm: str = "valid", dropout: bool = False) -> LossFn:
+def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = False) -> LossFn:
     """K-wise ranking loss over a batch of `tokens` int32[B, K, T], `mask`, `ranks` int32[B, K],
     `where`.
 
@@ -102,7 +103,9 @@ def score_rows(
     return in_batches(lambda t, m: score(params, t, m), batch_size, tokens, mask)
 
 
-def normalise(model: Model, params: Any, rows: dict[str, np.ndarray], *, kind: str) -> Any:
+def normalise(
+    model: Model, params: Any, rows: dict[str, np.ndarray], *, kind: Normalisation
+) -> Any:
     """The same reward model with its scores on `rows` (tokens int32[N, T], mask) normalised.
 
     "demo_mean" (RM-4, the paper): rows are demonstrations, r <- r - mean(r). "policy_meanstd" (the
@@ -144,8 +147,6 @@ def train(
     `normalise`; they may be None only when `config.normalisation` is "none". Resumes from
     `workdir/checkpoints` when there is one.
     """
-    if config.normalisation not in NORMALISATIONS:
-        raise ConfigError(f"normalisation {config.normalisation!r} is none of {NORMALISATIONS}")
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
     batches = Batches(comparisons, config.batch_size, seed=config.seed)

@@ -44,6 +44,8 @@ class SFTConfig:
     adam: AdamConfig = AdamConfig()
     residual_dropout: float = 0.2
     loss_on_prompt: bool = False
+    # Rows of this many tokens hold several demonstrations; None keeps one a row, as in the paper.
+    pack_length: int | None = None
     pretrain_fraction: float = 0.0
     micro_batches: int = 1
     seed: int = 0
@@ -79,7 +81,10 @@ def train(
     batches: Batches | Mixture = demonstrated
     if mixed:
         assert pretraining is not None, "pretrain_fraction > 0 needs pretraining rows"
-        extra = Batches(language_rows(pretraining), mixed, seed=config.seed + 1)
+        text = language_rows(pretraining)
+        if "segment_ids" in rows:
+            text["segment_ids"] = np.ones(pretraining.shape, np.int32)
+        extra = Batches(text, mixed, seed=config.seed + 1)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch
     steps = config.epochs * per_epoch

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
@@ -32,7 +33,7 @@ from instruct_jax.models.transformer import (
 )
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
-from instruct_jax.training.mesh import tree_shardings
+from instruct_jax.training.mesh import check_batch_size, tree_shardings
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, cosine_schedule
 from instruct_jax.training.state import (
@@ -90,7 +91,7 @@ def cosine_adam(
 def fit(
     loss_fn: LossFn,
     params: Any,
-    batch_at: Callable[[int], Any],
+    batch_at: Batches | Mixture,
     *,
     tx: optax.GradientTransformation,
     steps: int,
@@ -107,6 +108,7 @@ def fit(
     """Minimises one loss by one optimizer for `steps` updates; resumes from
     `workdir/checkpoints`.
     """
+    check_batch_size(batch_at.batch_size, mesh, micro_batches=micro_batches)
     state = shard_state(init_state(params, tx), mesh, PARTITION_RULES)
     step = compile_step(make_train_step(loss_fn, tx, micro_batches=micro_batches), mesh, state)
     with (
