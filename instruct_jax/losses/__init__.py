@@ -1,10 +1,35 @@
 """Losses of reinforcement learning from human feedback: pure functions on jax and chex alone.
 
 Arrays are positional, hyper-parameters keyword-only. Nothing is reduced unless the name says so;
-`where` is a boolean mask. Nothing shifts by one except `next_token_loss`. Checks are on rank,
-shape and dtype, and run at trace time.
+`where` is a boolean mask. Nothing shifts by one except `next_token_loss` and
+`chunked_next_token_loss`. Checks are on rank, shape and dtype, and run at trace time.
 """
 
+from instruct_jax.losses.chunked import (
+    TokenStatistics,
+    chunked_next_token_loss,
+    chunked_token_log_probs,
+    chunked_token_statistics,
+)
+from instruct_jax.losses.distillation import (
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+)
+from instruct_jax.losses.group import (
+    grpo_advantages,
+    grpo_loss,
+    gspo_loss,
+    reinforce_loss,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
+)
+from instruct_jax.losses.kl import (
+    adaptive_kl_update,
+    best_of_n_kl,
+    fixed_kl_update,
+    kl_estimate,
+)
 from instruct_jax.losses.language import (
     next_token_loss,
     token_cross_entropy,
@@ -18,55 +43,108 @@ from instruct_jax.losses.masked import (
     reduce_loss,
     sum_and_count,
 )
+from instruct_jax.losses.overoptimization import (
+    GoldFit,
+    fit_gold_scores,
+    gold_score,
+    peak_distance,
+)
 from instruct_jax.losses.ppo import (
-    adaptive_kl_update,
     clip_scores,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    fixed_kl_update,
     generalized_advantages,
-    kl_estimate,
     kl_shaped_rewards,
     missing_eos_scores,
     policy_clipped,
+    truncated_importance_weights,
     value_clipped,
+)
+from instruct_jax.losses.preference import (
+    cpo_loss,
+    dpo_loss,
+    dpo_sft_loss,
+    implicit_rewards,
+    ipo_loss,
+    kto_loss,
+    kto_reference_kl,
+    orpo_loss,
+    robust_dpo_loss,
+    sequence_log_probs,
+    simpo_loss,
 )
 from instruct_jax.losses.reward import (
     PairCounts,
     best_of_k_loss,
     centering_loss,
+    diverging_pairwise_loss,
+    labeler_ranking_loss,
     pair_counts,
     pairwise_loss,
+    plackett_luce_loss,
     ranking_loss,
 )
 
 __all__ = [
+    "GoldFit",
     "PairCounts",
+    "TokenStatistics",
     "adaptive_kl_update",
     "best_of_k_loss",
+    "best_of_n_kl",
     "centering_loss",
+    "chunked_next_token_loss",
+    "chunked_token_log_probs",
+    "chunked_token_statistics",
     "clip_scores",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "cpo_loss",
+    "diverging_pairwise_loss",
+    "dpo_loss",
+    "dpo_sft_loss",
     "explained_variance",
+    "fit_gold_scores",
     "fixed_kl_update",
+    "forward_kl",
     "generalized_advantages",
+    "generalized_jsd",
+    "gold_score",
+    "grpo_advantages",
+    "grpo_loss",
+    "gspo_loss",
+    "implicit_rewards",
+    "ipo_loss",
     "kl_estimate",
     "kl_shaped_rewards",
+    "kto_loss",
+    "kto_reference_kl",
+    "labeler_ranking_loss",
     "loss_sum_and_count",
     "masked_mean",
     "masked_whiten",
     "missing_eos_scores",
     "next_token_loss",
+    "orpo_loss",
     "pair_counts",
     "pairwise_loss",
+    "peak_distance",
+    "plackett_luce_loss",
     "policy_clipped",
     "ranking_loss",
     "reduce_loss",
+    "reinforce_loss",
+    "reinforce_plus_plus_advantages",
+    "reverse_kl",
+    "rloo_advantages",
+    "robust_dpo_loss",
+    "sequence_log_probs",
+    "simpo_loss",
     "sum_and_count",
     "token_cross_entropy",
     "token_entropy",
     "token_log_probs",
+    "truncated_importance_weights",
     "value_clipped",
 ]

@@ -20,7 +20,9 @@ MASKED_LOGIT = -1e9
 """The logit of a column that is no token: finite, and exp of it is 0 beside any real logit."""
 
 
-def _prepare(logits: chex.Array, temperature: chex.Numeric, vocab_size: int | None) -> jax.Array:
+def prepare_logits(
+    logits: chex.Array, temperature: chex.Numeric, vocab_size: int | None
+) -> jax.Array:
     """float[B, T, V] logits in full precision, scaled, real vocabulary only."""
     (logits,) = full_precision(logits, rank=3)
     logits = logits / temperature
@@ -68,7 +70,7 @@ def token_log_probs(
     >>> print(jnp.exp(token_log_probs(logits, jnp.array([[1]]))))
     [[0.75]]
     """
-    logits = _prepare(logits, temperature, vocab_size)
+    logits = prepare_logits(logits, temperature, vocab_size)
     return _pick(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -92,7 +94,7 @@ def token_entropy(
     >>> print(jnp.exp(token_entropy(jnp.zeros((1, 1, 8)))).round(4))
     [[8.]]
     """
-    log_p = jax.nn.log_softmax(_prepare(logits, temperature, vocab_size), axis=-1)
+    log_p = jax.nn.log_softmax(prepare_logits(logits, temperature, vocab_size), axis=-1)
     possible = log_p > -jnp.inf
     # 0 * -inf is NaN in the value and again in the gradient: two selects, one for each.
     log_p = jnp.where(possible, log_p, 0.0)
@@ -132,7 +134,7 @@ def token_cross_entropy(
     >>> print(jnp.exp(loss).round(4))
     [[4.]]
     """
-    logits = _prepare(logits, 1.0, vocab_size)
+    logits = prepare_logits(logits, 1.0, vocab_size)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target = _pick(logits, tokens)
     if label_smoothing:
@@ -171,6 +173,7 @@ def next_token_loss(
     >>> print(jnp.exp(next_token_loss(jnp.zeros((1, 3, 5)), jnp.array([[0, 1, 2]]))).round(4))
     [[5. 5.]]
     """
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     chex.assert_equal_shape_prefix([logits, tokens], 2)
     return token_cross_entropy(
         logits[:, :-1],

@@ -1,4 +1,4 @@
-r"""PPO for a language model: shaped rewards, advantages, clipped losses, KL estimates, controllers.
+r"""PPO for a language model: shaped rewards, advantages, clipped policy and value losses.
 
 One episode is a prompt and one response :math:`y_0 .. y_{R-1}`. `where` is bool[B, R], True on
 the response's tokens through the stop token. :math:`V_t` is the value of the state before
@@ -19,59 +19,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import (
-    LOG_RATIO_LIMIT,
-    bounded_exp,
-    full_precision,
-    mask_like,
-)
+from instruct_jax.losses._array import bounded_exp, full_precision, mask_like
 from instruct_jax.losses.masked import masked_mean
-
-
-def kl_estimate(
-    log_probs: chex.Array, ref_log_probs: chex.Array, *, kind: Literal["k1", "k2", "k3"] = "k1"
-) -> jax.Array:
-    r"""Estimate, from samples of the policy, of KL(policy || reference), one value a token.
-
-    With :math:`d = \log \pi - \log \pi_{ref}`:
-
-    .. math:: k_1 = d, \qquad k_2 = d^2 / 2, \qquad k_3 = e^{-d} - 1 + d
-
-    k1 and k3 are unbiased, k2 is not; k2 and k3 are never negative. As *losses* they differ:
-    over samples of the policy the gradient of k1 has mean 0, that of k2 has the mean of the true
-    KL gradient, and that of k3 has the mean of the gradient of KL(reference || policy). Use k1
-    in the reward, k3 to watch.
-
-    Source: Schulman 2020, "Approximating KL divergence"; the gradients, Tang and Munos 2025,
-    "On a few pitfalls in KL divergence gradient estimation for RL".
-
-    Not done: no mask, no reduction, no stop-gradient. In k3 the exponent is clamped to ±20.
-
-    Args:
-      log_probs: float[...], under the policy that drew the tokens.
-      ref_log_probs: float[...], the same tokens under the reference.
-      kind: "k1", "k2" or "k3".
-
-    Returns:
-      float[...].
-
-    Raises:
-      ValueError: an unknown kind.
-
-    >>> lp, ref = jnp.array([-1.0]), jnp.array([-1.1])
-    >>> print([f"{kl_estimate(lp, ref, kind=k)[0]:.6f}" for k in ("k1", "k2", "k3")])
-    ['0.100000', '0.005000', '0.004837']
-    """
-    log_probs, ref_log_probs = full_precision(log_probs, ref_log_probs)
-    log_ratio = log_probs - ref_log_probs
-    if kind == "k1":
-        return log_ratio
-    if kind == "k2":
-        return 0.5 * jnp.square(log_ratio)
-    if kind == "k3":
-        # expm1 where its argument is small: exp(-d) - 1 would lose every digit of d^2 / 2.
-        return jnp.expm1(jnp.clip(-log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) + log_ratio
-    raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
 
 
 def missing_eos_scores(
@@ -375,6 +324,37 @@ def _value_errors(
     return jnp.square(values - returns), jnp.square(held - returns)
 
 
+def truncated_importance_weights(
+    log_probs: chex.Array, sampler_log_probs: chex.Array, *, cap: float = 2.0
+) -> jax.Array:
+    r"""Weights that correct for a sampler whose probabilities are not quite the trainer's.
+
+    .. math:: \min(\pi_{trainer} / \pi_{sampler},\; c)
+
+    A sampler in other precision or with other kernels draws from another distribution than the
+    one whose `old_log_probs` the ratio uses. Multiply the policy loss by these weights.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"; TRL (`vllm_importance_sampling_cap`).
+
+    Stop-gradient on the result. Not done: no mask, no normalisation.
+
+    Args:
+      log_probs: float[...], of the rollout policy, by the training forward (the old ones).
+      sampler_log_probs: float[...], of the same tokens, as the sampler reports them.
+      cap: c, which bounds the variance.
+
+    Returns:
+      float[...], in (0, c].
+
+    >>> print(truncated_importance_weights(jnp.array([0.0, 0.0]), jnp.array([0.0, -3.0])))
+    [1. 2.]
+    """
+    log_probs, sampler_log_probs = full_precision(log_probs, sampler_log_probs)
+    weights = jnp.minimum(bounded_exp(log_probs - sampler_log_probs), cap)
+    return jax.lax.stop_gradient(weights)
+
+
 def explained_variance(values: chex.Array, returns: chex.Array, *, where: chex.Array) -> jax.Array:
     r"""Share of the variance of the returns that the values explain.
 
@@ -403,68 +383,3 @@ def explained_variance(values: chex.Array, returns: chex.Array, *, where: chex.A
     spread = variance(returns)
     explained = 1.0 - variance(returns - values) / jnp.where(spread > 0, spread, 1.0)
     return jnp.where(spread > 0, explained, 0.0)
-
-
-def fixed_kl_update(
-    kl_coef: chex.Numeric,
-    kl: chex.Numeric,
-    *,
-    target: float | None = None,
-    horizon: float | None = None,
-    batch_size: int | None = None,
-) -> jax.Array:
-    """The KL coefficient as it was; takes what `adaptive_kl_update` takes, to stand in for it.
-
-    Source: Ouyang et al. 2022, appendix C.4 (beta = 0.02 throughout).
-
-    Args:
-      kl_coef: beta, float[].
-      kl: float[], ignored.
-      target: ignored.
-      horizon: ignored.
-      batch_size: ignored.
-
-    Returns:
-      float[].
-
-    >>> print(fixed_kl_update(jnp.float32(0.02), jnp.float32(30.0)))
-    0.02
-    """
-    del target, horizon, batch_size
-    kl_coef, _ = full_precision(kl_coef, kl, rank=0)
-    return kl_coef
-
-
-def adaptive_kl_update(
-    kl_coef: chex.Numeric,
-    kl: chex.Numeric,
-    *,
-    target: float,
-    horizon: float,
-    batch_size: int,
-) -> jax.Array:
-    r"""Proportional controller in log-space that steers the KL to a target.
-
-    .. math:: e = \mathrm{clip}(KL / KL_{target} - 1, -0.2, 0.2), \qquad
-              \beta \leftarrow \beta (1 + e \cdot n / horizon)
-
-    Source: Ziegler et al. 2019, section 2.2, with the horizon of their code.
-
-    Args:
-      kl_coef: beta, float[].
-      kl: float[], mean over the rollout of the KL summed over a response's tokens.
-      target: the KL wanted, in nats a response.
-      horizon: episodes over which a full error changes beta by 20 %.
-      batch_size: n, episodes since the last update.
-
-    Returns:
-      float[].
-
-    >>> beta = adaptive_kl_update(jnp.float32(.15), jnp.float32(12.), target=6., horizon=1e4,
-    ...                           batch_size=512)
-    >>> print(f"{beta:.6f}")
-    0.151536
-    """
-    kl_coef, kl = full_precision(kl_coef, kl, rank=0)
-    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return kl_coef * (1.0 + error * batch_size / horizon)

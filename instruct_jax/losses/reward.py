@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from instruct_jax.losses._array import full_precision, mask_like
+from instruct_jax.losses.masked import masked_mean
 
 
 class PairCounts(NamedTuple):
@@ -147,6 +148,128 @@ def best_of_k_loss(
     # An empty row has no normaliser; its one fake entry keeps value and gradient finite.
     where = where | ~jnp.any(where, axis=1, keepdims=True)
     return jax.nn.logsumexp(jnp.where(where, scores, -jnp.inf), axis=1) - picked
+
+
+def plackett_luce_loss(
+    scores: chex.Array, ranks: chex.Array, *, where: chex.Array | None = None
+) -> jax.Array:
+    r"""Negative log-likelihood of a ranking that is drawn best first, without replacement.
+
+    .. math:: -\sum_i \Big(r_i - \log \big(e^{r_i} + \sum_{j:\, rank_j > rank_i} e^{r_j}\big)\Big)
+
+    Source: Plackett 1975; Luce 1959; for language models Rafailov et al. 2023, eq. 18. Completions
+    of equal rank are not compared with each other, only with worse ones.
+
+    Not done: not divided by the number of choices, so a longer ranking weighs more.
+
+    Args:
+      scores: float[B, K].
+      ranks: int[B, K], 0 is best, ties are equal.
+      where: bool[B, K], False on absent completions.
+
+    Returns:
+      float[B].
+
+    >>> print(jnp.exp(plackett_luce_loss(jnp.zeros((1, 3)), jnp.array([[1, 0, 2]]))).round(4))
+    [6.]
+    """
+    scores, where = _scores_and_mask(scores, where)
+    difference, better = _differences(scores, ranks, where)
+    # log(1 + sum_j exp(r_j - r_i)): the 1 is the completion itself.
+    exponents = jnp.where(better, -difference, -jnp.inf)
+    exponents = jnp.pad(exponents, [(0, 0), (0, 0), (1, 0)])
+    return jnp.sum(jax.nn.logsumexp(exponents, axis=2), axis=1)
+
+
+def labeler_ranking_loss(
+    scores: chex.Array,
+    ranks: chex.Array,
+    labeler_weights: chex.Array,
+    *,
+    where: chex.Array | None = None,
+    pair_norm: Literal["valid", "comb"] = "valid",
+) -> jax.Array:
+    r"""Ranking loss when several labelers ranked the same completions, weighted by trust in each.
+
+    .. math:: \frac{\sum_j w_j\, \ell(r, rank_j)}{\sum_j w_j}
+
+    with the `ranking_loss` :math:`\ell`. Disagreeing labelers give a soft target: two of equal
+    weight and opposite opinion ask for equal scores.
+
+    Not done: no mean over prompts. Weights are not estimated here.
+
+    Args:
+      scores: float[B, K].
+      ranks: int[B, J, K], one ranking a labeler.
+      labeler_weights: float[B, J], not negative; 0 for a labeler who did not see the prompt.
+      where: bool[B, J, K], False on completions that a labeler did not rank.
+      pair_norm: as in `ranking_loss`.
+
+    Returns:
+      float[B], 0 where all weights are 0.
+
+    >>> ranks = jnp.array([[[0, 1], [1, 0]]])
+    >>> trust = jnp.array([[1.0, 0.0]])
+    >>> print(jnp.exp(labeler_ranking_loss(jnp.zeros((1, 2)), ranks, trust)).round(4))
+    [2.]
+    """
+    (labeler_weights,) = full_precision(labeler_weights, rank=2)
+    ranks = jnp.asarray(ranks)
+    chex.assert_rank(ranks, 3)
+    where = jnp.ones(ranks.shape, bool) if where is None else jnp.asarray(where)
+
+    def one_labeler(ranks: jax.Array, where: jax.Array) -> jax.Array:
+        return ranking_loss(scores, ranks, where=where, pair_norm=pair_norm)
+
+    losses = jax.vmap(one_labeler, in_axes=1, out_axes=1)(ranks, where)
+    chex.assert_equal_shape([losses, labeler_weights])
+    weight = jnp.sum(labeler_weights, axis=1)
+    return jnp.sum(losses * labeler_weights, axis=1) / jnp.where(weight > 0, weight, 1.0)
+
+
+def diverging_pairwise_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    chosen_tokens: chex.Array,
+    rejected_tokens: chex.Array,
+    *,
+    where: chex.Array,
+) -> jax.Array:
+    r"""Pairwise loss averaged over all positions from the first token where the two differ.
+
+    .. math:: \frac{1}{|D|} \sum_{t \in D} -\log \sigma(r_{c,t} - r_{r,t}), \qquad
+              D = \{t \geq t_0: m_t\}, \quad t_0 = \min\{t: y_{c,t} \neq y_{r,t}\}
+
+    Source: DeepSpeed-Chat (`reward_model.py`). An option, not the paper's loss: it trains the
+    score of every prefix, which helps a value function that starts from the reward model.
+
+    Not done: no mean over pairs.
+
+    Args:
+      chosen: float[B, T], the score head at every position.
+      rejected: float[B, T].
+      chosen_tokens: int[B, T], prompt and completion, right-padded.
+      rejected_tokens: int[B, T].
+      where: bool[B, T], True up to the end of the longer of the two.
+
+    Returns:
+      float[B], 0 where the two are equal.
+
+    >>> chosen, rejected = jnp.array([[9.0, 1.0, 1.0]]), jnp.array([[0.0, 1.0, 1.0]])
+    >>> tokens, others = jnp.array([[7, 1, 2]]), jnp.array([[7, 3, 2]])
+    >>> where = jnp.ones((1, 3), bool)
+    >>> print(jnp.exp(diverging_pairwise_loss(chosen, rejected, tokens, others, where=where)))
+    [2.]
+    """
+    chosen, rejected = full_precision(chosen, rejected, rank=2)
+    chosen_tokens, rejected_tokens = jnp.asarray(chosen_tokens), jnp.asarray(rejected_tokens)
+    chex.assert_type([chosen_tokens, rejected_tokens], int)
+    chex.assert_equal_shape([chosen, chosen_tokens, rejected_tokens])
+    where = mask_like(where, chosen)
+    differs = where & (chosen_tokens != rejected_tokens)
+    diverged = where & (jnp.cumsum(differs, axis=1) > 0)
+    difference = jnp.where(diverged, chosen - rejected, 0.0)
+    return masked_mean(-jax.nn.log_sigmoid(difference), diverged, axis=1)
 
 
 def centering_loss(chosen: chex.Array, rejected: chex.Array) -> jax.Array:

@@ -148,7 +148,7 @@ def ranking_loss(scores, ranks, *, where=None, pair_norm="valid"):
     out = []
     for r, rank, present in zip(scores, ranks, everyone(scores, where), strict=True):
         pairs = pairs_of(rank, present)
-        total = math.fsum(-log_sigmoid(r[w] - r[l]) for w, l in pairs)
+        total = math.fsum(-log_sigmoid(r[i] - r[j]) for i, j in pairs)
         norm = len(pairs) if pair_norm == "valid" else math.comb(int(sum(present)), 2)
         out.append(total / norm if norm else 0.0)
     return np.array(out)
@@ -175,8 +175,8 @@ def pair_counts(scores, ranks, *, where=None):
     rows = []
     for r, rank, present in zip(scores, ranks, everyone(scores, where), strict=True):
         pairs = pairs_of(rank, present)
-        right = sum(1 for w, l in pairs if r[w] > r[l])
-        equal = sum(1 for w, l in pairs if r[w] == r[l])
+        right = sum(1 for i, j in pairs if r[i] > r[j])
+        equal = sum(1 for i, j in pairs if r[i] == r[j])
         rows.append((right, equal, len(pairs)))
     return tuple(np.array(rows, np.float64).T)
 

@@ -1,4 +1,4 @@
-"""Every public function keeps the promises of the library on the calls of `cases.py`."""
+"""Every public function keeps the promises of the library on the calls of the two tables."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from instruct_jax import losses
-from tests.losses.cases import CASES, Case, leaves
+from tests.losses import cases, cases_direct
+from tests.losses.case import Case, leaves
+
+CASES = [*cases.CASES, *cases_direct.CASES]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -71,9 +71,8 @@ def test_a_loss_and_its_gradient_do_not_depend_on_the_number_of_micro_batches(
         return jax.value_and_grad(loss, has_aux=True)(lp)
 
     (total, count), grad = grad_of_sum(lp, adv, where)
-    pieces = [
-        grad_of_sum(*piece) for piece in zip(*(jnp.split(a, parts) for a in (lp, adv, where)))
-    ]
+    split = (jnp.split(a, parts) for a in (lp, adv, where))
+    pieces = [grad_of_sum(*piece) for piece in zip(*split, strict=True)]
     counts = sum(c for (_, c), _ in pieces)
     np.testing.assert_allclose(
         sum(t for (t, _), _ in pieces) / counts, total / count, rtol=1e-6, atol=1e-6

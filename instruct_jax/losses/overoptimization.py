@@ -1,0 +1,133 @@
+r"""How the gold score bends as a policy is optimised against a proxy reward.
+
+With :math:`d = \sqrt{KL(\pi \| \pi_{init})}` (Gao, Schulman and Hilton 2022, section 1):
+
+.. math:: R_{bon}(d) = d (\alpha - \beta d), \qquad R_{rl}(d) = d (\alpha - \beta \log d)
+
+Both start at 0 and are linear in alpha and beta, so the least-squares fit has one solution and
+needs no starting point.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from instruct_jax.losses._array import full_precision, mask_like
+from instruct_jax.losses.masked import masked_mean
+
+Kind = Literal["bon", "rl"]
+
+
+class GoldFit(NamedTuple):
+    """Coefficients of a gold-score curve and the share of variance they explain; each float[]."""
+
+    alpha: jax.Array
+    beta: jax.Array
+    r_squared: jax.Array
+
+
+def _bend(distances: jax.Array, kind: Kind) -> jax.Array:
+    """What beta multiplies: d^2 or d log d, 0 at d = 0."""
+    if kind == "bon":
+        return jnp.square(distances)
+    if kind == "rl":
+        positive = distances > 0
+        return jnp.where(positive, distances * jnp.log(jnp.where(positive, distances, 1.0)), 0.0)
+    raise ValueError(f"kind must be 'bon' or 'rl', got {kind!r}")
+
+
+def gold_score(
+    distances: chex.Array, alpha: chex.Numeric, beta: chex.Numeric, *, kind: Kind
+) -> jax.Array:
+    r"""Gold score at a distance from the initial policy.
+
+    .. math:: d (\alpha - \beta d) \quad \text{or} \quad d (\alpha - \beta \log d)
+
+    Source: Gao et al. 2022, eq. 1 and 2.
+
+    Args:
+      distances: float[...], square roots of KL divergences.
+      alpha: float[], the initial slope.
+      beta: float[], how strongly it bends.
+      kind: "bon" for best-of-n, "rl" for reinforcement learning.
+
+    Returns:
+      float[...], 0 at distance 0.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    >>> print(gold_score(jnp.array([0.0, 1.0, 2.0]), 1.0, 0.25, kind="bon"))
+    [0.   0.75 1.  ]
+    """
+    (distances,) = full_precision(distances)
+    alpha, beta = full_precision(alpha, beta, rank=0)
+    return alpha * distances - beta * _bend(distances, kind)
+
+
+def peak_distance(alpha: chex.Numeric, beta: chex.Numeric, *, kind: Kind) -> jax.Array:
+    r"""Distance at which the gold score is highest.
+
+    .. math:: d^*_{bon} = \frac{\alpha}{2 \beta}, \qquad d^*_{rl} = \exp(\alpha / \beta - 1)
+
+    Args:
+      alpha: float[].
+      beta: float[].
+      kind: "bon" or "rl".
+
+    Returns:
+      float[]; infinite where beta is not positive, because the curve never bends down.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    >>> print(peak_distance(jnp.float32(1.0), jnp.float32(0.25), kind="bon"))
+    2.0
+    """
+    alpha, beta = full_precision(alpha, beta, rank=0)
+    ratio = alpha / jnp.where(beta > 0, beta, 1.0)
+    if kind == "bon":
+        peak = ratio / 2.0
+    elif kind == "rl":
+        peak = jnp.exp(ratio - 1.0)
+    else:
+        raise ValueError(f"kind must be 'bon' or 'rl', got {kind!r}")
+    return jnp.where(beta > 0, peak, jnp.inf)
+
+
+def fit_gold_scores(
+    distances: chex.Array, gold: chex.Array, *, kind: Kind, where: chex.Array | None = None
+) -> GoldFit:
+    """Least-squares fit of alpha and beta to measured gold scores.
+
+    Args:
+      distances: float[N], square roots of KL divergences.
+      gold: float[N], gold scores, 0 for the initial policy.
+      kind: "bon" or "rl".
+      where: bool[N], False on points to leave out.
+
+    Returns:
+      GoldFit. Fewer than two distinct distances give the solution of least norm.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    >>> d = jnp.linspace(0.0, 4.0, 9)
+    >>> fit = fit_gold_scores(d, gold_score(d, 1.0, 0.25, kind="rl"), kind="rl")
+    >>> print(f"{fit.alpha:.3f} {fit.beta:.3f} {fit.r_squared:.3f}")
+    1.000 0.250 1.000
+    """
+    distances, gold = full_precision(distances, gold, rank=1)
+    where = mask_like(jnp.ones(gold.shape, bool) if where is None else where, gold)
+    distances, gold = jnp.where(where, distances, 0.0), jnp.where(where, gold, 0.0)
+    design = jnp.stack([distances, -_bend(distances, kind)], axis=1)
+    (alpha, beta), *_ = jnp.linalg.lstsq(design, gold)
+    residual = masked_mean(jnp.square(gold - gold_score(distances, alpha, beta, kind=kind)), where)
+    variance = masked_mean(jnp.square(gold - masked_mean(gold, where)), where)
+    spread = variance > 0
+    r_squared = jnp.where(spread, 1.0 - residual / jnp.where(spread, variance, 1.0), 0.0)
+    return GoldFit(alpha, beta, r_squared)

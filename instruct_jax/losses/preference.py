@@ -1,0 +1,426 @@
+r"""Direct preference losses: a policy from comparisons, without a reward model or sampling.
+
+All take one log-probability a *sequence*, float[B], made by `sequence_log_probs` from those of
+the response's tokens (prompt tokens masked). With :math:`h = \log \frac{\pi(y_c)}{\pi_{ref}(y_c)}
+- \log \frac{\pi(y_r)}{\pi_{ref}(y_r)}` for the chosen and the rejected response of a prompt:
+
+==============  =========================================================  ==================
+`dpo_loss`      :math:`-\log \sigma(\beta h)`; smoothed labels: cDPO       sums
+`robust_...`    the same, unbiased under flipped labels                    sums
+`ipo_loss`      :math:`(h - 1 / 2\beta)^2`                                 sums (TRL: means)
+`kto_loss`      one response with a thumb up or down                       sums
+`cpo_loss`      DPO with a uniform reference, plus likelihood              sums
+`orpo_loss`     odds ratio plus likelihood, no reference                   means over tokens
+`simpo_loss`    margin between mean log-probs, no reference                means over tokens
+==============  =========================================================  ==================
+
+Losses are float[B], unreduced. Gradients are stopped on all reference log-probabilities.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from instruct_jax.losses._array import full_precision, mask_like
+from instruct_jax.losses.masked import masked_mean, sum_and_count
+
+
+def sequence_log_probs(
+    log_probs: chex.Array, where: chex.Array, *, mean: bool = False
+) -> jax.Array:
+    r"""Log-probability of each response: the sum over its tokens, or with `mean` the average.
+
+    .. math:: \sum_t m_t \log p_t \quad \text{or} \quad
+              \frac{1}{|y|} \sum_t m_t \log p_t
+
+    Args:
+      log_probs: float[B, T], from `token_log_probs`.
+      where: bool[B, T], True on the response's tokens, the stop token included.
+      mean: divide by the number of tokens.
+
+    Returns:
+      float[B], 0 for a row without a valid token.
+
+    >>> lp, where = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[True, True, False]])
+    >>> print(sequence_log_probs(lp, where), sequence_log_probs(lp, where, mean=True))
+    [-3.] [-1.5]
+    """
+    (log_probs,) = full_precision(log_probs, rank=2)
+    if mean:
+        return masked_mean(log_probs, where, axis=1)
+    return sum_and_count(log_probs, where, axis=1)[0]
+
+
+def implicit_rewards(
+    log_probs: chex.Array, ref_log_probs: chex.Array, *, beta: float = 0.1
+) -> jax.Array:
+    r"""The reward that a policy is optimal for, up to a constant of the prompt.
+
+    .. math:: \beta (\log \pi(y) - \log \pi_{ref}(y))
+
+    Source: Rafailov et al. 2023, eq. 5. Its differences give the accuracy and the margin of a
+    DPO policy as a reward model.
+
+    Args:
+      log_probs: float[B].
+      ref_log_probs: float[B].
+      beta: the KL coefficient.
+
+    Returns:
+      float[B].
+
+    >>> print(implicit_rewards(jnp.array([-2.0]), jnp.array([-4.0]), beta=0.5))
+    [1.]
+    """
+    return beta * _log_ratio(log_probs, ref_log_probs)
+
+
+def _log_ratio(log_probs: chex.Array, ref_log_probs: chex.Array) -> jax.Array:
+    """float[B] log of policy over reference, the reference held constant."""
+    log_probs, ref_log_probs = full_precision(log_probs, ref_log_probs, rank=1)
+    return log_probs - jax.lax.stop_gradient(ref_log_probs)
+
+
+def _log_ratio_gap(
+    chosen: chex.Array, rejected: chex.Array, ref_chosen: chex.Array, ref_rejected: chex.Array
+) -> jax.Array:
+    """float[B]: h of the module's docstring."""
+    return _log_ratio(chosen, ref_chosen) - _log_ratio(rejected, ref_rejected)
+
+
+def _smoothed_logistic(logit: jax.Array, flip: float) -> jax.Array:
+    """Cross-entropy of a Bernoulli whose target is 1 - flip."""
+    return -(1.0 - flip) * jax.nn.log_sigmoid(logit) - flip * jax.nn.log_sigmoid(-logit)
+
+
+def dpo_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    ref_chosen: chex.Array,
+    ref_rejected: chex.Array,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    r"""Direct preference optimisation; with `label_smoothing`, conservative DPO.
+
+    .. math:: -(1 - \epsilon) \log \sigma(\beta h) - \epsilon \log \sigma(-\beta h)
+
+    Source: Rafailov et al. 2023, eq. 7; cDPO, Mitchell 2023, "A note on DPO with noisy
+    preferences". cDPO has its minimum at a finite margin, where :math:`\sigma(\beta h) =
+    1 - \epsilon`.
+
+    Not done: no reduction, no length normalisation.
+
+    Args:
+      chosen: float[B], summed log-probs of the chosen responses under the policy.
+      rejected: float[B], of the rejected ones.
+      ref_chosen: float[B], of the chosen ones under the reference.
+      ref_rejected: float[B].
+      beta: strength of the pull to the reference.
+      label_smoothing: epsilon, the share of labels believed to be flipped.
+
+    Returns:
+      float[B].
+
+    >>> lp = jnp.array([-5.0])
+    >>> print(jnp.exp(dpo_loss(lp, lp, lp, lp)))
+    [2.]
+    """
+    gap = _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    return _smoothed_logistic(beta * gap, label_smoothing)
+
+
+def robust_dpo_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    ref_chosen: chex.Array,
+    ref_rejected: chex.Array,
+    *,
+    beta: float = 0.1,
+    flip_rate: float = 0.1,
+) -> jax.Array:
+    r"""DPO that is unbiased when a known share of the labels is flipped at random.
+
+    .. math:: \frac{-(1 - \epsilon) \log \sigma(\beta h) + \epsilon \log \sigma(-\beta h)}
+              {1 - 2 \epsilon}
+
+    Its mean over labels flipped with probability epsilon is the DPO loss of the true labels.
+    Unlike cDPO it is not bounded below.
+
+    Source: Chowdhury et al. 2024, "Provably robust DPO", eq. 12.
+
+    Not done: no reduction.
+
+    Args:
+      chosen: float[B], summed log-probs.
+      rejected: float[B].
+      ref_chosen: float[B].
+      ref_rejected: float[B].
+      beta: strength of the pull to the reference.
+      flip_rate: epsilon, below 1/2.
+
+    Returns:
+      float[B].
+
+    Raises:
+      ValueError: `flip_rate` outside of [0, 1/2).
+
+    >>> lp = jnp.array([-5.0])
+    >>> print(jnp.exp(robust_dpo_loss(lp, lp, lp, lp, flip_rate=0.25)))
+    [2.]
+    """
+    if not 0.0 <= flip_rate < 0.5:
+        raise ValueError(f"flip_rate must lie in [0, 0.5), got {flip_rate}")
+    logit = beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    kept, flipped = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    return (-(1.0 - flip_rate) * kept + flip_rate * flipped) / (1.0 - 2.0 * flip_rate)
+
+
+def ipo_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    ref_chosen: chex.Array,
+    ref_rejected: chex.Array,
+    *,
+    beta: float = 0.1,
+) -> jax.Array:
+    r"""Identity preference optimisation: regression of the log-ratio gap to a fixed margin.
+
+    .. math:: \Big(h - \frac{1}{2 \beta}\Big)^2
+
+    Source: Azar et al. 2023, eq. 17, with beta for the paper's tau. The paper writes sums over
+    tokens; TRL passes means, which its authors report to be what the experiments used. Either
+    goes in here; beta means something else in each.
+
+    Not done: no reduction.
+
+    Args:
+      chosen: float[B], summed or mean log-probs, all four alike.
+      rejected: float[B].
+      ref_chosen: float[B].
+      ref_rejected: float[B].
+      beta: half the inverse of the margin aimed at.
+
+    Returns:
+      float[B].
+
+    >>> lp = jnp.array([-5.0])
+    >>> print(ipo_loss(lp, lp, lp, lp, beta=0.5))
+    [1.]
+    """
+    gap = _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    return jnp.square(gap - 1.0 / (2.0 * beta))
+
+
+def kto_reference_kl(
+    log_probs: chex.Array, ref_log_probs: chex.Array, *, where: chex.Array | None = None
+) -> jax.Array:
+    r"""The reference point of KTO: the mean log-ratio of mismatched pairs, not below 0.
+
+    .. math:: z_0 = \max\Big(0, \frac1B \sum_i \log
+              \frac{\pi(y_{i+1} | x_i)}{\pi_{ref}(y_{i+1} | x_i)}\Big)
+
+    Source: Ethayarajh et al. 2024, section 4.2. Score each prompt with the response of another
+    prompt; over devices or micro-batches it is one number, from all of them.
+
+    Stop-gradient on the result.
+
+    Args:
+      log_probs: float[B], summed log-probs of the mismatched responses.
+      ref_log_probs: float[B].
+      where: bool[B], False on rows that only fill the batch.
+
+    Returns:
+      float[].
+
+    >>> print(kto_reference_kl(jnp.array([-1.0, -4.0]), jnp.array([-2.0, -4.0])))
+    0.5
+    """
+    ratio = _log_ratio(log_probs, ref_log_probs)
+    where = mask_like(jnp.ones(ratio.shape, bool) if where is None else where, ratio)
+    return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratio, where), 0.0))
+
+
+def kto_loss(
+    log_probs: chex.Array,
+    ref_log_probs: chex.Array,
+    desirable: chex.Array,
+    kl: chex.Numeric,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> jax.Array:
+    r"""Kahneman-Tversky optimisation: single responses with a thumb up or down.
+
+    .. math:: \lambda_D (1 - \sigma(\beta (\log \tfrac{\pi}{\pi_{ref}} - z_0))), \qquad
+              \lambda_U (1 - \sigma(\beta (z_0 - \log \tfrac{\pi}{\pi_{ref}})))
+
+    for desirable and undesirable responses.
+
+    Source: Ethayarajh et al. 2024, eq. 8. With unequal classes choose the weights so that
+    :math:`\lambda_D n_D / (\lambda_U n_U)` lies in [1, 4/3].
+
+    Stop-gradient on `ref_log_probs` and `kl`. Not done: no reduction.
+
+    Args:
+      log_probs: float[B], summed log-probs.
+      ref_log_probs: float[B].
+      desirable: bool[B].
+      kl: z_0, float[], from `kto_reference_kl`.
+      beta: sharpness of the value function.
+      desirable_weight: lambda_D.
+      undesirable_weight: lambda_U.
+
+    Returns:
+      float[B], between 0 and the weight.
+
+    >>> lp, good = jnp.array([-5.0, -5.0]), jnp.array([True, False])
+    >>> print(kto_loss(lp, lp, good, jnp.float32(0.0)))
+    [0.5 0.5]
+    """
+    ratio = _log_ratio(log_probs, ref_log_probs)
+    desirable = mask_like(desirable, ratio)
+    (kl,) = full_precision(kl, rank=0)
+    gain = beta * (ratio - jax.lax.stop_gradient(kl))
+    return jnp.where(
+        desirable,
+        desirable_weight * jax.nn.sigmoid(-gain),
+        undesirable_weight * jax.nn.sigmoid(gain),
+    )
+
+
+def orpo_loss(chosen: chex.Array, rejected: chex.Array, *, weight: float = 0.1) -> jax.Array:
+    r"""Odds-ratio preference optimisation: likelihood of the chosen plus a log odds-ratio term.
+
+    .. math:: -\log p_c - \lambda \log \sigma\Big(\log \frac{p_c / (1 - p_c)}
+              {p_r / (1 - p_r)}\Big), \qquad \log p = \tfrac{1}{|y|} \sum_t \log \pi(y_t)
+
+    Source: Hong et al. 2024, eqs. 6 and 7. Needs no reference.
+
+    Not done: no reduction. A mean log-prob of 0 (odds without bound) is read as -machine epsilon.
+
+    Args:
+      chosen: float[B], *mean* log-probs.
+      rejected: float[B].
+      weight: lambda; 0.0 is supervised fine-tuning on the chosen responses.
+
+    Returns:
+      float[B].
+
+    >>> lp = jnp.log(jnp.array([0.5]))
+    >>> print(jnp.exp(orpo_loss(lp, lp, weight=1.0)))
+    [4.]
+    """
+    chosen, rejected = full_precision(chosen, rejected, rank=1)
+
+    def log_odds(log_p: jax.Array) -> jax.Array:
+        log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
+        return log_p - jnp.log(-jnp.expm1(log_p))
+
+    return -chosen - weight * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo_loss(
+    chosen: chex.Array, rejected: chex.Array, *, beta: float = 2.0, gamma: float = 1.0
+) -> jax.Array:
+    r"""Simple preference optimisation: a margin between length-normalised log-probs.
+
+    .. math:: -\log \sigma(\beta (\log p_c - \log p_r) - \gamma), \qquad
+              \log p = \tfrac{1}{|y|} \sum_t \log \pi(y_t)
+
+    Source: Meng et al. 2024, eq. 6. Needs no reference.
+
+    Not done: no reduction.
+
+    Args:
+      chosen: float[B], *mean* log-probs.
+      rejected: float[B].
+      beta: scale of the implicit reward.
+      gamma: the margin aimed at.
+
+    Returns:
+      float[B].
+
+    >>> print(jnp.exp(simpo_loss(jnp.array([-1.0]), jnp.array([-1.5]))))
+    [2.]
+    """
+    chosen, rejected = full_precision(chosen, rejected, rank=1)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+
+
+def cpo_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 1.0,
+) -> jax.Array:
+    r"""Contrastive preference optimisation: DPO against a uniform reference, plus likelihood.
+
+    .. math:: -\log \sigma(\beta (\log \pi(y_c) - \log \pi(y_r))) - \alpha \log \pi(y_c)
+
+    Source: Xu et al. 2024, eqs. 3 to 5 (alpha = 1). Needs no reference.
+
+    Not done: no reduction.
+
+    Args:
+      chosen: float[B], summed log-probs.
+      rejected: float[B].
+      beta: scale of the margin.
+      label_smoothing: as in `dpo_loss`.
+      nll_weight: alpha.
+
+    Returns:
+      float[B].
+
+    >>> lp = jnp.array([-5.0])
+    >>> print(jnp.exp(cpo_loss(lp, lp, nll_weight=0.0)))
+    [2.]
+    """
+    chosen, rejected = full_precision(chosen, rejected, rank=1)
+    preference = _smoothed_logistic(beta * (chosen - rejected), label_smoothing)
+    return preference - nll_weight * chosen
+
+
+def dpo_sft_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    ref_chosen: chex.Array,
+    ref_rejected: chex.Array,
+    chosen_lengths: chex.Array,
+    *,
+    beta: float = 0.1,
+    sft_weight: float = 1.0,
+) -> jax.Array:
+    r"""DPO plus the likelihood of the chosen response, which plain DPO is free to lower.
+
+    .. math:: -\log \sigma(\beta h) - \alpha \frac{\log \pi(y_c)}{|y_c|}
+
+    Source: Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1 (alpha = 1).
+
+    Not done: no reduction.
+
+    Args:
+      chosen: float[B], summed log-probs.
+      rejected: float[B].
+      ref_chosen: float[B].
+      ref_rejected: float[B].
+      chosen_lengths: float[B], tokens of the chosen responses.
+      beta: strength of the pull to the reference.
+      sft_weight: alpha.
+
+    Returns:
+      float[B].
+
+    >>> lp, lengths = jnp.array([0.0]), jnp.array([4.0])
+    >>> print(jnp.exp(dpo_sft_loss(lp, lp, lp, lp, lengths)))
+    [2.]
+    """
+    preference = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+    chosen, lengths = full_precision(chosen, chosen_lengths, rank=1)
+    return preference - sft_weight * chosen / jnp.maximum(lengths, 1.0)
