@@ -1,6 +1,7 @@
 """The whole pipeline on the embedded world, for experiments/quickstart.py.
 
-    python experiments/quickstart.py --config=configs/quickstart.py:toyworld --workdir=runs/quickstart
+    python experiments/quickstart.py --config=configs/quickstart.py:toyworld \\
+        --workdir=runs/quickstart
 
 toyworld    minutes on two cores
 debug       a handful of rows in every part: does all of it run?
@@ -10,9 +11,14 @@ The parts have their own configs; `preset` names the preset taken of each.
 
 from ml_collections import ConfigDict
 
+PRESETS = {
+    "toyworld": {"preset": "toyworld"},
+    "debug": {"preset": "debug"},
+}
+
 
 def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
-    if name not in ("toyworld", "debug"):
-        raise ValueError(f"no preset {name!r}; there are toyworld, debug")
-    return ConfigDict({"preset": name, "seed": 0})
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return ConfigDict(PRESETS[name] | {"seed": 0})

@@ -1,6 +1,7 @@
 """The choice of the SFT epoch by reward-model score (spec SFT-4), for experiments/select_sft.py.
 
-    python experiments/select_sft.py --config=configs/select_sft.py:toyworld --workdir=runs/select_sft
+    python experiments/select_sft.py --config=configs/select_sft.py:toyworld \\
+        --workdir=runs/select_sft
 
 toyworld    256 validation prompts
 debug       a handful
