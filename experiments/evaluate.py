@@ -120,21 +120,13 @@ def _prompted_answers(
     config: Config, trained: TrainedModel, prompts: Sequence[Prompt], world: ToyWorld
 ) -> list[Completion]:
     """The base model behind the few-shot prefix; an answer ends at the stop string (SFT-7)."""
-    room = trained.config.max_length - config.response_length
-    texts = [world.prompted(row) for row in prompts]
-    fits = [len(trained.tokenizer.encode(text)) <= room for text in texts]
     raw = complete(
         trained.model,
         trained.params,
         trained.tokenizer,
-        # Without room for the prefix the model gets the question alone, in the prefix's form.
-        [
-            text if fit else f"Q: {row.text.strip()}\nA:"
-            for text, fit, row in zip(texts, fits, prompts, strict=True)
-        ],
+        [world.prompted(row) for row in prompts],
         key=jax.random.key(config.seed + 1),
         max_new_tokens=config.response_length,
-        prompt_length=room,
         batch_size=config.batch_size,
         temperature=config.temperature,
     )

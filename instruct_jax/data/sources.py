@@ -170,7 +170,7 @@ class ToySource:
 
     def tokenizer_texts(self) -> Sequence[str]:
         """Documents, prompts and answers of the world."""
-        return self.world.tokenizer_texts(self.config.toy_documents)
+        return self.world.tokenizer_texts(min(self.config.toy_documents, 4_000))
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Imperfect demonstrations by simulated labelers."""

@@ -77,6 +77,9 @@ from instruct_jax.training.state import (
     shard_state,
 )
 
+# On the progress line; everything else is in the metrics file.
+SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
+
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -566,7 +569,7 @@ def train(
     batch_at = Batches(prompts, ptx if config.ptx_coef > 0 else None, config.updates)
     with (
         Checkpointer(workdir / "checkpoints") as checkpointer,
-        MetricLogger(workdir, "ppo", total=config.iterations) as logger,
+        MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):
         return run_loop(
             iteration,
