@@ -296,6 +296,8 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
             "ratio": sum_and_count(ratio, where),
             "ratio_square": sum_and_count(jnp.square(ratio), where),
             "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), where),
+            "ratio_max": jnp.where(where, ratio, -jnp.inf).max(),
+            "ratio_min_negated": jnp.where(where, -ratio, -jnp.inf).max(),
             "approx_kl": sum_and_count(0.5 * jnp.square(diff), where),
             "clip_fraction": sum_and_count(clipped, where),
         }
@@ -424,6 +426,9 @@ def update(
     step_keys = jax.random.split(jax.random.fold_in(key, 1), config.updates)
     state, history = jax.lax.scan(body, state, (order, ptx, step_keys))
     metrics = {name: values.mean() for name, values in history.items()}
+    metrics["ratio_max"] = history["ratio_max"].max()
+    metrics["ratio_min"] = -history["ratio_min_negated"].max()
+    del metrics["ratio_min_negated"]
     metrics["ratio_var"] = metrics.pop("ratio_square") - jnp.square(metrics["ratio"])
     # Where the policy has not moved yet the ratio is 1; a drift here is a bug or a precision loss
     # (T1).

@@ -29,8 +29,9 @@ from instruct_jax.training.mesh import (
 from instruct_jax.training.optim import ema_update
 
 Metrics = dict[str, Array]
-# (params, batch, key) -> (sum of the loss f32[], its count f32[], {name: (sum f32[], count f32[])})
-LossFn = Callable[[Any, Any, Array], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
+# (params, batch, key) -> (sum of the loss f32[], its count f32[], metrics); a metric is (sum f32[],
+# count f32[]), whose mean is reported, or f32[], of which the largest is
+LossFn = Callable[[Any, Any, Array], tuple[Array, Array, dict[str, Array | tuple[Array, Array]]]]
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +83,7 @@ def accumulate_gradients(
 ) -> Gradients:
     """The gradient of the mean loss over a tree of [micro_batches * B, ...] arrays.
 
+    A metric is (sum, count), whose mean is reported, or one number, of which the largest is.
     Micro-batch m gets `fold_in(key, m)`. Sums are kept in float32. A mean over a count of zero is
     NaN, so that an empty batch is skipped and not taken for a perfect one.
     """
@@ -103,18 +105,34 @@ def accumulate_gradients(
         rows = jax.tree.map(lambda x: _split(x, micro_batches), batch)
         indices = jnp.arange(micro_batches, dtype=jnp.uint32)
         first = jax.tree.map(lambda x: x[0], (rows, indices))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, *first))
+        shapes = jax.eval_shape(sums, *first)
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        nothing[2].update(
+            {k: jnp.full_like(v, -jnp.inf) for k, v in nothing[2].items() if not _is_mean(v)}
+        )
         totals, _ = jax.lax.scan(
-            lambda totals, micro: (jax.tree.map(jnp.add, totals, sums(*micro)), None),
-            zeros,
-            (rows, indices),
+            lambda totals, micro: (_add(totals, sums(*micro)), None), nothing, (rows, indices)
         )
     total, count, metrics, grads = totals
     return Gradients(
         loss=total / count,
         grads=jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, params),
-        metrics={name: total / count for name, (total, count) in metrics.items()},
+        metrics={k: v[0] / v[1] if _is_mean(v) else v for k, v in metrics.items()},
     )
+
+
+def _is_mean(metric: Any) -> bool:
+    return isinstance(metric, tuple)
+
+
+def _add(totals: Any, new: Any) -> Any:
+    """Sums added, extremes compared."""
+    (*sums, metrics, grads), (*new_sums, new_metrics, new_grads) = totals, new
+    metrics = {
+        name: jax.tree.map(jnp.add if _is_mean(old) else jnp.maximum, old, new_metrics[name])
+        for name, old in metrics.items()
+    }
+    return *jax.tree.map(jnp.add, sums, new_sums), metrics, jax.tree.map(jnp.add, grads, new_grads)
 
 
 def _split(x: Array, parts: int) -> Array:

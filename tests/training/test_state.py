@@ -342,3 +342,23 @@ def test_the_same_run_twice_gives_the_same_bits():
 def test_fields_of_the_state_are_what_a_checkpoint_holds():
     names = [f.name for f in dataclasses.fields(init_state(tiny.init(KEY), adamw(1.0)))]
     assert names == ["step", "params", "opt_state", "ema", "skipped", "skipped_in_a_row"]
+
+
+def test_a_metric_that_is_one_number_is_the_largest_of_all_micro_batches() -> None:
+    def loss(params: Any, rows: Any, key: Any) -> Any:
+        values = params["w"] * rows
+        return (
+            values.sum(),
+            jnp.float32(len(rows)),
+            {
+                "mean": (rows.sum(), jnp.float32(len(rows))),
+                "largest": rows.max(),
+            },
+        )
+
+    params, rows = {"w": jnp.float32(2.0)}, -jnp.arange(1.0, 9.0, dtype=jnp.float32)
+    for micro_batches in (1, 2, 4):
+        result = accumulate_gradients(
+            loss, params, rows, jax.random.key(0), micro_batches=micro_batches
+        )
+        assert result.metrics == {"mean": -4.5, "largest": -1.0}
