@@ -16,6 +16,7 @@ GPT-3's corpus was never published: put yours under data/, or name hub ids in
 from ml_collections import ConfigDict
 
 BOOKS = "../shared/data/pretrain/gutenberg_16books.jsonl.gz"
+ALPACA = "../shared/data/sft/alpaca_52k.jsonl.gz"
 
 # GPT-3: rows of 2,048 tokens; 1M, 2M and 3.2M tokens a batch.
 GPT3 = {
@@ -52,13 +53,19 @@ PRESETS = {
     "shared_data": {
         "data.source": "files",
         "data.documents": (BOOKS,),
+        # The BPE also sees instructions, as a tokenizer of web text would.
+        "data.demonstrations": (ALPACA,),
+        "data.template": "alpaca",
+        "data.on_bad_row": "skip",
         "vocab_size": 4095,
-        "pretrain.batch_size": 32,
+        "model.preset": "mini",
+        "pretrain.epochs": 0.8,
+        "pretrain.batch_size": 16,
         "pretrain.length": 256,
-        "pretrain.learning_rate": 1e-3,
+        "pretrain.learning_rate": 2e-3,
         "pretrain.warmup": 100,
-        "pretrain.eval_every": 500,
-        "pretrain.save_every": 500,
+        "pretrain.eval_every": 250,
+        "pretrain.save_every": 250,
     },
     "gpt4llm_small": {
         "data.source": "files",

@@ -35,12 +35,16 @@ SHARED_DATA = {
     "data.documents": ("../shared/data/pretrain/gutenberg_16books.jsonl.gz",),
     "data.demonstrations": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
     "data.template": "alpaca",
-    "sft.epochs": 2,
-    "sft.prompt_length": 128,
-    "sft.response_length": 128,
-    "sft.learning_rate": 3e-4,
+    "data.on_bad_row": "skip",
+    "data.limit": 24_000,
+    "sft.epochs": 1,
+    "sft.batch_size": 16,
+    "sft.prompt_length": 96,
+    "sft.response_length": 96,
+    "sft.pack_length": 256,
+    "sft.learning_rate": 1e-3,
     "sft.residual_dropout": 0.0,
-    "sft.save_every": 500,
+    "sft.save_every": 200,
 }
 
 INSTRUCTGPT = {

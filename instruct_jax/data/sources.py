@@ -97,9 +97,13 @@ class FileSource:
         self.config = config
 
     def documents(self, split: Split) -> Sequence[Document]:
-        """Documents of `config.documents`; whole documents go to one split."""
-        read = partial(read_documents, split=self.config.split_text)
-        return self._rows("documents", read, split, lambda row: row.text[:200])
+        """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
+
+        def read(path: str, **options: Any) -> list[Document]:
+            rows = read_documents(path, split=self.config.split_text, **options)
+            return [piece for row in rows for piece in _pieces(row)]
+
+        return self._rows("documents", read, split, lambda row: row.text)
 
     def tokenizer_texts(self) -> Sequence[str]:
         """The documents, and the demonstrations where there are any."""
@@ -152,6 +156,15 @@ class FileSource:
     def _is_held_out(self, text: str) -> bool:
         digest = hashlib.sha256(f"split:{self.config.seed}:{text}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.config.valid_fraction * 2**64
+
+
+def _pieces(document: Document, *, size: int = 20_000) -> list[Document]:
+    """The document cut at paragraph ends, into pieces of `size` characters or a little more."""
+    pieces, start = [], 0
+    while (end := document.text.find("\n\n", start + size)) >= 0:
+        pieces.append(Document(document.text[start : end + 2], document.meta))
+        start = end + 2
+    return [*pieces, Document(document.text[start:], document.meta)]
 
 
 class ToySource:
