@@ -59,6 +59,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     if config.baseline not in models:
         raise ConfigError(f"baseline {config.baseline!r} is none of the models {sorted(models)}")
     source = open_source(config.data)
+    run.record(data=source.provenance())
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
     prompts = [

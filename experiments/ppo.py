@@ -49,6 +49,7 @@ def main(config: Config, run: cli.Run) -> Path:
             "the reward model must read the policy's tokens"
         )
     source = open_source(config.data)
+    run.record(data=source.provenance())
     prompts = encode_prompts(
         source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
     )

@@ -40,6 +40,7 @@ class Config:
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
     source = open_source(config.data)
+    run.record(data=source.provenance())
     documents = source.documents("train")
     if config.tokenizer is None:
         tokenizer = train_bpe(source.tokenizer_texts(), vocab_size=config.vocab_size)

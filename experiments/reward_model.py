@@ -48,6 +48,7 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
+    run.record(data=source.provenance())
     lengths = {
         "prompt_length": config.reward_model.prompt_length,
         "response_length": config.reward_model.response_length,

@@ -40,6 +40,7 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
+    run.record(data=source.provenance())
     lengths = {
         "prompt_length": config.sft.prompt_length,
         "response_length": config.sft.response_length,

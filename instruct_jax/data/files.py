@@ -107,7 +107,9 @@ def find_files(source: str | os.PathLike[str]) -> list[Path]:
 
 
 def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
-    """sha256 of every file of a path, glob or folder, by its path."""
+    """sha256 of every file of a path, glob or folder, by its path; a hub id has none to give."""
+    if hub.is_hub_id(os.fspath(source)):
+        return {os.fspath(source): "hub"}
     hashes = {}
     for found in find_files(source):
         files = [found] if found.is_file() else sorted(f for f in found.rglob("*") if f.is_file())

@@ -8,10 +8,11 @@ never moves a row and the completions of one prompt never straddle the border.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
+from instruct_jax.data.files import hash_files
 from instruct_jax.data.formats import (
     read_comparisons,
     read_demonstrations,
@@ -23,6 +24,7 @@ from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
 
+ROW_FIELDS = ("documents", "demonstrations", "comparisons", "prompts")
 Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt)
 
 
@@ -60,6 +62,10 @@ class DataConfig:
 class Source(Protocol):
     """Rows by split: "train", "valid" or "test" (files have one held-out part for both)."""
 
+    def provenance(self) -> dict[str, Any]:
+        """What the rows come from, for the record of a run."""
+        ...
+
     def documents(self, split: Split) -> Sequence[Document]:
         """Pretraining text."""
         ...
@@ -95,6 +101,11 @@ class FileSource:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+
+    def provenance(self) -> dict[str, Any]:
+        """sha256 of every local file."""
+        paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
+        return {path: sha for source in paths for path, sha in hash_files(source).items()}
 
     def documents(self, split: Split) -> Sequence[Document]:
         """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
@@ -174,6 +185,11 @@ class ToySource:
         self.config = config
         self.world = ToyWorld(config.seed)
         self._files = FileSource(config)
+
+    def provenance(self) -> dict[str, Any]:
+        """The seed and the knobs of the world, and sha256 of the comparisons."""
+        world = {"seed": self.world.seed, "config": asdict(self.world.config)}
+        return {"toyworld": world, **self._files.provenance()}
 
     def documents(self, split: Split) -> Sequence[Document]:
         """The corpus; its last `toy_valid` documents are held out."""

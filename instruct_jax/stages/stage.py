@@ -24,6 +24,7 @@ from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
+from instruct_jax.models.hf import load_pretrained
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
     Model,
@@ -166,18 +167,30 @@ def save_trained(
 
 
 def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedModel:
-    """Reads a model folder. ConfigError when it is not one, or is not of the `kind` asked for."""
+    """Reads a model folder, or a Hugging Face folder of a language model with its tokenizer.
+
+    ConfigError when `directory` is neither, or does not hold the `kind` asked for.
+    """
     directory = Path(directory)
-    if not (directory / "model.json").is_file():
+    if (directory / "model.json").is_file():
+        trained = _load_own(directory)
+    elif (directory / "config.json").is_file():
+        config, params = load_pretrained(directory)
+        trained = TrainedModel("language", config, params, load_tokenizer(directory), "imported")
+    else:
         raise ConfigError(
-            f"{directory}: no model.json here; give the `model` folder that a stage wrote"
+            f"{directory}: neither model.json nor config.json here; give the `model` folder that a "
+            "stage wrote, or a Hugging Face folder"
         )
+    if kind is not None and trained.kind != kind:
+        raise ConfigError(
+            f"{directory}: holds a {trained.kind} model ({trained.stage}), a {kind} model is needed"
+        )
+    return trained
+
+
+def _load_own(directory: Path) -> TrainedModel:
     about = json.loads((directory / "model.json").read_text())
-    if kind is not None and about["kind"] != kind:
-        raise ConfigError(
-            f"{directory}: holds a {about['kind']} model ({about['stage']}), "
-            f"a {kind} model is needed"
-        )
     params, _ = load_model(directory / "params")
     return TrainedModel(
         kind=about["kind"],
