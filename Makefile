@@ -21,7 +21,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 quickstart: $(VENV)/.installed  ## train and judge all models of the paper on the embedded world
-	$(BIN)/python experiments/quickstart.py --workdir $(WORKDIR) $(ARGS)
+	$(BIN)/python experiments/quickstart.py --workdir $(WORKDIR) --host_devices 2 $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the normal test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)

@@ -10,7 +10,8 @@ debug       a handful of prompts
 from ml_collections import ConfigDict
 
 PRESETS = {
-    "toyworld": {"data.toy_prompts": 2_000},
+    # Prompts past those of the demonstrations.
+    "toyworld": {"data.toy_offset": 10_000, "data.toy_prompts": 4_000},
     "debug": {"data.toy_prompts": 48, "batch_size": 64, "labelers": 5},
 }
 

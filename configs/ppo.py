@@ -7,7 +7,7 @@
 NAME is PPO; NAME_ptx mixes pretraining text in.
 
 toyworld, toyworld_ptx        the embedded world
-debug                         two iterations of a few rows
+debug, debug_ptx              two iterations of a few rows
 shared_data, shared_data_ptx  Alpaca prompts, books as the pretraining text
 instructgpt_{1p3b,6b,175b}    Ouyang et al. 2022, C.4 (spec PPO-3)
 instructgpt_*_ptx             the same with the pretraining mix
@@ -30,14 +30,36 @@ What a preset leaves out has the default of its dataclass: in the stages, the pa
 from ml_collections import ConfigDict
 
 TOYWORLD = {
-    "ptx_length": 96,
-    "ppo.episodes": 16_384,
-    "ppo.rollout_batch": 256,
-    "ppo.minibatch": 64,
-    "ppo.prompt_length": 64,
-    "ppo.response_length": 32,
-    "ppo.learning_rate": 1e-4,
-    "ppo.value_learning_rate": 3e-4,
+    "data.toy_documents": 40_000,
+    # Past the prompts of the demonstrations and the comparisons.
+    "data.toy_offset": 14_000,
+    "data.toy_prompts": 4_000,
+    "ptx_length": 80,
+    "ppo.episodes": 5_120,
+    "ppo.rollout_batch": 128,
+    "ppo.minibatch": 32,
+    "ppo.prompt_length": 40,
+    "ppo.response_length": 24,
+    "ppo.kl_coef": 0.15,
+    "ppo.learning_rate": 2e-4,
+    "ppo.value_learning_rate": 5e-4,
+    "ppo.warmup_iterations": 4,
+    "ppo.ema_decay": 0.9,
+    "ppo.ptx_ratio": 1,
+    "ppo.log_every": 2,
+    "ppo.eval_every": 10,
+}
+
+DEBUG = TOYWORLD | {
+    "data.toy_documents": 128,
+    "data.toy_prompts": 64,
+    "data.toy_valid": 16,
+    "ppo.episodes": 32,
+    "ppo.rollout_batch": 16,
+    "ppo.minibatch": 8,
+    "ppo.warmup_iterations": 1,
+    "ppo.log_every": 1,
+    "ppo.eval_every": 1,
 }
 
 SHARED_DATA = {
@@ -127,18 +149,8 @@ GPT4LLM = {
 PRESETS = {
     "toyworld": TOYWORLD,
     "toyworld_ptx": TOYWORLD | {"ppo.ptx_coef": 1.0},
-    "debug": TOYWORLD
-    | {
-        "data.toy_documents": 128,
-        "data.toy_prompts": 64,
-        "data.toy_valid": 16,
-        "ppo.episodes": 32,
-        "ppo.rollout_batch": 16,
-        "ppo.minibatch": 8,
-        "ppo.ptx_coef": 1.0,
-        "ppo.warmup_iterations": 1,
-        "ppo.eval_every": 1,
-    },
+    "debug": DEBUG,
+    "debug_ptx": DEBUG | {"ppo.ptx_coef": 1.0},
     "shared_data": SHARED_DATA,
     "shared_data_ptx": SHARED_DATA | {"ppo.ptx_coef": 1.0},
     "instructgpt_1p3b": INSTRUCTGPT,

@@ -33,19 +33,21 @@ GPT3 = {
 
 PRESETS = {
     "toyworld": {
-        "vocab_size": 511,  # and one row for padding
+        "data.toy_documents": 40_000,
+        "vocab_size": 767,  # and one row for padding
         "model.preset": "mini",
         "pretrain.epochs": 1.0,
-        "pretrain.batch_size": 64,
-        "pretrain.length": 96,
-        "pretrain.learning_rate": 2e-3,
-        "pretrain.warmup": 40,
+        "pretrain.batch_size": 32,
+        "pretrain.length": 112,
+        "pretrain.learning_rate": 3e-3,
+        "pretrain.warmup": 50,
     },
     "debug": {
         "data.toy_documents": 128,
         "data.toy_valid": 16,
         "vocab_size": 511,
         "model.preset": "tiny",
+        "pretrain.length": 112,
         "pretrain.batch_size": 8,
         "pretrain.warmup": 2,
         "pretrain.log_every": 1,

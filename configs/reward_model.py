@@ -22,11 +22,12 @@ from ml_collections import ConfigDict
 
 TOYWORLD = {
     "data.comparisons": ("runs/collect/comparisons.jsonl",),
-    "reward_model.batch_size": 32,
+    "data.valid_fraction": 0.15,
+    "reward_model.batch_size": 16,
     "reward_model.completions": 4,
-    "reward_model.prompt_length": 64,
-    "reward_model.response_length": 32,
-    "reward_model.learning_rate": 3e-4,
+    "reward_model.prompt_length": 40,
+    "reward_model.response_length": 24,
+    "reward_model.learning_rate": 5e-4,
 }
 
 LMHP = {
@@ -60,6 +61,7 @@ PRESETS = {
     | {
         "data.toy_demonstrations": 64,
         "data.toy_valid": 16,
+        "data.valid_fraction": 0.3,
         "reward_model.batch_size": 8,
         "reward_model.log_every": 1,
     },

@@ -4,7 +4,7 @@
         --workdir=runs/sft
 
 toyworld, toyworld_rlhf_init        the embedded world: M1, and M3 with a tenth of pretraining rows
-debug                               eight updates of a few rows
+debug, debug_rlhf_init              a few updates of a few rows
 shared_data, shared_data_rlhf_init  52k Alpaca instructions, books mixed into M3
 instructgpt_{1p3b,6b,175b}          spec SFT-2: 16 epochs, residual dropout 0.2, every epoch kept
 instructgpt_*_rlhf_init             spec SFT-5: 2 epochs, a tenth of pretraining rows
@@ -20,10 +20,14 @@ What a preset leaves out has the default of its dataclass: in the stages, the pa
 from ml_collections import ConfigDict
 
 TOYWORLD = {
+    "data.toy_documents": 40_000,
+    "data.toy_demonstrations": 10_000,
     "sft.epochs": 3,
-    "sft.prompt_length": 64,
-    "sft.response_length": 32,
-    "sft.learning_rate": 5e-4,
+    "sft.batch_size": 16,
+    "sft.prompt_length": 40,
+    "sft.response_length": 24,
+    "sft.pack_length": 112,
+    "sft.learning_rate": 1e-3,
     "sft.residual_dropout": 0.0,
 }
 
@@ -81,7 +85,8 @@ GPT4LLM = {
 
 PRESETS = {
     "toyworld": TOYWORLD,
-    "toyworld_rlhf_init": TOYWORLD | RLHF_INIT,
+    # As many epochs as M1, so that PPO does not start behind the model it is compared with.
+    "toyworld_rlhf_init": TOYWORLD | RLHF_INIT | {"sft.epochs": 3},
     "debug": TOYWORLD
     | {
         "data.toy_documents": 128,
@@ -90,6 +95,15 @@ PRESETS = {
         "sft.epochs": 1,
         "sft.batch_size": 8,
         "sft.log_every": 1,
+    },
+    "debug_rlhf_init": TOYWORLD
+    | {
+        "data.toy_documents": 128,
+        "data.toy_demonstrations": 64,
+        "data.toy_valid": 16,
+        "sft.epochs": 1,
+        "sft.batch_size": 10,
+        "sft.pretrain_fraction": 0.2,
     },
     "shared_data": SHARED_DATA,
     "shared_data_rlhf_init": SHARED_DATA | RLHF_INIT,

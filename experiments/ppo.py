@@ -64,7 +64,11 @@ def main(config: Config, run: cli.Run) -> Path:
         ptx = Batches({"tokens": rows}, size, seed=config.ppo.seed + 1)
 
     policy = start.model
-    probes = [row.text for row in source.prompts("valid")][:PROBES]
+    held_out_prompts = source.prompts("valid")
+    fitting = encode_prompts(
+        held_out_prompts, start.tokenizer, prompt_length=config.ppo.prompt_length
+    )["index"]
+    probes = [held_out_prompts[i].text for i in fitting[:PROBES]]
 
     def evaluate(step: int, state: ppo.PPOState) -> dict[str, float]:
         """Held-out pretraining loss, and a fixed set of prompts answered, for people to read."""
@@ -77,6 +81,7 @@ def main(config: Config, run: cli.Run) -> Path:
             key=jax.random.key(0),
             max_new_tokens=config.ppo.response_length,
             prompt_length=config.ppo.prompt_length,
+            batch_size=PROBES,
         )
         with (run.workdir / "samples.jsonl").open("a") as file:
             for prompt, answer in zip(probes, answers, strict=True):

@@ -19,7 +19,16 @@ from instruct_jax.cli.config import field_help, from_config, load_config, resolv
 from instruct_jax.cli.workdir import Run, claim, describe, recorded
 from instruct_jax.errors import ConfigError, RunError
 
-__all__ = ["Run", "from_config", "run"]
+__all__ = [
+    "Run",
+    "claim",
+    "describe",
+    "from_config",
+    "load_config",
+    "recorded",
+    "resolve",
+    "run",
+]
 
 Config = TypeVar("Config")
 

@@ -56,6 +56,7 @@ class DataConfig:
     toy_documents: int = 24_000
     toy_demonstrations: int = 4_000
     toy_prompts: int = 4_000
+    toy_offset: int = 0  # training prompts of the world left to other stages
     toy_valid: int = 512
 
 
@@ -211,7 +212,8 @@ class ToySource:
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts with the hidden task that the judge needs in `meta`."""
-        return self.world.prompts(self._size("toy_prompts", split), split=split)
+        offset = self.config.toy_offset if split == "train" else 0
+        return self.world.prompts(self._size("toy_prompts", split), split=split, offset=offset)
 
     def _size(self, field: str, split: Split) -> int:
         size: Any = getattr(self.config, field) if split == "train" else self.config.toy_valid
