@@ -22,10 +22,9 @@ diagnostic.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,32 +35,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import (
     adaptive_kl_update,
-    clip_scores,
     clipped_policy_loss,
     clipped_value_loss,
-    explained_variance,
-    generalized_advantages,
-    kl_estimate,
-    kl_shaped_rewards,
     loss_sum_and_count,
-    masked_mean,
     masked_whiten,
-    missing_eos_scores,
     policy_clipped,
     sum_and_count,
-    token_entropy,
     token_log_probs,
     value_clipped,
 )
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
     Model,
-    final_scores,
     response_values,
 )
-from instruct_jax.sampling.sampler import Rollout, generate
+from instruct_jax.sampling.sampler import generate
+from instruct_jax.stages.experience import (
+    Experience,
+    Frozen,
+    PPOState,
+    response_logits,
+    score_rollout,
+)
+from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import AdamConfig, place_params
+from instruct_jax.stages.stage import place_params
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
@@ -69,7 +67,6 @@ from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
     LossFn,
-    TrainState,
     accumulate_gradients,
     apply_gradients,
     global_norm,
@@ -79,193 +76,6 @@ from instruct_jax.training.state import (
 
 # On the progress line; everything else is in the metrics file.
 SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """PPO-3: the paper's values; `ptx_coef` 0 is PPO, 27.8 the paper's PPO-ptx."""
-
-    episodes: int = 256_000
-    rollout_batch: int = 512
-    minibatch: int = 64
-    inner_epochs: int = 1
-    prompt_length: int = 1024
-    response_length: int = 1024
-    temperature: float = 1.0
-    # Reward: the KL penalty, and what is done to the reward model's score before it.
-    kl_coef: float = 0.02
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    missing_eos: Literal["none", "replace", "subtract"] = "none"
-    missing_eos_penalty: float = 1.0
-    reward_clip: float | None = None
-    whiten_rewards: bool = False
-    # Advantages and the clipped losses.
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
-    clip: float = 0.2
-    value_clip: float = 0.2
-    loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
-    # The pretraining mix.
-    ptx_coef: float = 0.0
-    ptx_ratio: int = 8
-    ptx_reduction: Literal["token_mean", "seq_sum_mean"] = "token_mean"
-    # Optimizers: one each for the policy and the value model.
-    learning_rate: float = 9.65e-6
-    value_learning_rate: float = 9e-6
-    warmup_iterations: int = 10
-    adam: AdamConfig = AdamConfig(eps=1e-5)
-    ema_decay: float = 0.992
-    micro_batches: int = 1
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int = 0
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        """ConfigError where a batch does not divide."""
-        if self.rollout_batch % self.minibatch:
-            raise ConfigError(
-                f"rollout_batch {self.rollout_batch} is not a multiple of "
-                f"minibatch {self.minibatch}"
-            )
-        if self.minibatch % self.micro_batches:
-            raise ConfigError(
-                f"minibatch {self.minibatch} is not a multiple of "
-                f"micro_batches {self.micro_batches}"
-            )
-
-    @property
-    def iterations(self) -> int:
-        """Rollout batches in the run."""
-        return max(1, self.episodes // self.rollout_batch)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates in one iteration."""
-        return self.inner_epochs * (self.rollout_batch // self.minibatch)
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["policy", "value", "kl_coef"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class PPOState:
-    """All that changes over iterations; the reference and the reward model do not."""
-
-    policy: TrainState
-    value: TrainState
-    kl_coef: jax.Array
-
-
-class Frozen(NamedTuple):
-    """The models that PPO reads and never writes."""
-
-    reference: Any
-    reward: Any
-
-
-class Experience(NamedTuple):
-    """A scored rollout; B rows, prompt P, response R, T = P + R."""
-
-    tokens: jax.Array  # int32[B, T]
-    mask: jax.Array  # bool[B, T], real tokens
-    where: jax.Array  # bool[B, R], response tokens through the stop token
-    log_probs: jax.Array  # float32[B, R], of the policy that sampled
-    values: jax.Array  # float32[B, R], V_t before y_t is emitted
-    advantages: jax.Array  # float32[B, R]
-    returns: jax.Array  # float32[B, R], from the unwhitened advantages
-
-
-def response_logits(
-    model: Model, params: Any, tokens: jax.Array, mask: jax.Array, *, response_length: int
-) -> jax.Array:
-    """float32[B, R, V] logits that predict the response: those of positions P-1 .. P+R-2."""
-    hidden = model.hidden(params, tokens, mask=mask)
-    return model.readout(params, hidden[:, -response_length - 1 : -1])
-
-
-def score_rollout(
-    config: PPOConfig,
-    policy: Model,
-    scalar: Model,
-    state: PPOState,
-    frozen: Frozen,
-    rollout: Rollout,
-    *,
-    eos_id: int,
-) -> tuple[Experience, dict[str, jax.Array]]:
-    """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update.
-
-    Everything here is a constant of the update: nothing is differentiated.
-    """
-    tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
-    length = where.shape[1]
-    responses = tokens[:, -length:]
-    logits = response_logits(policy, state.policy.params, tokens, mask, response_length=length)
-    ref_logits = response_logits(policy, frozen.reference, tokens, mask, response_length=length)
-    log_probs = token_log_probs(logits, responses, temperature=config.temperature)
-    ref_log_probs = token_log_probs(ref_logits, responses, temperature=config.temperature)
-    log_probs = jnp.where(where, log_probs, 0.0)
-    ref_log_probs = jnp.where(where, ref_log_probs, 0.0)
-
-    has_eos = ((responses == eos_id) & where).any(axis=-1)
-    raw_scores = final_scores(scalar.apply(frozen.reward, tokens, mask=mask), mask)
-    scores = missing_eos_scores(
-        clip_scores(raw_scores, limit=config.reward_clip),
-        has_eos,
-        rule=config.missing_eos,
-        penalty=config.missing_eos_penalty,
-    )
-    prompt_length = tokens.shape[1] - length
-    values = scalar.apply(state.value.params, tokens, mask=mask)
-    values = response_values(values, prompt_length=prompt_length)
-    values = jnp.where(where, values, 0.0)
-
-    rewards = kl_shaped_rewards(
-        scores, log_probs, ref_log_probs, where=where, kl_coef=state.kl_coef
-    )
-    if config.whiten_rewards:
-        rewards = masked_whiten(rewards, where, shift_mean=False)
-    advantages, returns = generalized_advantages(
-        rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
-    )
-    if config.whiten_advantages == "rollout":
-        advantages = masked_whiten(advantages, where)
-
-    k1 = kl_estimate(log_probs, ref_log_probs, kind="k1")
-    kl = jnp.where(where, k1, 0.0).sum(-1)
-    k3 = jnp.where(where, kl_estimate(log_probs, ref_log_probs, kind="k3"), 0.0).sum(-1)
-    gap = rollout.log_probs - log_probs
-    entropy = token_entropy(logits, temperature=config.temperature)
-    metrics = {
-        "kl": kl.mean(),
-        "kl_k3": k3.mean(),
-        "kl_coef": state.kl_coef,
-        "entropy": masked_mean(entropy, where),
-        "score": raw_scores.mean(),
-        "score_sd": raw_scores.std(),
-        "score_min": raw_scores.min(),
-        "score_max": raw_scores.max(),
-        "reward_kl": -(state.kl_coef * kl).mean(),
-        "reward_total": jnp.where(where, rewards, 0.0).sum(-1).mean(),
-        "response_length": where.sum(-1).mean(dtype=jnp.float32),
-        "eos_rate": has_eos.mean(dtype=jnp.float32),
-        "value": masked_mean(values, where),
-        "return_mean": masked_mean(returns, where),
-        "return_var": _masked_variance(returns, where),
-        "explained_variance": explained_variance(values, returns, where=where),
-        "sampler_gap": masked_mean(jnp.abs(gap), where),
-        "sampler_gap_max": jnp.where(where, jnp.abs(gap), 0.0).max(),
-        "tokens": where.sum(dtype=jnp.float32),
-    }
-    experience = Experience(tokens, mask, where, log_probs, values, advantages, returns)
-    return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
-
-
-def _masked_variance(x: jax.Array, where: jax.Array) -> jax.Array:
-    return masked_mean(jnp.square(x - masked_mean(x, where)), where)
 
 
 def policy_loss(config: PPOConfig, policy: Model) -> LossFn:

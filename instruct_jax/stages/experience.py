@@ -1,0 +1,146 @@
+"""From a rollout to what PPO learns from: log-probs, values, rewards, advantages (PPO-5 to PPO-9).
+
+Everything here is a constant of the update: nothing is differentiated.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from instruct_jax.losses import (
+    clip_scores,
+    explained_variance,
+    generalized_advantages,
+    kl_estimate,
+    kl_shaped_rewards,
+    masked_mean,
+    masked_whiten,
+    missing_eos_scores,
+    token_entropy,
+    token_log_probs,
+)
+from instruct_jax.models.transformer import Model, final_scores, response_values
+from instruct_jax.sampling.sampler import Rollout
+from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.training.state import TrainState
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["policy", "value", "kl_coef"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class PPOState:
+    """All that changes over iterations; the reference and the reward model do not."""
+
+    policy: TrainState
+    value: TrainState
+    kl_coef: jax.Array
+
+
+class Frozen(NamedTuple):
+    """The models that PPO reads and never writes."""
+
+    reference: Any
+    reward: Any
+
+
+class Experience(NamedTuple):
+    """A scored rollout; B rows, prompt P, response R, T = P + R."""
+
+    tokens: jax.Array  # int32[B, T]
+    mask: jax.Array  # bool[B, T], real tokens
+    where: jax.Array  # bool[B, R], response tokens through the stop token
+    log_probs: jax.Array  # float32[B, R], of the policy that sampled
+    values: jax.Array  # float32[B, R], V_t before y_t is emitted
+    advantages: jax.Array  # float32[B, R]
+    returns: jax.Array  # float32[B, R], from the unwhitened advantages
+
+
+def response_logits(
+    model: Model, params: Any, tokens: jax.Array, mask: jax.Array, *, response_length: int
+) -> jax.Array:
+    """float32[B, R, V] logits that predict the response: those of positions P-1 .. P+R-2."""
+    hidden = model.hidden(params, tokens, mask=mask)
+    return model.readout(params, hidden[:, -response_length - 1 : -1])
+
+
+def score_rollout(
+    config: PPOConfig,
+    policy: Model,
+    scalar: Model,
+    state: PPOState,
+    frozen: Frozen,
+    rollout: Rollout,
+    *,
+    eos_id: int,
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update."""
+    tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
+    length = where.shape[1]
+    responses = tokens[:, -length:]
+    logits = response_logits(policy, state.policy.params, tokens, mask, response_length=length)
+    ref_logits = response_logits(policy, frozen.reference, tokens, mask, response_length=length)
+    log_probs = token_log_probs(logits, responses, temperature=config.temperature)
+    ref_log_probs = token_log_probs(ref_logits, responses, temperature=config.temperature)
+    log_probs = jnp.where(where, log_probs, 0.0)
+    ref_log_probs = jnp.where(where, ref_log_probs, 0.0)
+
+    has_eos = ((responses == eos_id) & where).any(axis=-1)
+    raw_scores = final_scores(scalar.apply(frozen.reward, tokens, mask=mask), mask)
+    scores = missing_eos_scores(
+        clip_scores(raw_scores, limit=config.reward_clip),
+        has_eos,
+        rule=config.missing_eos,
+        penalty=config.missing_eos_penalty,
+    )
+    prompt_length = tokens.shape[1] - length
+    values = scalar.apply(state.value.params, tokens, mask=mask)
+    values = response_values(values, prompt_length=prompt_length)
+    values = jnp.where(where, values, 0.0)
+
+    rewards = kl_shaped_rewards(
+        scores, log_probs, ref_log_probs, where=where, kl_coef=state.kl_coef
+    )
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, where, shift_mean=False)
+    advantages, returns = generalized_advantages(
+        rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
+    )
+    if config.whiten_advantages == "rollout":
+        advantages = masked_whiten(advantages, where)
+
+    k1 = kl_estimate(log_probs, ref_log_probs, kind="k1")
+    kl = jnp.where(where, k1, 0.0).sum(-1)
+    k3 = jnp.where(where, kl_estimate(log_probs, ref_log_probs, kind="k3"), 0.0).sum(-1)
+    gap = rollout.log_probs - log_probs
+    entropy = token_entropy(logits, temperature=config.temperature)
+    metrics = {
+        "kl": kl.mean(),
+        "kl_k3": k3.mean(),
+        "kl_coef": state.kl_coef,
+        "entropy": masked_mean(entropy, where),
+        "score": raw_scores.mean(),
+        "score_sd": raw_scores.std(),
+        "score_min": raw_scores.min(),
+        "score_max": raw_scores.max(),
+        "reward_kl": -(state.kl_coef * kl).mean(),
+        "reward_total": jnp.where(where, rewards, 0.0).sum(-1).mean(),
+        "response_length": where.sum(-1).mean(dtype=jnp.float32),
+        "eos_rate": has_eos.mean(dtype=jnp.float32),
+        "value": masked_mean(values, where),
+        "return_mean": masked_mean(returns, where),
+        "return_var": _masked_variance(returns, where),
+        "explained_variance": explained_variance(values, returns, where=where),
+        "sampler_gap": masked_mean(jnp.abs(gap), where),
+        "sampler_gap_max": jnp.where(where, jnp.abs(gap), 0.0).max(),
+        "tokens": where.sum(dtype=jnp.float32),
+    }
+    experience = Experience(tokens, mask, where, log_probs, values, advantages, returns)
+    return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
+
+
+def _masked_variance(x: jax.Array, where: jax.Array) -> jax.Array:
+    return masked_mean(jnp.square(x - masked_mean(x, where)), where)
