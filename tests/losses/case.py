@@ -60,6 +60,32 @@ def leaves(result: Any) -> list[np.ndarray]:
     return [np.asarray(x) for x in (result if isinstance(result, tuple) else (result,))]
 
 
+def cotangent(shape: tuple[int, ...]) -> np.ndarray:
+    """Weights that tell the entries of an output apart."""
+    return np.linspace(0.5, 1.5, int(np.prod(shape, dtype=int))).reshape(shape)
+
+
+def weighted_sum(result: Any) -> Any:
+    """A scalar that weighs every output entry differently."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return sum((x * cotangent(x.shape).astype(x.dtype)).sum() for x in parts)
+
+
+def finite_differences(case: Case, name: str, step: float = 1e-5) -> np.ndarray:
+    """Central differences of the oracle, one entry at a time."""
+    base = np.asarray(case.inputs[name])
+    out = np.zeros(base.shape)
+    for index in np.ndindex(base.shape):
+        values = []
+        for sign in (1, -1):
+            moved = base.copy()
+            moved[index] += sign * step
+            inputs = case.inputs | {name: moved}
+            values.append(weighted_sum(case.call(case.oracle, inputs)))
+        out[index] = (values[0] - values[1]) / (2 * step)
+    return out
+
+
 class Draw:
     """Random arguments of the usual kinds, the same for a name at every run."""
 

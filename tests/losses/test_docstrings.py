@@ -7,13 +7,16 @@ import pkgutil
 import pytest
 
 from instruct_jax import losses
+from tests.losses.jitted import FUNCTIONS
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(losses.__path__) if m.name[0] != "_")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module):
-    failed, attempted = doctest.testmod(importlib.import_module(f"instruct_jax.losses.{module}"))
+    module = importlib.import_module(f"instruct_jax.losses.{module}")
+    compiled = {name: f for name, f in FUNCTIONS.items() if hasattr(module, name)}
+    failed, attempted = doctest.testmod(module, extraglobs=compiled)
     assert attempted
     assert not failed
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.losses import (
+from tests.losses.jitted import (
     kl_estimate,
     next_token_loss,
     token_cross_entropy,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from instruct_jax.losses import (
+from tests.losses.jitted import (
     clipped_policy_loss,
     loss_sum_and_count,
     masked_mean,

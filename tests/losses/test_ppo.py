@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instruct_jax.losses import (
+from tests.losses import oracles
+from tests.losses.jitted import (
     adaptive_kl_update,
     clip_scores,
     clipped_policy_loss,
@@ -22,7 +23,6 @@ from instruct_jax.losses import (
     policy_clipped,
     reduce_loss,
 )
-from tests.losses import oracles
 
 ENDED_EARLY = jnp.array([[True, True, True, False, False]])
 FULL_LENGTH = jnp.ones((1, 5), bool)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instruct_jax.losses import (
+from tests.losses.jitted import (
     best_of_k_loss,
     centering_loss,
     pair_counts,
