@@ -383,6 +383,7 @@ def train(
     )
     batch_at = Batches(prompts, ptx if config.ptx_coef > 0 else None, config.updates)
     with (
+        jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):

@@ -1,4 +1,4 @@
-"""The hyper-parameters of PPO and PPO-ptx: the values of the paper, and fields for what it omits."""
+"""The hyper-parameters of PPO and PPO-ptx: the paper's values, and a field for what it omits."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -113,6 +113,7 @@ def fit(
     state = shard_state(init_state(params, tx), mesh, PARTITION_RULES)
     step = compile_step(make_train_step(loss_fn, tx, micro_batches=micro_batches), mesh, state)
     with (
+        jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, name, total=steps) as logger,
     ):
