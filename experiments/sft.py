@@ -79,7 +79,7 @@ def main(config: Config, run: cli.Run) -> Path:
         on_epoch=keep,
     )
     trained = start._replace(config=model_config, params=params, stage="sft")
-    notes = {"valid_loss": losses.get(config.sft.epochs)}
+    notes = {"valid_loss": losses.get(round(config.sft.epochs))}
     return save_trained(run.workdir / "model", trained, notes=notes)
 
 

@@ -272,6 +272,7 @@ def test_the_embedded_world_fits_together():
     ppo, ptx = opened("ppo", "toyworld"), opened("ppo", "toyworld_ptx")
     for stage in (sft, init, reward, ppo.ppo, ptx.ppo):
         assert stage.prompt_length + stage.response_length <= pretrain.pretrain.length
-    assert ppo.ptx_length == pretrain.pretrain.length
-    assert (init.epochs, init.pretrain_fraction) == (2, 0.1)
+        assert (stage.prompt_length, stage.response_length) == (40, 24)
+    assert ppo.ptx_length <= pretrain.pretrain.length
+    assert (init.epochs, init.pretrain_fraction) == (sft.epochs, 0.1)
     assert ppo.ppo == dataclasses.replace(ptx.ppo, ptx_coef=0.0), "the mix is the only difference"

@@ -21,26 +21,18 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Batches
 from instruct_jax.losses import next_token_loss, sum_and_count
 from instruct_jax.models.transformer import Model
-from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit
+from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Hyper-parameters of pretraining (MODEL-2 for the paper's batch sizes and learning rates)."""
+class PretrainConfig(FitConfig):
+    """Rows of `length` tokens (MODEL-2 for the batch sizes and learning rates of GPT-3)."""
 
-    epochs: float = 1.0
-    batch_size: int = 64
     length: int = 96
-    learning_rate: float = 2e-3
     warmup: int = 40
-    final_fraction: float = 0.1
+    learning_rate: float = 2e-3
     adam: AdamConfig = AdamConfig(weight_decay=0.1)
-    micro_batches: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
 
 
 def language_loss(model: Model, *, dropout: bool = False) -> LossFn:
@@ -94,26 +86,14 @@ def train(
     """
     batches = Batches(language_rows(tokens), config.batch_size, seed=config.seed)
     steps = max(1, round(config.epochs * len(tokens) / config.batch_size))
-    state = fit(
+    return fit(
+        config,
         language_loss(model, dropout=model.config.residual_dropout > 0),
         params,
         batches,
-        tx=cosine_adam(
-            config.adam,
-            config.learning_rate,
-            steps=steps,
-            warmup=config.warmup,
-            final=config.final_fraction,
-        ),
         steps=steps,
-        key=jax.random.key(config.seed),
         mesh=mesh,
         workdir=workdir,
         name="pretrain",
-        micro_batches=config.micro_batches,
         evaluate=evaluate,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        log_every=config.log_every,
     )
-    return state.params

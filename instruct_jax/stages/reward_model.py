@@ -24,7 +24,7 @@ from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.transformer import Model, final_scores
-from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit, in_batches
+from instruct_jax.stages.stage import FitConfig, fit, in_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]
@@ -32,26 +32,17 @@ Normalisation = Literal["demo_mean", "policy_meanstd", "none"]
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(FitConfig):
     """RM-3: one epoch, 64 prompts a batch, cosine to 10 %; a second epoch overfits."""
 
     epochs: float = 1.0
     batch_size: int = 64
+    learning_rate: float = 9e-6
     completions: int = 9
     prompt_length: int = 1024
     response_length: int = 1024
-    learning_rate: float = 9e-6
-    warmup: int = 0
-    final_fraction: float = 0.1
-    adam: AdamConfig = AdamConfig()
     pair_norm: PairNorm = "valid"
-    residual_dropout: float = 0.0
     normalisation: Normalisation = "demo_mean"
-    micro_batches: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
 
 
 def sequence_scores(
@@ -151,26 +142,15 @@ def train(
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
     batches = Batches(comparisons, config.batch_size, seed=config.seed)
     steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
-    state = fit(
+    params = fit(
+        config,
         reward_loss(model, pair_norm=config.pair_norm, dropout=config.residual_dropout > 0),
         params,
         batches,
-        tx=cosine_adam(
-            config.adam,
-            config.learning_rate,
-            steps=steps,
-            warmup=config.warmup,
-            final=config.final_fraction,
-        ),
         steps=steps,
-        key=jax.random.key(config.seed),
         mesh=mesh,
         workdir=workdir,
         name="reward_model",
-        micro_batches=config.micro_batches,
         evaluate=evaluate,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        log_every=config.log_every,
     )
-    return normalise(model, state.params, standard or {}, kind=config.normalisation)
+    return normalise(model, params, standard or {}, kind=config.normalisation)

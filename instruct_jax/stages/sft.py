@@ -19,39 +19,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import AdamConfig, cosine_adam, fit
+from instruct_jax.stages.stage import FitConfig, fit
 from instruct_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(FitConfig):
     """SFT-2: 16 epochs, 32 sequences a batch, no warm-up, cosine to 10 %, residual dropout 0.2."""
 
-    epochs: int = 16
+    epochs: float = 16
     batch_size: int = 32
+    learning_rate: float = 9.65e-6
+    residual_dropout: float = 0.2
     prompt_length: int = 1024
     response_length: int = 1024
-    learning_rate: float = 9.65e-6
-    warmup: int = 0
-    final_fraction: float = 0.1
-    adam: AdamConfig = AdamConfig()
-    residual_dropout: float = 0.2
     loss_on_prompt: bool = False
     # Rows of this many tokens hold several demonstrations; None keeps one a row, as in the paper.
     pack_length: int | None = None
+    # This share of the rows of every batch is pretraining text (SFT-5).
     pretrain_fraction: float = 0.0
-    micro_batches: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
 
 
 def train(
@@ -87,7 +79,7 @@ def train(
         extra = Batches(text, mixed, seed=config.seed + 1)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch
-    steps = config.epochs * per_epoch
+    steps = max(1, round(config.epochs * per_epoch))
 
     def at_epoch_end(step: int, state: TrainState) -> dict[str, float]:
         """Called by the loop after update `step`, every `per_epoch` updates."""
@@ -95,29 +87,18 @@ def train(
             on_epoch(step // per_epoch, state.params)
         return evaluate(step, state) if evaluate is not None else {}
 
-    state = fit(
+    return fit(
+        config,
         language_loss(model, dropout=model.config.residual_dropout > 0),
         params,
         batches,
-        tx=cosine_adam(
-            config.adam,
-            config.learning_rate,
-            steps=steps,
-            warmup=config.warmup,
-            final=config.final_fraction,
-        ),
         steps=steps,
-        key=jax.random.key(config.seed),
         mesh=mesh,
         workdir=workdir,
         name="sft",
-        micro_batches=config.micro_batches,
         evaluate=at_epoch_end,
         eval_every=per_epoch,
-        save_every=config.save_every,
-        log_every=config.log_every,
     )
-    return state.params
 
 
 def select_epoch(scores: dict[int, float], *, losses: dict[int, float], path: Path) -> int:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches, Mixture
@@ -68,8 +67,11 @@ class ModelConfig:
     remat: bool = False
 
     def build(self, tokenizer: Tokenizer) -> TransformerConfig:
-        """The preset with these changes; ValueError for an unknown preset name."""
-        base = preset(self.preset)
+        """The preset with these changes; ConfigError for an unknown name or an unfit value."""
+        try:
+            base = preset(self.preset)
+        except ValueError as error:
+            raise ConfigError(f"config.model.preset: {error}") from error
         return dataclasses.replace(
             base,
             vocab_size=tokenizer.vocab_size,
@@ -79,57 +81,72 @@ class ModelConfig:
         )
 
 
-def cosine_adam(
-    adam: AdamConfig, learning_rate: float, *, steps: int, warmup: int = 0, final: float = 0.1
-) -> optax.GradientTransformation:
-    """AdamW under the paper's schedule: cosine from the peak to `final` of it over `steps`
-    updates.
+@dataclass(frozen=True)
+class FitConfig:
+    """What every stage that minimises one loss has; each stage sets the paper's values.
+
+    The schedule is the paper's: cosine from `learning_rate` to `final_fraction` of it, over the
+    run, after `warmup` linear updates.
     """
-    schedule = cosine_schedule(learning_rate, steps=steps, final=final, warmup=warmup)
-    return adamw(schedule, **dataclasses.asdict(adam))
+
+    epochs: float = 1.0
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    final_fraction: float = 0.1
+    adam: AdamConfig = AdamConfig()
+    residual_dropout: float = 0.0
+    micro_batches: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
 
 
 def fit(
+    config: FitConfig,
     loss_fn: LossFn,
     params: Any,
     batch_at: Batches | Mixture,
     *,
-    tx: optax.GradientTransformation,
     steps: int,
-    key: jax.Array,
     mesh: Mesh,
     workdir: Path,
     name: str,
-    micro_batches: int = 1,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
-    eval_every: int = 0,
-    save_every: int = 0,
-    log_every: int = 10,
-) -> TrainState:
-    """Minimises one loss by one optimizer for `steps` updates; resumes from
-    `workdir/checkpoints`.
+    eval_every: int | None = None,
+) -> Any:
+    """Minimises one loss for `steps` updates and returns the parameters.
+
+    Resumes from `workdir/checkpoints`. `eval_every` overrides the config's. Raises ConfigError,
+    before anything is compiled, where `mesh` does not divide the batch.
     """
-    check_batch_size(batch_at.batch_size, mesh, micro_batches=micro_batches)
+    check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
+    schedule = cosine_schedule(
+        config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
+    )
+    tx = adamw(schedule, **dataclasses.asdict(config.adam))
     state = shard_state(init_state(params, tx), mesh, PARTITION_RULES)
-    step = compile_step(make_train_step(loss_fn, tx, micro_batches=micro_batches), mesh, state)
+    step = make_train_step(loss_fn, tx, micro_batches=config.micro_batches)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, name, total=steps) as logger,
     ):
-        return run_loop(
-            step,
+        state = run_loop(
+            compile_step(step, mesh, state),
             state,
             batch_at=batch_at,
             steps=steps,
-            key=key,
+            key=jax.random.key(config.seed),
             logger=logger,
             checkpointer=checkpointer,
-            save_every=save_every,
+            save_every=config.save_every,
             evaluate=evaluate,
-            eval_every=eval_every,
-            log_every=log_every,
+            eval_every=config.eval_every if eval_every is None else eval_every,
+            log_every=config.log_every,
         )
+    return state.params
 
 
 class TrainedModel(NamedTuple):
