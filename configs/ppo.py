@@ -69,7 +69,7 @@ SHARED_DATA = {
     "data.template": "alpaca",
     "data.on_bad_row": "skip",
     "ptx_length": 160,
-    "ppo.episodes": 2_048,
+    "ppo.episodes": 1_280,
     "ppo.rollout_batch": 64,
     "ppo.minibatch": 16,
     "ppo.prompt_length": 96,

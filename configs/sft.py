@@ -40,7 +40,7 @@ SHARED_DATA = {
     "data.demonstrations": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
     "data.template": "alpaca",
     "data.on_bad_row": "skip",
-    "data.limit": 24_000,
+    "data.limit": 14_000,
     "sft.epochs": 1,
     "sft.batch_size": 16,
     "sft.prompt_length": 96,
