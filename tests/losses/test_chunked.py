@@ -1,0 +1,186 @@
+"""The chunked head is the dense head: same numbers, an eighth of the memory, any sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from instruct_jax.losses import (
+    chunked_next_token_loss,
+    chunked_token_log_probs,
+    chunked_token_statistics,
+    next_token_loss,
+    token_entropy,
+    token_log_probs,
+)
+
+
+def arguments(rng, batch, length, width, vocab, dtype=jnp.float32):
+    hidden = jnp.asarray(rng.standard_normal((batch, length, width)), dtype)
+    head = jnp.asarray(rng.standard_normal((width, vocab)) / np.sqrt(width), dtype)
+    return hidden, head, jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+
+
+def value_and_gradients(loss, hidden, head, tokens):
+    weights = jnp.linspace(0.5, 1.5, tokens.size, dtype=jnp.float32).reshape(tokens.shape)
+
+    def scalar(hidden, head):
+        losses = loss(hidden, head, tokens)
+        return (losses * weights[:, : losses.shape[1]]).sum(), losses
+
+    return jax.jit(jax.grad(scalar, (0, 1), has_aux=True))(hidden, head)
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_chunked_and_dense_agree_at_the_gpt2_vocabulary(rng, chunk):
+    """50,257 columns; 3 does not divide the length."""
+    inputs = arguments(rng, 1, 8, 4, 50_257)
+
+    def dense(hidden, head, tokens):
+        return token_log_probs(hidden @ head, tokens, temperature=0.7)
+
+    def chunked(hidden, head, tokens):
+        return chunked_token_log_probs(hidden, head, tokens, chunk=chunk, temperature=0.7)
+
+    gradients, log_probs = value_and_gradients(chunked, *inputs)
+    wanted_gradients, wanted = value_and_gradients(dense, *inputs)
+    np.testing.assert_allclose(log_probs, wanted, atol=1e-5)
+    for a, b in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def compiled_temporaries(loss, *, vocab=50_257):
+    """Bytes of temporaries of value and gradient at [8, 512, vocab], from the compiler."""
+    shapes = (
+        jax.ShapeDtypeStruct((8, 512, 64), jnp.float32),
+        jax.ShapeDtypeStruct((64, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((8, 512), jnp.int32),
+    )
+
+    def scalar(hidden, head, tokens):
+        return loss(hidden, head, tokens).sum()
+
+    compiled = jax.jit(jax.value_and_grad(scalar, (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("chunked", "dense"),
+    [
+        (chunked_token_log_probs, token_log_probs),
+        (chunked_next_token_loss, next_token_loss),
+    ],
+)
+def test_a_training_step_needs_at_most_an_eighth_of_the_memory(chunked, dense):
+    small = compiled_temporaries(lambda h, w, t: chunked(h, w, t, chunk=16))
+    large = compiled_temporaries(lambda h, w, t: dense(h @ w, t))
+    assert large > 8 * 512 * 50_257 * 4
+    assert small * 8 <= large
+
+
+def test_entropy_comes_with_the_log_probs_and_has_the_dense_gradient(rng):
+    hidden, head, tokens = arguments(rng, 2, 5, 6, 11)
+
+    def chunked(hidden, head, tokens):
+        return chunked_token_statistics(hidden, head, tokens, chunk=2).entropy
+
+    gradients, entropy = value_and_gradients(chunked, hidden, head, tokens)
+    wanted_gradients, wanted = value_and_gradients(
+        lambda hidden, head, _: token_entropy(hidden @ head), hidden, head, tokens
+    )
+    np.testing.assert_allclose(entropy, wanted, atol=1e-5)
+    for a, b in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_padded_columns_of_the_head_get_no_probability_and_no_gradient(rng):
+    """MODEL-7: whatever they hold."""
+    hidden, head, tokens = arguments(rng, 2, 5, 6, 11)
+    padded = jnp.pad(head, [(0, 0), (0, 5)], constant_values=1e4)
+
+    def chunked(hidden, head, tokens):
+        return chunked_next_token_loss(
+            hidden, head, tokens, chunk=2, vocab_size=11, label_smoothing=0.1, z_loss=1e-3
+        )
+
+    def dense(hidden, head, tokens):
+        return next_token_loss(hidden @ head, tokens, label_smoothing=0.1, z_loss=1e-3)
+
+    (to_hidden, to_head), losses = value_and_gradients(chunked, hidden, padded, tokens)
+    wanted_gradients, wanted = value_and_gradients(dense, hidden, head, tokens)
+    np.testing.assert_allclose(losses, wanted, atol=1e-5)
+    np.testing.assert_allclose(to_hidden, wanted_gradients[0], atol=1e-5)
+    np.testing.assert_allclose(to_head[:, :11], wanted_gradients[1], atol=1e-5)
+    assert not to_head[:, 11:].any()
+
+
+def test_half_precision_products_accumulate_in_float32(rng):
+    """A bfloat16 sum over 512 positions would be off by several percent."""
+    hidden, head, tokens = arguments(rng, 4, 512, 8, 13, jnp.bfloat16)
+
+    def chunked(hidden, head, tokens):
+        return chunked_token_log_probs(hidden, head, tokens, chunk=1)
+
+    def exact(hidden, head, tokens):
+        logits = hidden.astype(jnp.float32) @ head.astype(jnp.float32)
+        return token_log_probs(logits, tokens)
+
+    (_, to_head), log_probs = value_and_gradients(chunked, hidden, head.astype(jnp.float32), tokens)
+    (_, wanted_to_head), wanted = value_and_gradients(exact, hidden, head, tokens)
+    assert log_probs.dtype == to_head.dtype == jnp.float32
+    np.testing.assert_allclose(log_probs, wanted, atol=2e-5)
+    error = np.abs(to_head - wanted_to_head.astype(jnp.float32)).max()
+    assert error < 1e-2 * np.abs(to_head).max()
+
+
+def test_ids_outside_of_the_head_are_nan_as_in_the_dense_form(rng):
+    hidden, head, _ = arguments(rng, 1, 3, 4, 5)
+    tokens = jnp.array([[1, 5, -100]])
+    log_probs = chunked_token_log_probs(hidden, head, tokens, chunk=2)
+    np.testing.assert_array_equal(np.isnan(log_probs), [[False, True, True]])
+
+
+@pytest.mark.parametrize("scale", [80.0, 1e4])
+def test_huge_logits_stay_finite(scale):
+    hidden, head = jnp.array([[[scale], [-scale]]]), jnp.array([[1.0, -1.0, 0.0]])
+
+    def chunked(hidden, head, tokens):
+        statistics = chunked_token_statistics(hidden, head, tokens, chunk=1)
+        return statistics.log_probs + statistics.entropy
+
+    gradients, values = value_and_gradients(chunked, hidden, head, jnp.array([[1, 1]]))
+    assert np.isfinite(values).all()
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_the_temperature_has_no_gradient(rng):
+    hidden, head, tokens = arguments(rng, 1, 3, 4, 5)
+
+    def loss(temperature):
+        return chunked_token_log_probs(hidden, head, tokens, chunk=2, temperature=temperature).sum()
+
+    assert jax.grad(loss)(jnp.float32(0.7)) == 0
+
+
+def test_a_head_sharded_over_its_vocabulary_stays_sharded(rng):
+    """Batch over data, vocabulary over tensor: same numbers, and the head is never gathered."""
+    hidden, head, tokens = arguments(rng, 4, 6, 8, 64)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def place(x, *names):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+    def scalar(hidden, head, tokens):
+        return chunked_next_token_loss(hidden, head, tokens, chunk=2).sum()
+
+    step = jax.jit(jax.value_and_grad(scalar, (0, 1)))
+    sharded = place(hidden, "data"), place(head, None, "tensor"), place(tokens, "data")
+    compiled = step.lower(*sharded).compile()
+    value, (to_hidden, to_head) = compiled(*sharded)
+    wanted, (wanted_to_hidden, wanted_to_head) = step(hidden, head, tokens)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(to_hidden, wanted_to_hidden, atol=1e-5)
+    np.testing.assert_allclose(to_head, wanted_to_head, atol=1e-5)
+    assert to_head.sharding.spec == PartitionSpec(None, "tensor")
+    assert "all-gather" not in compiled.as_text()
