@@ -5,7 +5,7 @@
 
 toyworld                   collected rankings of the embedded world
 debug                      eight updates of a few rows
-shared_data                K-wise AlpacaEval rankings and HH pairs, from an Alpaca model
+shared_data                K-wise AlpacaEval rankings and HH helpful pairs, from an Alpaca model
 instructgpt_6b             spec RM-3; one 6B reward model serves all policy sizes (MODEL-6)
 lmhp_sentiment_124m        Ziegler et al. 2019: 4,992 best-of-4 labels, scores standardised on
 lmhp_descriptiveness_124m  samples of the policy (data.demonstrations holds those)
@@ -70,7 +70,6 @@ PRESETS = {
         "data.comparisons": (
             "../shared/data/rm/alpacaeval_rankings_k25.jsonl.gz",
             "../shared/data/rm/hh_helpful_base_pairs.jsonl.gz",
-            "../shared/data/rm/hh_harmless_base_pairs.jsonl.gz",
         ),
         "data.completions": (4, 4),
         "data.tie_gap": 0.25,

@@ -5,7 +5,7 @@
 
 toyworld, toyworld_rlhf_init        the embedded world: M1, and M3 with a tenth of pretraining rows
 debug, debug_rlhf_init              a few updates of a few rows
-shared_data, shared_data_rlhf_init  52k Alpaca instructions, books mixed into M3
+shared_data, shared_data_rlhf_init  8k Alpaca instructions, books mixed into M3
 instructgpt_{1p3b,6b,175b}          spec SFT-2: 16 epochs, residual dropout 0.2, every epoch kept
 instructgpt_*_rlhf_init             spec SFT-5: 2 epochs, a tenth of pretraining rows
 tldr_1b                             Huang et al. 2024: one epoch, loss on the post as well
@@ -40,7 +40,7 @@ SHARED_DATA = {
     "data.demonstrations": ("../shared/data/sft/alpaca_52k.jsonl.gz",),
     "data.template": "alpaca",
     "data.on_bad_row": "skip",
-    "data.limit": 14_000,
+    "data.limit": 8_000,
     "sft.epochs": 1,
     "sft.batch_size": 16,
     "sft.prompt_length": 96,
@@ -106,7 +106,7 @@ PRESETS = {
         "sft.pretrain_fraction": 0.2,
     },
     "shared_data": SHARED_DATA,
-    "shared_data_rlhf_init": SHARED_DATA | RLHF_INIT,
+    "shared_data_rlhf_init": SHARED_DATA | RLHF_INIT | {"sft.epochs": 1},
     "instructgpt_1p3b": INSTRUCTGPT,
     "instructgpt_6b": INSTRUCTGPT | {"sft.micro_batches": 2},
     "instructgpt_175b": INSTRUCTGPT | INSTRUCTGPT_175B,
