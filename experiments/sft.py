@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations, encode_documents
+from instruct_jax.data.loader import encode_demonstrations, encode_dialogues, encode_documents
 from instruct_jax.data.packing import pack
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import DataConfig, Source, Split, open_source
+from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import sft
@@ -41,14 +44,9 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
     run.record(data=source.provenance())
-    lengths = {
-        "prompt_length": config.sft.prompt_length,
-        "response_length": config.sft.response_length,
-    }
-    rows = encode_demonstrations(source.demonstrations("train"), start.tokenizer, **lengths)
+    rows, valid = (encode(config, source, start.tokenizer, split) for split in ("train", "valid"))
     if config.sft.pack_length is not None:
         rows = pack(rows, length=config.sft.pack_length, pad_id=start.tokenizer.pad_id)
-    valid = encode_demonstrations(source.demonstrations("valid"), start.tokenizer, **lengths)
     pretraining = None
     if config.sft.pretrain_fraction > 0:
         documents, width = source.documents("train"), rows["tokens"].shape[1]
@@ -81,6 +79,26 @@ def main(config: Config, run: cli.Run) -> Path:
     trained = start._replace(config=model_config, params=params, stage="sft")
     notes = {"valid_loss": losses.get(round(config.sft.epochs))}
     return save_trained(run.workdir / "model", trained, notes=notes)
+
+
+def encode(
+    config: Config, source: Source, tokenizer: Tokenizer, split: Split
+) -> dict[str, np.ndarray]:
+    """Demonstrations, and dialogues where there are any, as rows of one width."""
+    lengths = {
+        "prompt_length": config.sft.prompt_length,
+        "response_length": config.sft.response_length,
+    }
+    parts = []
+    if config.data.dialogues:
+        parts.append(
+            encode_dialogues(
+                source.dialogues(split), tokenizer, all_turns=config.sft.all_turns, **lengths
+            )
+        )
+    if config.data.demonstrations or not parts:
+        parts.append(encode_demonstrations(source.demonstrations(split), tokenizer, **lengths))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 if __name__ == "__main__":

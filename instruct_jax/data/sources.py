@@ -16,16 +16,17 @@ from instruct_jax.data.files import hash_files
 from instruct_jax.data.formats import (
     read_comparisons,
     read_demonstrations,
+    read_dialogues,
     read_documents,
     read_prompts,
 )
-from instruct_jax.data.rows import Comparison, DataError, Demonstration, Document, Prompt
+from instruct_jax.data.rows import Comparison, DataError, Demonstration, Dialogue, Document, Prompt
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
 
-ROW_FIELDS = ("documents", "demonstrations", "comparisons", "prompts")
-Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt)
+ROW_FIELDS = ("documents", "demonstrations", "comparisons", "prompts", "dialogues")
+Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt, Dialogue)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class DataConfig:
     demonstrations: tuple[str, ...] = ()
     comparisons: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
+    dialogues: tuple[str, ...] = ()  # chats of several turns, for fine-tuning
     template: str | None = None
     limit: int | None = None
     # How a file of plain text is cut into documents: "file", "line" or "paragraph".
@@ -77,6 +79,10 @@ class Source(Protocol):
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Prompts with a labeler's answer."""
+        ...
+
+    def dialogues(self, split: Split) -> Sequence[Dialogue]:
+        """Chats of several turns."""
         ...
 
     def comparisons(self, split: Split) -> Sequence[Comparison]:
@@ -127,6 +133,14 @@ class FileSource:
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Demonstrations of `config.demonstrations`."""
         return self._rows("demonstrations", read_demonstrations, split, lambda row: row.prompt)
+
+    def dialogues(self, split: Split) -> Sequence[Dialogue]:
+        """Chats of `config.dialogues`; those with the same first message go to one split."""
+
+        def read(path: str, *, template: str | None, **options: Any) -> list[Dialogue]:
+            return read_dialogues(path, **options)  # the template is the encoder's part here
+
+        return self._rows("dialogues", read, split, lambda row: row.turns[0].text)
 
     def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Comparisons of `config.comparisons`."""
@@ -205,6 +219,10 @@ class ToySource:
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Imperfect demonstrations by simulated labelers."""
         return self.world.demonstrations(self._size("toy_demonstrations", split), split=split)
+
+    def dialogues(self, split: Split) -> Sequence[Dialogue]:
+        """Chats from files: the world has single turns only."""
+        return self._files.dialogues(split)
 
     def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Collected comparisons, read from `config.comparisons`."""

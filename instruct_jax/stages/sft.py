@@ -40,6 +40,8 @@ class SFTConfig(FitConfig):
     prompt_length: int = 1024
     response_length: int = 1024
     loss_on_prompt: bool = False
+    # In dialogues, whether all assistant turns are targets or only the last.
+    all_turns: bool = False
     # Rows of this many tokens hold several demonstrations; None keeps one a row, as in the paper.
     pack_length: int | None = None
     # This share of the rows of every batch is pretraining text (SFT-5).
