@@ -33,9 +33,12 @@ def write_win_rates(path: str | Path, win_rates: Mapping[str, Mapping[str, Any]]
         axes.scatter([i + 0.16] * len(seeds), seeds, s=12, color=colour, alpha=0.6, zorder=3)
         axes.vlines(i, rate["low"], rate["high"], color=colour, linewidth=2.5, zorder=4)
         axes.scatter([i], [rate["mean"]], s=46, color=colour, zorder=5)
+        top = max(rate["high"], rate["mean"], *seeds)
+        if 0.43 < top < 0.5:
+            top = 0.5  # the label would lie on the dashed line: put it above
         axes.annotate(
             f"{100 * rate['mean']:.0f} %",
-            (i, max(rate["high"], *seeds, rate["mean"])),
+            (i, top),
             xytext=(0, 5),
             textcoords="offset points",
             ha="center",
