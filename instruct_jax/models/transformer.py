@@ -218,15 +218,17 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
 
 
 def unstack_layers(params: Params, *, dtype: str | None = None) -> Params:
-    """Parameters for `Model.decode` with `layers` a tuple of L dicts; matrices cast to `dtype`.
+    """Parameters for `Model.decode`: `layers` as a tuple of L dicts, matrices cast to `dtype`.
 
-    Call it once before a token loop. Otherwise every token slices (and casts) every layer again.
+    Call it once before a token loop that is not compiled as a whole, where every token would slice
+    (and cast) every layer again: measured 3.6 times slower at 6 layers of 512. Inside one jitted
+    `while_loop` XLA does the same by itself. What is unstacked already comes back as it is.
     """
-    layers = params["layers"]
-    if isinstance(layers, tuple):
+    if isinstance(params["layers"], tuple):
         return params
     if dtype is not None:
-        layers = jax.tree.map(lambda w: w.astype(dtype) if w.ndim == 3 else w, layers)
+        params = {name: _cast_matrices(name, tree, dtype) for name, tree in params.items()}
+    layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]
     unstacked = tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))
     return {**params, "layers": unstacked}
@@ -263,6 +265,12 @@ def final_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
 def response_values(values: jax.Array, *, prompt_length: int) -> jax.Array:
     """f32[B, P+R] -> f32[B, R]: V_t, the value at the position before response token t."""
     return values[:, prompt_length - 1 : -1]
+
+
+def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
+    # Norms and biases stay fp32; in the stack everything has one axis more.
+    axes = 3 if name == "layers" else 2
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim == axes else w, tree)
 
 
 def _call(

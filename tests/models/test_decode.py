@@ -65,6 +65,8 @@ def test_matrices_cast_once_decode_as_if_cast_on_every_token():
     model, params = language_model(config), language(GPT)[1]
     cast = unstack_layers(params, dtype=config.dtype)
     assert cast["layers"][0]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert cast["embedder"]["tokens"].dtype == jnp.bfloat16
+    assert cast["layers"][0]["mlp"]["up"]["bias"].dtype == jnp.float32
     assert cast["layers"][0]["mlp_norm"]["scale"].dtype == jnp.float32
     tokens, cache = random_tokens(2, PROMPT), init_cache(config, 2, SLOTS)
     assert cache.keys[0].dtype == jnp.bfloat16
