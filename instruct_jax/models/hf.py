@@ -253,7 +253,7 @@ def _read_params(
     directory: Path, config: TransformerConfig, family: _Family, stored: dict[str, Any]
 ) -> Params:
     abstract = jax.eval_shape(language_model(config).init, jax.random.key(0))
-    shapes = flatten_dict(abstract, sep="/")
+    shapes: dict[str, Any] = flatten_dict(abstract, sep="/")
     plan = list(_plan(config, family, shapes))
     _check(directory, config, family, plan, stored)
     params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
