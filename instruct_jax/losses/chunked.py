@@ -59,7 +59,8 @@ def chunked_token_statistics(
       hidden: float[B, T, D], the states that the head is applied to.
       head: float[D, V]; a tied embedding goes in transposed. Its gradient has its dtype.
       tokens: int[B, T]; `hidden[:, t]` scores `tokens[:, t]`.
-      chunk: positions at a time; the peak is about 2 * B * chunk * V * 4 bytes.
+      chunk: positions at a time. The peak is about 3 * B * chunk * V * 4 bytes, and in the
+        backward pass one more float32[D, V], the addend of the head's gradient.
       temperature: tau > 0, float[].
       vocab_size: number of real columns of the head; None takes all.
 
@@ -184,21 +185,37 @@ def _joined(x: jax.Array, length: int) -> jax.Array:
 def _logits(
     hidden: jax.Array, head: jax.Array, temperature: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """float[B, chunk, V] scaled logits of a chunk, and the mask of real columns."""
+    """float[B, chunk, V] scaled logits of a chunk, and int[B, chunk, V] their column numbers."""
     logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=temperature.dtype)
     columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     return jnp.where(columns < vocab_size, logits / temperature, MASKED_LOGIT), columns
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _statistics(hidden, head, tokens, temperature, chunk, vocab_size):
+def _statistics(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    temperature: jax.Array,
+    chunk: int,
+    vocab_size: int,
+) -> TokenStatistics:
+    """Checked arguments in, statistics out; the gradient is `_backward`."""
     return _forward(hidden, head, tokens, temperature, chunk, vocab_size)[0]
 
 
-def _forward(hidden, head, tokens, temperature, chunk, vocab_size):
+def _forward(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    temperature: jax.Array,
+    chunk: int,
+    vocab_size: int,
+) -> tuple[TokenStatistics, tuple[jax.Array, ...]]:
+    """The statistics, and what the backward pass needs: nothing that has a vocabulary axis."""
     weights = head.astype(hidden.dtype)
 
-    def one_chunk(inputs):
+    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> TokenStatistics:
         hidden, tokens = inputs
         logits, columns = _logits(hidden, weights, temperature, vocab_size)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -220,7 +237,10 @@ def _forward(hidden, head, tokens, temperature, chunk, vocab_size):
     return statistics, residuals
 
 
-def _backward(chunk, vocab_size, residuals, cotangents):
+def _backward(
+    chunk: int, vocab_size: int, residuals: tuple[jax.Array, ...], cotangents: TokenStatistics
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    """Gradients of hidden and head, from logits that are made once more."""
     hidden, head, tokens, temperature, log_normalizer, entropy = residuals
     weights = head.astype(hidden.dtype)
     accumulator = temperature.dtype
