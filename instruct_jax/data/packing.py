@@ -34,7 +34,7 @@ def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[st
             end = start + sizes[row]
             for name in ("tokens", "mask", "loss_mask"):
                 packed[name][n, start:end] = rows[name][row, : sizes[row]]
-            packed["loss_mask"][n, start] = False
+            packed["loss_mask"][n, start : start + 1] = False
             packed["segment_ids"][n, start:end] = segment
             start = end
     return packed
