@@ -133,7 +133,7 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
     ceiling = labelers["ceiling"]
     order = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
     measured = {name: models[name] for name in order}
-    samples = [json.loads(line) for line in (workdir / "evaluate/samples.jsonl").open()]
+    samples = _rows(workdir / "evaluate/samples.jsonl")
     return {
         "title": "InstructGPT on the embedded world",
         "summary": (
@@ -189,7 +189,11 @@ def _present(models: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _metrics(workdir: Path) -> list[dict[str, Any]]:
     (path,) = workdir.glob("*.jsonl") if workdir.name[:3] != "ppo" else [workdir / "ppo.jsonl"]
-    return [json.loads(line) for line in path.open()]
+    return _rows(path)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _config(workdir: Path) -> Any:

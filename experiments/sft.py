@@ -77,7 +77,9 @@ def main(config: Config, run: cli.Run) -> Path:
         on_epoch=keep,
     )
     trained = start._replace(config=model_config, params=params, stage="sft")
-    notes = {"valid_loss": losses.get(round(config.sft.epochs))}
+    # A run resumed at its end has met no epoch.
+    valid_loss = losses[max(losses)] if losses else held_out_loss(model, params, **valid)
+    notes = {"valid_loss": valid_loss}
     return save_trained(run.workdir / "model", trained, notes=notes)
 
 

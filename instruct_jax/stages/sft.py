@@ -68,7 +68,10 @@ def train(
     """
     rows = dict(demonstrations)
     if config.loss_on_prompt:
-        rows["loss_mask"] = rows["mask"]
+        rows["loss_mask"] = rows["mask"].copy()
+        if "segment_ids" in rows:  # what stands before a segment's first token is another row
+            segments = rows["segment_ids"]
+            rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
     mixed = round(config.pretrain_fraction * config.batch_size)
     own = config.batch_size - mixed
     demonstrated = Batches(rows, own, seed=config.seed)
