@@ -1,0 +1,82 @@
+"""What the tests of the scripts share: a model folder to start from, rows on disk, a launcher."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from instruct_jax import cli
+from instruct_jax.data.tokenizer import Tokenizer, train_bpe
+from instruct_jax.models.transformer import TransformerConfig, language_model
+from instruct_jax.stages.stage import TrainedModel, save_trained
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "small",
+    "red",
+    "dog",
+    "run",
+    "far",
+    "away",
+]
+
+
+def tokenizer(words: Sequence[str] = WORDS) -> Tokenizer:
+    """A byte-level BPE of a few words."""
+    return train_bpe([" ".join(words)] * 4, vocab_size=300)
+
+
+def write_model(folder: Path, *, reads: Tokenizer | None = None) -> Path:
+    """A random language model of two layers."""
+    reads = tokenizer() if reads is None else reads
+    shape = TransformerConfig(
+        vocab_size=reads.vocab_size, num_layers=2, d_model=32, num_heads=2, max_length=64
+    )
+    params = language_model(shape).init(jax.random.key(0))
+    return save_trained(folder, TrainedModel("language", shape, params, reads, "pretrain"))
+
+
+def sentence(i: int, length: int = 5) -> str:
+    """The i-th sentence of WORDS."""
+    return " ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(length))
+
+
+def write_rows(folder: Path, rows: int = 60) -> dict[str, Path]:
+    """Documents, demonstrations, comparisons and prompts as JSONL files."""
+    contents: dict[str, list[dict[str, Any]]] = {
+        "documents": [{"text": sentence(i, 40)} for i in range(rows)],
+        "demonstrations": [
+            {"prompt": sentence(i), "response": sentence(i + 1, 3)} for i in range(rows)
+        ],
+        "comparisons": [
+            {
+                "prompt": sentence(i),
+                "completions": [sentence(i + k, 1 + k) for k in range(3)],
+                "ranks": [k % 3 for k in range(i, i + 3)],
+            }
+            for i in range(rows)
+        ],
+        "prompts": [{"prompt": sentence(i)} for i in range(rows)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in contents[name]))
+    return paths
+
+
+def launch(script: str, *argv: str) -> None:
+    """The script's command line, in this process."""
+    module = importlib.import_module(f"experiments.{script}")
+    cli.run(module.main, module.Config, default=f"configs/{script}.py", argv=argv)

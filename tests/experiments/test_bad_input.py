@@ -1,0 +1,170 @@
+"""What is wrong with a command or its data is told in one line; nothing is written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.experiments import scripts
+
+SFT = ("--config=configs/sft.py:debug", "--config.data.source=files")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model folder and files of rows that are all right."""
+    folder = tmp_path_factory.mktemp("inputs")
+    paths = scripts.write_rows(folder)
+    scripts.write_model(folder / "model")
+    return folder, paths
+
+
+def sft_arguments(inputs, workdir):
+    folder, paths = inputs
+    return [
+        *SFT,
+        f"--config.init={folder / 'model'}",
+        f"--config.data.demonstrations={paths['demonstrations']}",
+        f"--workdir={workdir}",
+    ]
+
+
+def malformed(folder, **row):
+    """A file whose third line is `row`."""
+    path = folder / "malformed.jsonl"
+    lines = [json.dumps({"prompt": "a", "response": "b"})] * 2
+    path.write_text("\n".join([*lines, row.get("text") or json.dumps(row)]) + "\n")
+    return path
+
+
+def refused(capsys, script, *argv):
+    """The one line that `script` ends with, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        scripts.launch(script, *argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(tmp_path, capsys, inputs):
+    workdir = tmp_path / "run"
+    line = refused(
+        capsys, "sft", *sft_arguments(inputs, workdir), "--config.sft.leraning_rate=1e-3"
+    )
+    assert "config.sft.leraning_rate" in line and "did you mean config.sft.learning_rate?" in line
+    assert not workdir.exists()
+
+
+def test_a_missing_file_is_named(tmp_path, capsys, inputs):
+    workdir, missing = tmp_path / "run", tmp_path / "no_such.jsonl"
+    arguments = [*sft_arguments(inputs, workdir), f"--config.data.demonstrations={missing}"]
+    assert str(missing) in refused(capsys, "sft", *arguments)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "response": 3}, "response"),
+        ({"prompt": "a"}, "expected demonstrations"),
+        ({"text": '{"prompt": "a", "resp'}, "JSON"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, capsys, inputs, row, reason):
+    workdir, path = tmp_path / "run", malformed(tmp_path, **row)
+    arguments = [*sft_arguments(inputs, workdir), f"--config.data.demonstrations={path}"]
+    line = refused(capsys, "sft", *arguments)
+    assert f"{path}:3" in line and reason in line
+    assert not workdir.exists()
+
+
+def test_a_batch_that_the_mesh_cannot_divide_is_refused(tmp_path, capsys, inputs):
+    workdir = tmp_path / "run"
+    arguments = [*sft_arguments(inputs, workdir), "--config.sft.batch_size=10", "--mesh=data:8"]
+    line = refused(capsys, "sft", *arguments)
+    assert "10 rows cannot be divided over mesh data:8" in line and "multiple of 8" in line
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "reason"),
+    [
+        ("sft", "--config.init={tmp}/nowhere", "neither model.json nor config.json here"),
+        ("sft", "--config.data.source=flies", "neither 'toyworld' nor 'files'"),
+        ("sft", "--mesh=data:9", "needs 9 devices"),
+        ("pretrain", "--config.model.preset=minni", "did you mean mini"),
+        ("pretrain", "--config.tokenizer={tmp}/nowhere", "no such file or folder"),
+        ("ppo", "--config.ppo.rollout_batch=12", "not a multiple of minibatch 8"),
+        ("ppo", "--config.reward_model={inputs}/model", "a scalar model is needed"),
+        ("reward_model", "--config.data.comparisons={tmp}/none.jsonl", "none.jsonl"),
+        ("reward_model", "--config.data.comparisons=", "data.comparisons is empty"),
+        ("select_sft", "--config.epochs={tmp}", "no epochs here"),
+        ("evaluate", "--config.baseline=m1", "baseline 'm1' is none of the models ['sft']"),
+        ("collect", "--config.data.source=files", "must be 'toyworld'"),
+    ],
+)
+def test_other_mistakes_are_told_by_every_script(
+    tmp_path, capsys, inputs, script, override, reason
+):
+    workdir, model = tmp_path / "run", inputs[0] / "model"
+    start = {
+        "pretrain": [],
+        "evaluate": [f"--config.models=('sft={model}',)"],
+        "collect": [f"--config.policy={model}"],
+        "select_sft": [],
+    }.get(script, [f"--config.init={model}"])
+    arguments = [f"--config=configs/{script}.py:debug", f"--workdir={workdir}", *start]
+    line = refused(capsys, script, *arguments, override.format(tmp=tmp_path, inputs=inputs[0]))
+    assert reason in line
+    assert not workdir.exists()
+
+
+def test_a_policy_and_a_reward_model_of_two_tokenizers_are_refused(tmp_path, capsys, inputs):
+    folder, _ = inputs
+    other = scripts.write_model(tmp_path / "other", reads=scripts.tokenizer(["xyz", "pqr"]))
+    record = json.loads((other / "model.json").read_text())
+    (other / "model.json").write_text(json.dumps(record | {"kind": "scalar"}))
+    line = refused(
+        capsys,
+        "ppo",
+        "--config=configs/ppo.py:debug",
+        f"--config.init={folder / 'model'}",
+        f"--config.reward_model={other}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert "different tokenizers" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_written_over(tmp_path, capsys, inputs):
+    """Another configuration in its directory is refused, and every file stays."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"config": {"init": "other"}}))
+    line = refused(capsys, "sft", *sft_arguments(inputs, workdir))
+    assert "holds a run with another configuration" in line
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("mistake", ["misspelt key", "malformed row"])
+def test_a_process_ends_with_one_line_and_code_2(tmp_path, inputs, repository, mistake):
+    """The same through the shell: no traceback, no log before it, an empty stdout."""
+    workdir = tmp_path / "run"
+    arguments = sft_arguments(inputs, workdir)
+    if mistake == "misspelt key":
+        arguments.append("--config.sft.leraning_rate=1e-3")
+    else:
+        arguments.append(f"--config.data.demonstrations={malformed(tmp_path, prompt='a')}")
+    done = subprocess.run(
+        [sys.executable, str(repository / "experiments" / "sft.py"), *arguments],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not workdir.exists()

@@ -1,0 +1,111 @@
+"""Every script on a user's own files: what each writes, and that a second run changes nothing."""
+
+import hashlib
+import json
+
+import pytest
+
+from instruct_jax.stages.stage import load_trained
+from tests.experiments import scripts
+from tests.stages.lab import same_bits
+from tests.stages.run_ppo import fingerprint
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The stages one after another; {script: the arguments it was started with}."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = scripts.write_rows(folder / "data")
+    data = ["--config.data.source=files", "--config.data.valid_fraction=0.3", "--mesh=data:2"]
+    data += [f"--config.data.{name}={path}" for name, path in paths.items()]
+
+    def start(script, group, *arguments, **fields):
+        prefix = f"--config.{group}." if group else "--config."
+        commands[script] = [
+            f"--config=configs/{script}.py:debug",
+            f"--workdir={folder / script}",
+            *data,
+            *(f"{prefix}{name}={value}" for name, value in fields.items()),
+            *arguments,
+        ]
+        scripts.launch(script, *commands[script])
+        return folder / script
+
+    commands = {}
+    lengths = {"prompt_length": 24, "response_length": 16}
+    gpt = start("pretrain", "pretrain", "--config.vocab_size=300", length=40, epochs=0.5) / "model"
+    sft = start(
+        "sft", "sft", f"--config.init={gpt}", "--config.keep_epochs=True",
+        epochs=2, pack_length=48, pretrain_fraction=0.25, **lengths,
+    )  # fmt: skip
+    reward = start(
+        "reward_model", "reward_model", f"--config.init={sft / 'model'}", **lengths
+    )  # fmt: skip
+    policies = [f"--config.init={sft / 'model'}", f"--config.reward_model={reward / 'model'}"]
+    start("ppo", "ppo", *policies, "--config.ptx_length=32", ptx_coef=1.0, ptx_ratio=1, **lengths)
+    start(
+        "select_sft", None, f"--config.epochs={sft / 'epochs'}",
+        f"--config.reward_model={reward / 'model'}", **lengths,
+    )  # fmt: skip
+    models = f"('gpt={gpt}', 'sft={sft / 'model'}', 'ppo={folder / 'ppo' / 'model'}')"
+    start(
+        "evaluate", None, f"--config.models={models}", document_length=32,
+        reward_model=reward / "model", **lengths,
+    )  # fmt: skip
+    return folder, paths, commands
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_every_stage_writes_its_model_and_says_what_its_data_was(pipeline):
+    folder, paths, _ = pipeline
+    for script in ("pretrain", "sft", "reward_model", "ppo"):
+        assert load_trained(folder / script / "model").stage == script
+        hashes = read(folder / script / "config.json")["data"]
+        for path in paths.values():
+            assert hashes[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_reward_model_is_judged_beside_the_lengths(pipeline):
+    accuracy = read(pipeline[0] / "reward_model" / "accuracy.json")
+    assert {"accuracy", "length_only", "ece", "calibration", "by_sources"} <= set(accuracy)
+    assert accuracy["prompts"] > 0 and abs(accuracy["mean_demonstration"]) <= 1e-4, "RM-4"
+
+
+def test_the_models_are_compared_without_a_gold_judge(pipeline):
+    report = read(pipeline[0] / "evaluate" / "evaluation.json")
+    assert list(report["models"]) == ["gpt", "sft", "ppo"]
+    for result in report["models"].values():
+        assert {"pretrain_loss", "reward", "response_length", "eos_rate"} <= set(result)
+        assert "gold" not in result
+    lines = (pipeline[0] / "evaluate" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == report["prompts"] > 0
+
+
+def test_ppo_saves_its_average_and_shows_samples(pipeline):
+    """T40, PPO-14: what is kept and evaluated is the EMA."""
+    folder, _, _ = pipeline
+    start, end = (load_trained(folder / part / "model").params for part in ("sft", "ppo"))
+    assert not same_bits(start, end)
+    samples = (folder / "ppo" / "samples.jsonl").read_text()
+    rows = [json.loads(line) for line in samples.splitlines()]
+    assert {row["step"] for row in rows} == {1, 2}
+    assert {"step", "prompt", "response", "ended"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "reward_model", "ppo", "select_sft"])
+def test_a_finished_run_started_again_changes_nothing(pipeline, script):
+    """JAX-10: it resumes at its end; the model, its notes and the log stay as they are."""
+    folder, _, commands = pipeline
+    before = contents(folder / script)
+    scripts.launch(script, *commands[script])
+    assert contents(folder / script) == before
+
+
+def contents(workdir):
+    """Parameters, notes and logs; not the time stamps inside a checkpoint."""
+    files = [*workdir.glob("*.jsonl"), *workdir.glob("[as]*.json"), *workdir.rglob("model.json")]
+    texts = {str(path.relative_to(workdir)): path.read_text() for path in files}
+    return texts, fingerprint(load_trained(workdir / "model").params)

@@ -1,0 +1,105 @@
+"""The folder that a stage hands on, and what else the stages share."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from instruct_jax.data.tokenizer import train_bpe
+from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.models.families import preset
+from instruct_jax.models.transformer import language_model, scalar_model
+from instruct_jax.stages.stage import (
+    ModelConfig,
+    TrainedModel,
+    in_batches,
+    load_trained,
+    place_params,
+    save_trained,
+)
+from instruct_jax.training.mesh import make_mesh
+from tests.stages import lab as labs
+
+TOKENIZER = train_bpe(["hello world"], vocab_size=260)
+
+
+@pytest.fixture
+def trained():
+    """A language model in memory."""
+    return TrainedModel("language", labs.SHAPE, labs.policy_params(), TOKENIZER, "sft")
+
+
+def test_a_model_folder_gives_back_what_it_was_given(tmp_path, trained):
+    reward = trained._replace(kind="scalar", params=labs.reward_params(), stage="reward_model")
+    for model, make in ((trained, language_model), (reward, scalar_model)):
+        folder = save_trained(tmp_path / model.kind, model, notes={"valid_loss": 1.5})
+        loaded = load_trained(folder, kind=model.kind)
+        assert labs.same_bits(loaded.params, model.params)
+        assert (loaded.kind, loaded.stage, loaded.config) == (model.kind, model.stage, model.config)
+        assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
+        assert loaded.model is make(labs.SHAPE)
+        about = json.loads((folder / "model.json").read_text())
+        assert about["notes"] == {"valid_loss": 1.5} and about["stage"] == model.stage
+
+
+def test_a_model_on_a_mesh_is_saved_whole_and_a_folder_is_replaced(tmp_path, trained):
+    save_trained(tmp_path, trained._replace(params=labs.policy_params(1)))
+    spread = place_params(trained.params, make_mesh("fsdp:4,tensor:2"))
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(spread))
+    save_trained(tmp_path, trained._replace(params=spread))
+    assert labs.same_bits(load_trained(tmp_path).params, trained.params)
+
+
+def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained):
+    with pytest.raises(ConfigError, match=r"nowhere: neither model\.json nor config\.json here"):
+        load_trained(tmp_path / "nowhere")
+    save_trained(tmp_path, trained)
+    with pytest.raises(
+        ConfigError, match=r"holds a language model \(sft\), a scalar model is need"
+    ):
+        load_trained(tmp_path, kind="scalar")
+    for file in sorted((tmp_path / "params").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    (tmp_path / "params").rmdir()
+    with pytest.raises(CheckpointError, match="no model here"):
+        load_trained(tmp_path)
+
+
+def test_a_folder_is_complete_once_its_record_is_there(tmp_path, trained, monkeypatch):
+    """A kill while it is written leaves no model, and no half of one."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("instruct_jax.data.tokenizer.Tokenizer.save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_trained(tmp_path, trained)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"neither model\.json"):
+        load_trained(tmp_path)
+
+
+def test_a_named_size_takes_its_vocabulary_from_the_tokenizer():
+    config = ModelConfig(preset="tiny", max_length=64, dtype="bfloat16", remat=True)
+    built = config.build(TOKENIZER)
+    assert built == dataclasses.replace(
+        preset("tiny"), vocab_size=TOKENIZER.vocab_size, max_length=64, dtype="bfloat16", remat=True
+    )
+    assert ModelConfig(preset="tiny").build(TOKENIZER).max_length == preset("tiny").max_length
+    with pytest.raises(ConfigError, match=r"config.model.preset: .*did you mean mini"):
+        ModelConfig(preset="minni").build(TOKENIZER)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8])
+def test_batches_of_one_shape_cover_all_rows_in_order(rows):
+    shapes = set()
+
+    def double(x, y):
+        shapes.add((x.shape, y.shape))
+        return 2 * x[:, 0] + y
+
+    x, y = np.arange(rows * 3.0).reshape(rows, 3), np.arange(rows) * 0.5
+    np.testing.assert_array_equal(in_batches(double, 4, x, y), 2 * x[:, 0] + y)
+    assert shapes == {((4, 3), (4,))}
