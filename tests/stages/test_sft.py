@@ -78,7 +78,6 @@ def test_rows_may_be_packed_in_any_order(gradient):
     np.testing.assert_allclose(gradient(shuffled)[0], gradient(packed)[0], rtol=1e-6)
 
 
-# The mask of all tokens is put over the one that `pack` has opened at the start of a segment.
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_loss_may_fall_on_the_prompt_too(tmp_path, monkeypatch, packed):
     """SFT-1: then every token of a row is a target but its first, which has nothing before it."""
