@@ -397,3 +397,17 @@ class Default:
 
 def test_a_default_factory_is_a_default():
     assert from_config(Default, {}) == Default(Adam(2.0))
+
+
+def test_a_group_named_in_part_keeps_what_its_owner_set_in_the_rest():
+    @dataclass(frozen=True)
+    class Stage:
+        adam: Adam = Adam(0.5, kind="tf")
+
+    @dataclass(frozen=True)
+    class Run:
+        stage: Stage = Stage(Adam(0.25, kind="tf"))
+
+    assert from_config(Stage, {"adam": {"clip": 2.0}}) == Stage(Adam(0.5, 2.0, "tf"))
+    inner = from_config(Run, {"stage": {"adam": {"clip": 2.0}}})
+    assert inner == Run(Stage(Adam(0.25, 2.0, "tf")))

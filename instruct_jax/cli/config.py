@@ -13,6 +13,7 @@ or another dataclass. Every error is a ConfigError of one line.
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import traceback
 import types
@@ -166,33 +167,41 @@ def _pairs(hint: Any, items: Sequence[Any], path: str) -> list[tuple[Any, Any, s
 # --- values ------------------------------------------------------------------------------------
 
 
-def _build(config_class: Any, values: Mapping[str, Any], path: str) -> Any:
+def _build(config_class: Any, values: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """`config_class` of `values`; what they leave out is `default`'s, else the class's own."""
     fields = _fields(config_class)
     for name in values:
         if name not in fields:
             raise ConfigError(f"unknown key {path}.{name}{suggest(name, fields)}")
     for field in dataclasses.fields(config_class):
         defaults = (field.default, field.default_factory)
-        if field.name not in values and defaults == (dataclasses.MISSING, dataclasses.MISSING):
+        missing = defaults == (dataclasses.MISSING, dataclasses.MISSING)
+        if default is None and field.name not in values and missing:
             raise ConfigError(f"{path}.{field.name} has no value: --config.{field.name}=VALUE")
+    # A group that is named in part keeps the rest of what its owner set, as Adam's eps in PPO.
+    owner = config_class if default is None else default
     arguments = {
-        name: _convert(fields[name], value, f"{path}.{name}") for name, value in values.items()
+        name: _convert(fields[name], value, f"{path}.{name}", getattr(owner, name, None))
+        for name, value in values.items()
     }
     try:
-        return config_class(**arguments)
+        if default is None:
+            return config_class(**arguments)
+        return dataclasses.replace(default, **arguments)
     except RunError:
         raise
     except ValueError as error:  # a value that __post_init__ refuses
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     """`value` if it is of type `hint`; a list as a tuple, an int as a float, a dict as a group."""
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, value, path)
+        return _build(hint, value, path, default)
     if len(_options(hint)) > 1:
-        return _first_that_fits(_convert, hint, value, path, value is None)
+        reader = functools.partial(_convert, default=default)
+        return _first_that_fits(reader, hint, value, path, value is None)
     if origin is tuple and isinstance(value, tuple | list):
         return tuple(_convert(*pair) for pair in _pairs(hint, value, path))
     if origin is typing.Literal and value in typing.get_args(hint):
