@@ -188,6 +188,6 @@ def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    config = ConfigDict({"data": {}, "ppo": {"adam": {"eps": 1e-5}}})
+    config = ConfigDict({"data": {}, "ppo": {"adam": {}}})
     config.update_from_flattened_dict(PRESETS[name])
     return config

@@ -4,6 +4,8 @@
         --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
         --workdir=runs/ppo_ptx
 
+configs/grpo.py and configs/rloo.py run critic-free algorithms through the same script.
+
 Writes WORKDIR/model (the exponential moving average of the policy, which is the one to use),
 metrics.jsonl, checkpoints and samples.jsonl. Run again, it resumes.
 """
@@ -95,7 +97,7 @@ def main(config: Config, run: cli.Run) -> Path:
         reward.model,
         start.params,
         reward.params,
-        Batches(prompts, config.ppo.rollout_batch, seed=config.ppo.seed),
+        Batches(prompts, config.ppo.prompts, seed=config.ppo.seed),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,
         mesh=make_mesh(run.mesh),

@@ -20,6 +20,8 @@ from instruct_jax.training.optim import cosine_schedule, warmup_constant_schedul
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 STAGES = ("pretrain", "sft", "reward_model", "ppo")
+# Files of presets for a script of another name.
+SCRIPT_OF = {"grpo": "ppo", "rloo": "ppo"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def config_module(script: str) -> types.ModuleType:
 
 def opened(script: str, preset: str):
     """The frozen dataclass that the script's main receives."""
-    config_class = importlib.import_module(f"experiments.{script}").Config
+    config_class = importlib.import_module(f"experiments.{SCRIPT_OF.get(script, script)}").Config
     return from_config(config_class, load_config(f"configs/{script}.py:{preset}"))
 
 

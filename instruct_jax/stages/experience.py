@@ -1,4 +1,4 @@
-"""From a rollout to what PPO learns from: log-probs, values, rewards, advantages (PPO-5 to PPO-9).
+"""From a rollout to what a policy learns from: log-probs, values, rewards, advantages (PPO-5 to 9).
 
 Everything here is a constant of the update: nothing is differentiated.
 """
@@ -14,11 +14,14 @@ from instruct_jax.losses import (
     clip_scores,
     explained_variance,
     generalized_advantages,
+    grpo_advantages,
     kl_estimate,
     kl_shaped_rewards,
     masked_mean,
     masked_whiten,
     missing_eos_scores,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
     token_entropy,
     token_log_probs,
 )
@@ -33,10 +36,13 @@ from instruct_jax.training.state import TrainState
 )
 @dataclass(frozen=True)
 class PPOState:
-    """All that changes over iterations; the reference and the reward model do not."""
+    """All that changes over iterations; the reference and the reward model do not.
+
+    `value` is None where the advantages need no value model.
+    """
 
     policy: TrainState
-    value: TrainState
+    value: TrainState | None
     kl_coef: jax.Array
 
 
@@ -54,9 +60,10 @@ class Experience(NamedTuple):
     mask: jax.Array  # bool[B, T], real tokens
     where: jax.Array  # bool[B, R], response tokens through the stop token
     log_probs: jax.Array  # float32[B, R], of the policy that sampled
-    values: jax.Array  # float32[B, R], V_t before y_t is emitted
+    ref_log_probs: jax.Array  # float32[B, R], of the reference
     advantages: jax.Array  # float32[B, R]
-    returns: jax.Array  # float32[B, R], from the unwhitened advantages
+    values: jax.Array | None = None  # float32[B, R], V_t before y_t is emitted
+    returns: jax.Array | None = None  # float32[B, R], from the unwhitened advantages
 
 
 def response_logits(
@@ -96,19 +103,21 @@ def score_rollout(
         rule=config.missing_eos,
         penalty=config.missing_eos_penalty,
     )
-    prompt_length = tokens.shape[1] - length
-    values = scalar.apply(state.value.params, tokens, mask=mask)
-    values = response_values(values, prompt_length=prompt_length)
-    values = jnp.where(where, values, 0.0)
-
     rewards = kl_shaped_rewards(
         scores, log_probs, ref_log_probs, where=where, kl_coef=state.kl_coef
     )
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, where, shift_mean=False)
-    advantages, returns = generalized_advantages(
-        rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
-    )
+    values = returns = None
+    if state.value is not None:
+        values = scalar.apply(state.value.params, tokens, mask=mask)
+        values = response_values(values, prompt_length=tokens.shape[1] - length)
+        values = jnp.where(where, values, 0.0)
+        advantages, returns = generalized_advantages(
+            rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
+        )
+    else:
+        advantages = critic_free_advantages(config, rewards, where)
     if config.whiten_advantages == "rollout":
         advantages = masked_whiten(advantages, where)
 
@@ -130,16 +139,45 @@ def score_rollout(
         "reward_total": jnp.where(where, rewards, 0.0).sum(-1).mean(),
         "response_length": where.sum(-1).mean(dtype=jnp.float32),
         "eos_rate": has_eos.mean(dtype=jnp.float32),
-        "value": masked_mean(values, where),
-        "return_mean": masked_mean(returns, where),
-        "return_var": _masked_variance(returns, where),
-        "explained_variance": explained_variance(values, returns, where=where),
         "sampler_gap": masked_mean(jnp.abs(gap), where),
         "sampler_gap_max": jnp.where(where, jnp.abs(gap), 0.0).max(),
         "tokens": where.sum(dtype=jnp.float32),
     }
-    experience = Experience(tokens, mask, where, log_probs, values, advantages, returns)
+    if values is not None and returns is not None:
+        metrics |= {
+            "value": masked_mean(values, where),
+            "return_mean": masked_mean(returns, where),
+            "return_var": _masked_variance(returns, where),
+            "explained_variance": explained_variance(values, returns, where=where),
+        }
+    if config.samples_per_prompt > 1:
+        groups = raw_scores.reshape(-1, config.samples_per_prompt)
+        metrics["score_sd_in_group"] = groups.std(axis=1).mean()
+    experience = Experience(
+        tokens, mask, where, log_probs, ref_log_probs, advantages, values, returns
+    )
     return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
+
+
+def critic_free_advantages(config: PPOConfig, rewards: jax.Array, where: jax.Array) -> jax.Array:
+    """float32[B, R] advantages of shaped rewards float32[B, R], without a value model.
+
+    Rows i*K to (i+1)*K are the K samples of one prompt. "rloo" and "grpo" give all tokens of a
+    response its one advantage; "reinforce++" gives each token its reward to go, less the mean
+    reward of the group where there are several samples.
+    """
+    groups = rewards.sum(-1).reshape(-1, config.samples_per_prompt)
+    if config.estimator == "reinforce++":
+        if config.samples_per_prompt > 1:
+            baseline = jnp.repeat(groups.mean(1), config.samples_per_prompt)
+            last = where & (jnp.cumsum(where, axis=1) == where.sum(1)[:, None])
+            rewards = jnp.where(last, rewards - baseline[:, None], rewards)
+        return reinforce_plus_plus_advantages(rewards, where=where, discount=config.discount)
+    if config.estimator == "rloo":
+        of_responses = rloo_advantages(groups)
+    else:
+        of_responses = grpo_advantages(groups, scale=config.group_scale)
+    return jnp.where(where, of_responses.reshape(-1)[:, None], 0.0)
 
 
 def _masked_variance(x: jax.Array, where: jax.Array) -> jax.Array:

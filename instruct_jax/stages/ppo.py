@@ -16,6 +16,8 @@ Choices where the paper is silent, all of them fields: lambda and the value clip
 whitened over the rollout batch, no reward whitening or clipping, token means in every loss (the
 meaning of gamma depends on it: the gradient norms of both terms and their cosine are logged), EMA
 after every update.
+Critic-free algorithms (RLOO, GRPO and kin) are the same iteration without the value model; the
+table in ppo_config.py says which fields make which.
 Deviation: old log-probs come from one forward over the whole rollout batch, in fp32 equal to the
 training forward's to 1e-5 (`ratio_error` of the first minibatch is logged); the sampler's own are a
 diagnostic.
@@ -33,32 +35,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.losses import (
-    adaptive_kl_update,
-    clipped_policy_loss,
-    clipped_value_loss,
-    loss_sum_and_count,
-    masked_whiten,
-    policy_clipped,
-    sum_and_count,
-    token_log_probs,
-    value_clipped,
-)
-from instruct_jax.models.transformer import (
-    PARTITION_RULES,
-    Model,
-    response_values,
-)
+from instruct_jax.losses import adaptive_kl_update, masked_whiten
+from instruct_jax.models.transformer import PARTITION_RULES, Model
 from instruct_jax.sampling.sampler import generate
-from instruct_jax.stages.experience import (
-    Experience,
-    Frozen,
-    PPOState,
-    response_logits,
-    score_rollout,
-)
+from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.stages.pretrain import language_loss, language_rows
+from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss, value_loss
+from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.stage import place_params
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
@@ -66,7 +49,6 @@ from instruct_jax.training.mesh import batch_sharding, check_batch_size, replica
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
-    LossFn,
     accumulate_gradients,
     apply_gradients,
     global_norm,
@@ -76,84 +58,6 @@ from instruct_jax.training.state import (
 
 # On the progress line; everything else is in the metrics file.
 SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
-
-
-def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
-    """The clipped policy loss (PPO-10) of one minibatch of `Experience`, as a sum and its count.
-
-    The log-probs are those of the tempered distribution that sampled, so that the ratio starts at
-    1. Reductions: "token_mean" weighs tokens alike (long answers weigh more), "seq_mean" answers
-    alike (tokens of long answers weigh less), "seq_sum_const" sums tokens and divides by the
-    response budget (tokens alike, and no answer's length changes another's weight).
-    """
-
-    def loss(
-        params: Any, batch: Experience, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        del key  # No dropout: the ratio must be 1 where the policy has not moved.
-        where, length = batch.where, batch.where.shape[1]
-        logits = response_logits(policy, params, batch.tokens, batch.mask, response_length=length)
-        log_probs = token_log_probs(
-            logits, batch.tokens[:, -length:], temperature=config.temperature
-        )
-        log_probs = jnp.where(where, log_probs, 0.0)
-        losses = clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, clip=config.clip)
-        total, count = loss_sum_and_count(losses, where, reduction=config.loss_reduction)
-        diff = log_probs - batch.log_probs
-        ratio = jnp.exp(diff)
-        clipped = policy_clipped(log_probs, batch.log_probs, batch.advantages, clip=config.clip)
-        metrics = {
-            "ratio": sum_and_count(ratio, where),
-            "ratio_square": sum_and_count(jnp.square(ratio), where),
-            "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), where),
-            "ratio_max": jnp.where(where, ratio, -jnp.inf).max(),
-            "ratio_min_negated": jnp.where(where, -ratio, -jnp.inf).max(),
-            "approx_kl": sum_and_count(0.5 * jnp.square(diff), where),
-            "clip_fraction": sum_and_count(clipped, where),
-        }
-        return total, count, metrics
-
-    return loss
-
-
-def value_loss(config: PPOConfig, scalar: Model) -> LossFn:
-    """The clipped value loss (PPO-11) of one minibatch of `Experience`, as a sum and its token
-    count.
-    """
-
-    def loss(
-        params: Any, batch: Experience, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        del key
-        where, length = batch.where, batch.where.shape[1]
-        values = scalar.apply(params, batch.tokens, mask=batch.mask)
-        values = response_values(values, prompt_length=batch.tokens.shape[1] - length)
-        values = jnp.where(where, values, 0.0)
-        bound = {"clip": config.value_clip}
-        losses = clipped_value_loss(values, batch.values, batch.returns, **bound)
-        clipped = value_clipped(values, batch.values, batch.returns, **bound)
-        total, count = sum_and_count(losses, where)
-        return total, count, {"value_clip_fraction": sum_and_count(clipped, where)}
-
-    return loss
-
-
-def ptx_loss(config: PPOConfig, policy: Model) -> LossFn:
-    """Pretraining loss of PPO-13: a mean over tokens, or the mean over rows of their summed
-    loss.
-    """
-    token_loss = language_loss(policy)
-
-    def loss(
-        params: Any, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        total, count, _ = token_loss(params, batch, key)
-        metrics = {"pretrain_nll": (total, count)}
-        if config.ptx_reduction == "seq_sum_mean":
-            count = jnp.float32(batch["tokens"].shape[0])
-        return total, count, metrics
-
-    return loss
 
 
 def minibatch_update(
@@ -167,7 +71,7 @@ def minibatch_update(
     ptx: dict[str, jax.Array] | None,
     key: jax.Array,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """One update of the policy and one of the value model.
+    """One update of the policy, and one of the value model where there is one.
 
     With pretraining rows the policy's gradient is dL_pg + ptx_coef * dL_ptx, given to Adam once.
     """
@@ -195,14 +99,16 @@ def minibatch_update(
     new_policy, applied = apply_gradients(
         state.policy, grads, policy_tx, loss=pg.loss, ema_decay=config.ema_decay
     )
-    vf = accumulate(value_loss(config, scalar), state.value.params, batch)
-    new_value, value_applied = apply_gradients(state.value, vf.grads, value_tx, loss=vf.loss)
-    metrics |= {
-        "grad_norm": applied["grad_norm"],
-        "value_loss": vf.loss,
-        **vf.metrics,
-        "grad_norm_value": value_applied["grad_norm"],
-    }
+    metrics["grad_norm"] = applied["grad_norm"]
+    new_value = None
+    if state.value is not None:
+        vf = accumulate(value_loss(config, scalar), state.value.params, batch)
+        new_value, applied = apply_gradients(state.value, vf.grads, value_tx, loss=vf.loss)
+        metrics |= {
+            "value_loss": vf.loss,
+            **vf.metrics,
+            "grad_norm_value": applied["grad_norm"],
+        }
     return PPOState(new_policy, new_value, state.kl_coef), metrics
 
 
@@ -243,8 +149,10 @@ def update(
     # Where the policy has not moved yet the ratio is 1; a drift here is a bug or a precision loss
     # (T1).
     metrics["ratio_error"] = history["ratio_error"][0]
-    metrics["skipped"] = (state.policy.skipped + state.value.skipped).astype(jnp.float32)
-    in_a_row = jnp.maximum(state.policy.skipped_in_a_row, state.value.skipped_in_a_row)
+    trained = [model for model in (state.policy, state.value) if model is not None]
+    skipped = jnp.stack([model.skipped for model in trained]).sum()
+    in_a_row = jnp.stack([model.skipped_in_a_row for model in trained]).max()
+    metrics["skipped"] = skipped.astype(jnp.float32)
     metrics["skipped_in_a_row"] = in_a_row.astype(jnp.float32)
     if config.kl_target is not None:
         kl_coef = adaptive_kl_update(
@@ -312,16 +220,22 @@ def make_iteration(
 
 
 class Batches(NamedTuple):
-    """Prompts of iteration i and, for PPO-ptx, its pretraining rows; a pure function of i."""
+    """Prompts of iteration i, each `samples` times in a row, and, for PPO-ptx, its pretraining
+    rows; a pure function of i.
+    """
 
     prompts: Callable[[int], dict[str, np.ndarray]]
+    samples: int
     ptx: Callable[[int], dict[str, np.ndarray]] | None
     updates: int
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
         rows = self.prompts(step)
-        batch: dict[str, Any] = {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
+        batch: dict[str, Any] = {
+            "prompts": np.repeat(rows["tokens"], self.samples, axis=0),
+            "prompt_mask": np.repeat(rows["mask"], self.samples, axis=0),
+        }
         if self.ptx is not None:
             tokens = self.ptx(step)["tokens"]
             shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
@@ -345,11 +259,11 @@ def train(
 ) -> PPOState:
     """Runs PPO (or PPO-ptx when `config.ptx_coef` > 0) from M3; returns the final state.
 
-    `prompts(step)` gives tokens int32[rollout_batch, P] left-padded and mask; `ptx(step)` tokens
+    `prompts(step)` gives tokens int32[config.prompts, P] left-padded and mask; `ptx(step)` tokens
     int32[updates * minibatch * ptx_ratio, T] of packed pretraining text. `policy_params` becomes
-    the policy and the frozen reference; `reward_params` the reward model and the value model, bias
-    included. The policy to evaluate and to keep is `state.policy.ema`. Resumes from
-    `workdir/checkpoints` when there is one.
+    the policy and the frozen reference; `reward_params` the reward model and, with estimator "gae",
+    the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`.
+    Resumes from `workdir/checkpoints` when there is one.
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
@@ -361,13 +275,11 @@ def train(
     value_tx = adamw(warmup_constant_schedule(config.value_learning_rate, warmup=warmup), **adam)
     # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
     frozen = Frozen(*(place_params(p, mesh) for p in (policy_params, reward_params)))
-    policy_state, value_state = (
-        init_state(policy_params, policy_tx, ema=True),
-        init_state(reward_params, value_tx),
-    )
+    policy_state = init_state(policy_params, policy_tx, ema=True)
+    value_state = init_state(reward_params, value_tx) if config.estimator == "gae" else None
     state = PPOState(
         shard_state(policy_state, mesh, PARTITION_RULES),
-        shard_state(value_state, mesh, PARTITION_RULES),
+        None if value_state is None else shard_state(value_state, mesh, PARTITION_RULES),
         jax.device_put(jnp.float32(config.kl_coef), replicated(mesh)),
     )
     iteration = make_iteration(
@@ -381,7 +293,8 @@ def train(
         eos_id=eos_id,
         mesh=mesh,
     )
-    batch_at = Batches(prompts, ptx if config.ptx_coef > 0 else None, config.updates)
+    mix = ptx if config.ptx_coef > 0 else None
+    batch_at = Batches(prompts, config.samples_per_prompt, mix, config.updates)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,

@@ -1,4 +1,22 @@
-"""The hyper-parameters of PPO and PPO-ptx: the paper's values, and a field for what it omits."""
+"""The hyper-parameters of PPO and PPO-ptx: the paper's values, and a field for what it omits.
+
+The critic-free algorithms are the same iteration with another `estimator` of the advantages, which
+then needs several samples of every prompt, or another `ratio` in the clipped loss:
+
+============  ==============================  ==============  ===============  =====================
+algorithm     estimator                       ratio           loss_reduction   KL
+============  ==============================  ==============  ===============  =====================
+PPO           gae                             token           token_mean       kl_coef (reward)
+RLOO          rloo                            sequence        any              kl_coef (reward)
+REINFORCE++   reinforce++                     token           token_mean       kl_coef (reward)
+GRPO          grpo                            token           seq_mean         kl_loss_coef (loss)
+Dr. GRPO      grpo, group_scale "none"        token           seq_sum_const    none
+DAPO          grpo, clip_high 0.28            token           token_mean       none
+GSPO          grpo                            sequence_mean   any              none
+============  ==============================  ==============  ===============  =====================
+
+Sources: losses/group.py. All of them take the pretraining mix.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +36,8 @@ class PPOConfig:
     prompt_length: int = 1024
     response_length: int = 1024
     temperature: float = 1.0
+    # So many samples of a prompt are one group; batches and episodes count samples.
+    samples_per_prompt: int = 1
     # Reward: the KL penalty, and what is done to the reward model's score before it.
     kl_coef: float = 0.02
     kl_target: float | None = None
@@ -26,12 +46,19 @@ class PPOConfig:
     missing_eos_penalty: float = 1.0
     reward_clip: float | None = None
     whiten_rewards: bool = False
-    # Advantages and the clipped losses.
+    # Advantages; only "gae" has a value model.
+    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    group_scale: Literal["group", "batch", "none"] = "group"
     discount: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
+    # The clipped losses.
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     clip: float = 0.2
+    clip_high: float | None = None
+    dual_clip: float | None = None
     value_clip: float = 0.2
+    kl_loss_coef: float = 0.0
     loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
     # The pretraining mix.
     ptx_coef: float = 0.0
@@ -50,7 +77,7 @@ class PPOConfig:
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        """ConfigError where a batch does not divide."""
+        """ConfigError where a batch does not divide or two choices do not fit together."""
         if self.rollout_batch % self.minibatch:
             raise ConfigError(
                 f"rollout_batch {self.rollout_batch} is not a multiple of "
@@ -62,10 +89,36 @@ class PPOConfig:
                 f"micro_batches {self.micro_batches}"
             )
 
+        if self.rollout_batch % self.samples_per_prompt:
+            raise ConfigError(
+                f"rollout_batch {self.rollout_batch} is not a multiple of "
+                f"samples_per_prompt {self.samples_per_prompt}"
+            )
+        grouped = self.estimator in ("rloo", "grpo")
+        if grouped and self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"estimator {self.estimator!r} compares the samples of a prompt; "
+                f"samples_per_prompt is {self.samples_per_prompt}, expected 2 or more"
+            )
+        if self.ratio != "token" and not grouped:
+            raise ConfigError(
+                f"ratio {self.ratio!r} needs one advantage a response, "
+                f"which estimator {self.estimator!r} does not give; use 'rloo' or 'grpo'"
+            )
+        if self.ratio != "token" and self.kl_loss_coef:
+            raise ConfigError(
+                f"kl_loss_coef is a token loss and ratio is {self.ratio!r}; use kl_coef"
+            )
+
     @property
     def iterations(self) -> int:
         """Rollout batches in the run."""
         return max(1, self.episodes // self.rollout_batch)
+
+    @property
+    def prompts(self) -> int:
+        """Prompts in one iteration."""
+        return self.rollout_batch // self.samples_per_prompt
 
     @property
     def updates(self) -> int:

@@ -88,7 +88,7 @@ def make_lab(
     """The state before the first update; `reference` 0 is the policy itself."""
     state = PPOState(
         init_state(policy_params(), tx, ema=True),
-        init_state(reward_params(), tx),
+        init_state(reward_params(), tx) if config.estimator == "gae" else None,
         jnp.float32(config.kl_coef),
     )
     return Lab(

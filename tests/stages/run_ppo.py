@@ -51,7 +51,7 @@ def run(
         if step == stop_at:
             raise Killed
         time.sleep(pause)
-        return labs.prompt_rows(step)
+        return labs.prompt_rows(step, rows=config.prompts)
 
     return ppo.train(
         dataclasses.replace(config, episodes=iterations * config.rollout_batch),

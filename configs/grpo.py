@@ -1,0 +1,101 @@
+"""GRPO and its kin, critic-free runs of experiments/ppo.py.
+
+    python experiments/ppo.py --config=configs/grpo.py:toyworld \\
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+        --workdir=runs/grpo
+
+The reward of a sample is measured against the other samples of its prompt; there is no value model.
+
+toyworld      Shao et al. 2024 (DeepSeekMath) on the embedded world: KL in the loss
+toyworld_ptx  GRPO with the pretraining mix
+dr_grpo       Liu et al. 2025: no scale by the deviation, no length bias, no KL
+dapo          Yu et al. 2025: a higher upper clip, token mean, no KL; no dynamic sampling
+gspo          Zheng et al. 2025: one ratio a response, their clip range
+debug         two iterations of a few rows
+deepseekmath  Shao et al. 2024, section 4.2: 64 samples a prompt, 1,024 a batch, KL 0.04, 1e-6; the
+              number of episodes is ours
+
+The field table in instruct_jax/stages/ppo_config.py says which fields make which algorithm.
+"""
+
+from ml_collections import ConfigDict
+
+GRPO = {
+    "ppo.estimator": "grpo",
+    "ppo.samples_per_prompt": 4,
+    "ppo.whiten_advantages": "none",
+    "ppo.loss_reduction": "seq_mean",
+    "ppo.kl_coef": 0.0,
+    "ppo.kl_loss_coef": 0.04,
+}
+TOYWORLD = GRPO | {
+    "data.toy_documents": 40_000,
+    "data.toy_offset": 14_000,
+    "data.toy_prompts": 4_000,
+    "ptx_length": 80,
+    "ppo.episodes": 5_120,
+    "ppo.rollout_batch": 128,
+    "ppo.minibatch": 32,
+    "ppo.prompt_length": 40,
+    "ppo.response_length": 24,
+    "ppo.kl_loss_coef": 0.15,
+    "ppo.learning_rate": 2e-4,
+    "ppo.warmup_iterations": 4,
+    "ppo.ema_decay": 0.9,
+    "ppo.ptx_ratio": 1,
+    "ppo.missing_eos": "subtract",
+    "ppo.log_every": 2,
+    "ppo.eval_every": 10,
+}
+NO_KL = {"ppo.kl_loss_coef": 0.0}
+
+PRESETS = {
+    "toyworld": TOYWORLD,
+    "toyworld_ptx": TOYWORLD | {"ppo.ptx_coef": 0.5},
+    "dr_grpo": TOYWORLD
+    | NO_KL
+    | {"ppo.group_scale": "none", "ppo.loss_reduction": "seq_sum_const"},
+    "dapo": TOYWORLD | NO_KL | {"ppo.clip_high": 0.28, "ppo.loss_reduction": "token_mean"},
+    "gspo": TOYWORLD
+    | NO_KL
+    | {"ppo.ratio": "sequence_mean", "ppo.clip": 3e-4, "ppo.clip_high": 4e-4},
+    "debug": TOYWORLD
+    | {
+        "data.toy_documents": 128,
+        "data.toy_prompts": 64,
+        "data.toy_valid": 16,
+        "ppo.episodes": 32,
+        "ppo.rollout_batch": 16,
+        "ppo.minibatch": 8,
+        "ppo.warmup_iterations": 1,
+        "ppo.log_every": 1,
+        "ppo.eval_every": 1,
+    },
+    "deepseekmath": GRPO
+    | {
+        "data.source": "files",
+        "data.documents": ("data/pretrain/*.jsonl",),
+        "data.prompts": ("data/prompts.jsonl",),
+        "ptx_length": 2048,
+        "ppo.episodes": 147_456,
+        "ppo.rollout_batch": 1_024,
+        "ppo.minibatch": 1_024,
+        "ppo.samples_per_prompt": 64,
+        "ppo.prompt_length": 1024,
+        "ppo.response_length": 1024,
+        "ppo.learning_rate": 1e-6,
+        "ppo.warmup_iterations": 0,
+        "ppo.ema_decay": 0.0,
+        "ppo.micro_batches": 16,
+        "ppo.save_every": 10,
+    },
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict({"data": {}, "ppo": {"adam": {}}})
+    config.update_from_flattened_dict(PRESETS[name])
+    return config

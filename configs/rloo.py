@@ -1,0 +1,95 @@
+"""RLOO and REINFORCE++, critic-free runs of experiments/ppo.py.
+
+    python experiments/ppo.py --config=configs/rloo.py:toyworld \\
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+        --workdir=runs/rloo
+
+The baseline of a sample is the mean reward of the other samples of its prompt (Ahmadian et al.
+2024), the KL penalty is part of the reward as in PPO, and a response is one action: one log-prob,
+one ratio.
+
+toyworld        RLOO, k = 4, on the embedded world
+toyworld_ptx    the same with the pretraining mix
+reinforce_pp    REINFORCE++ (Hu et al. 2025) with the group's mean taken off: token rewards to go,
+                normalised over the batch
+debug           two iterations of a few rows
+tldr_6p9b       after Ahmadian et al. 2024 on TL;DR: k = 4, KL 0.03, 1e-6; the lengths, batch and
+                number of episodes are those of Huang et al. 2024
+
+The field table in instruct_jax/stages/ppo_config.py says which fields make which algorithm.
+"""
+
+from ml_collections import ConfigDict
+
+RLOO = {
+    "ppo.estimator": "rloo",
+    "ppo.ratio": "sequence",
+    "ppo.samples_per_prompt": 4,
+    "ppo.whiten_advantages": "none",
+}
+WORLD = {
+    "data.toy_documents": 40_000,
+    "data.toy_offset": 14_000,
+    "data.toy_prompts": 4_000,
+    "ptx_length": 80,
+    "ppo.samples_per_prompt": 4,
+    "ppo.episodes": 5_120,
+    "ppo.rollout_batch": 128,
+    "ppo.minibatch": 32,
+    "ppo.prompt_length": 40,
+    "ppo.response_length": 24,
+    "ppo.kl_coef": 0.15,
+    "ppo.learning_rate": 2e-4,
+    "ppo.warmup_iterations": 4,
+    "ppo.ema_decay": 0.9,
+    "ppo.ptx_ratio": 1,
+    "ppo.missing_eos": "subtract",
+    "ppo.log_every": 2,
+    "ppo.eval_every": 10,
+}
+
+PRESETS = {
+    "toyworld": WORLD | RLOO,
+    "toyworld_ptx": WORLD | RLOO | {"ppo.ptx_coef": 0.5},
+    "reinforce_pp": WORLD | {"ppo.estimator": "reinforce++", "ppo.whiten_advantages": "none"},
+    "debug": WORLD
+    | RLOO
+    | {
+        "data.toy_documents": 128,
+        "data.toy_prompts": 64,
+        "data.toy_valid": 16,
+        "ppo.episodes": 32,
+        "ppo.rollout_batch": 16,
+        "ppo.minibatch": 8,
+        "ppo.warmup_iterations": 1,
+        "ppo.log_every": 1,
+        "ppo.eval_every": 1,
+    },
+    "tldr_6p9b": RLOO
+    | {
+        "data.source": "files",
+        "data.prompts": ("trl-lib/tldr",),
+        "data.documents": ("data/pretrain/*.jsonl",),
+        "ptx_length": 512,
+        "ppo.episodes": 1_000_000,
+        "ppo.rollout_batch": 512,
+        "ppo.minibatch": 512,
+        "ppo.prompt_length": 512,
+        "ppo.response_length": 53,
+        "ppo.kl_coef": 0.03,
+        "ppo.learning_rate": 1e-6,
+        "ppo.warmup_iterations": 0,
+        "ppo.ema_decay": 0.0,
+        "ppo.micro_batches": 8,
+        "ppo.save_every": 50,
+    },
+}
+
+
+def get_config(name: str = "toyworld") -> ConfigDict:
+    """The run called `name`."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict({"data": {}, "ppo": {"adam": {}}})
+    config.update_from_flattened_dict(PRESETS[name])
+    return config

@@ -1,0 +1,129 @@
+"""The three losses of an update: clipped policy, clipped value, pretraining mix (PPO-10, 11, 13).
+
+Each is a `LossFn`: a sum and its count, so that micro-batches and devices change nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instruct_jax.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_estimate,
+    loss_sum_and_count,
+    policy_clipped,
+    sequence_log_probs,
+    sum_and_count,
+    token_log_probs,
+    value_clipped,
+)
+from instruct_jax.models.transformer import Model, response_values
+from instruct_jax.stages.experience import Experience, response_logits
+from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.pretrain import language_loss
+from instruct_jax.training.state import LossFn
+
+
+def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
+    """The clipped policy loss (PPO-10) of one minibatch of `Experience`, as a sum and its count.
+
+    The log-probs are those of the tempered distribution that sampled, so that the ratio starts at
+    1. Reductions: "token_mean" weighs tokens alike (long answers weigh more), "seq_mean" answers
+    alike (tokens of long answers weigh less), "seq_sum_const" sums tokens and divides by the
+    response budget (tokens alike, and no answer's length changes another's weight). With a ratio of
+    whole responses there is one loss a response and their mean is taken.
+    """
+
+    def loss(
+        params: Any, batch: Experience, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        del key  # No dropout: the ratio must be 1 where the policy has not moved.
+        where, length = batch.where, batch.where.shape[1]
+        logits = response_logits(policy, params, batch.tokens, batch.mask, response_length=length)
+        log_probs = token_log_probs(
+            logits, batch.tokens[:, -length:], temperature=config.temperature
+        )
+        log_probs = jnp.where(where, log_probs, 0.0)
+        new, old, advantages, of = _ratio_terms(config, log_probs, batch)
+        bounds = {"clip": config.clip, "clip_high": config.clip_high}
+        losses = clipped_policy_loss(new, old, advantages, dual_clip=config.dual_clip, **bounds)
+        if config.kl_loss_coef:
+            k3 = kl_estimate(log_probs, batch.ref_log_probs, kind="k3")
+            losses += config.kl_loss_coef * k3
+        total, count = loss_sum_and_count(losses, of, reduction=config.loss_reduction)
+        diff = new - old
+        ratio = jnp.exp(diff)
+        clipped = policy_clipped(new, old, advantages, **bounds)
+        metrics = {
+            "ratio": sum_and_count(ratio, of),
+            "ratio_square": sum_and_count(jnp.square(ratio), of),
+            "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), of),
+            "ratio_max": jnp.where(of, ratio, -jnp.inf).max(),
+            "ratio_min_negated": jnp.where(of, -ratio, -jnp.inf).max(),
+            "approx_kl": sum_and_count(0.5 * jnp.square(diff), of),
+            "clip_fraction": sum_and_count(clipped, of),
+        }
+        return total, count, metrics
+
+    return loss
+
+
+def _ratio_terms(
+    config: PPOConfig, log_probs: jax.Array, batch: Experience
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """New and old log-probs, advantages and mask of whatever has a ratio of its own.
+
+    Tokens, all float32[B, R]; or responses, float32[B, 1], with the sum of their tokens' log-probs
+    (RLOO) or the mean (GSPO's geometric mean of ratios). A response has at least one token, and all
+    its tokens have the same advantage.
+    """
+    where = batch.where
+    if config.ratio == "token":
+        return log_probs, batch.log_probs, batch.advantages, where
+    mean = config.ratio == "sequence_mean"
+    new, old = (
+        sequence_log_probs(x, where, mean=mean)[:, None] for x in (log_probs, batch.log_probs)
+    )
+    return new, old, batch.advantages[:, :1], where.any(axis=1, keepdims=True)
+
+
+def value_loss(config: PPOConfig, scalar: Model) -> LossFn:
+    """The clipped value loss (PPO-11) of one minibatch of `Experience`, as a sum and its token
+    count.
+    """
+
+    def loss(
+        params: Any, batch: Experience, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        del key
+        where, length = batch.where, batch.where.shape[1]
+        values = scalar.apply(params, batch.tokens, mask=batch.mask)
+        values = response_values(values, prompt_length=batch.tokens.shape[1] - length)
+        values = jnp.where(where, values, 0.0)
+        bound = {"clip": config.value_clip}
+        losses = clipped_value_loss(values, batch.values, batch.returns, **bound)
+        clipped = value_clipped(values, batch.values, batch.returns, **bound)
+        total, count = sum_and_count(losses, where)
+        return total, count, {"value_clip_fraction": sum_and_count(clipped, where)}
+
+    return loss
+
+
+def ptx_loss(config: PPOConfig, policy: Model) -> LossFn:
+    """Pretraining loss of PPO-13: a mean over tokens, or the mean over rows of their summed
+    loss.
+    """
+    token_loss = language_loss(policy)
+
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        total, count, _ = token_loss(params, batch, key)
+        metrics = {"pretrain_nll": (total, count)}
+        if config.ptx_reduction == "seq_sum_mean":
+            count = jnp.float32(batch["tokens"].shape[0])
+        return total, count, metrics
+
+    return loss
