@@ -127,9 +127,9 @@ def encode_comparisons(
     """One prompt is one element of the first axis, with all its completions (RM-2, T47).
 
     tokens int32[N, K, T] (prompt, completion, EOS, PAD), mask bool[N, K, T], ranks int32[N, K],
-    where bool[N, K] (a completion is there), index int32[N] (position in `rows`); K =
-    `completions`. Rows with a prompt over `prompt_length` are left out; a completion with its EOS
-    over `response_length` is cut and has no EOS. ValueError for a row with more than K
+    where bool[N, K] (a completion is there), prompt_lengths int32[N], index int32[N] (position in
+    `rows`); K = `completions`. Rows with a prompt over `prompt_length` are left out; a completion
+    with its EOS over `response_length` is cut and has no EOS. ValueError for a row with more than K
     completions: to choose among them is the reader's part.
     """
     width = prompt_length + response_length
@@ -138,6 +138,7 @@ def encode_comparisons(
     mask = mask.reshape(len(rows), completions, width)
     ranks = np.zeros((len(rows), completions), np.int32)
     where = np.zeros((len(rows), completions), bool)
+    prompt_lengths = np.zeros(len(rows), np.int32)
     kept: list[int] = []
     cut = 0
     for start in range(0, len(rows), _CHUNK):
@@ -154,6 +155,7 @@ def encode_comparisons(
             for k, response in enumerate(responses):
                 cut += len(response) > response_length
                 _put(tokens[n, k], mask[n, k], prompt, response[:response_length])
+            prompt_lengths[n] = len(prompt)
             ranks[n, :count] = row.ranks
             where[n, :count] = True
             kept.append(i)
@@ -164,6 +166,7 @@ def encode_comparisons(
         "mask": mask[:n],
         "ranks": ranks[:n],
         "where": where[:n],
+        "prompt_lengths": prompt_lengths[:n],
         "index": np.asarray(kept, np.int32),
     }
 

@@ -102,6 +102,8 @@ def value_loss(config: PPOConfig, scalar: Model) -> LossFn:
         values = scalar.apply(params, batch.tokens, mask=batch.mask)
         values = response_values(values, prompt_length=batch.tokens.shape[1] - length)
         values = jnp.where(where, values, 0.0)
+        assert batch.values is not None, "no value model, no value loss"
+        assert batch.returns is not None, "no value model, no value loss"
         bound = {"clip": config.value_clip}
         losses = clipped_value_loss(values, batch.values, batch.returns, **bound)
         clipped = value_clipped(values, batch.values, batch.returns, **bound)

@@ -13,13 +13,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
@@ -103,11 +102,24 @@ class FitConfig:
     save_every: int = 0
 
 
+class BatchSource(Protocol):
+    """The batch of a step, a pure function of it: `Batches`, `Mixture` and what wraps them."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch."""
+        ...
+
+    def __call__(self, step: int) -> Any:
+        """The batch of `step`."""
+        ...
+
+
 def fit(
     config: FitConfig,
     loss_fn: LossFn,
     params: Any,
-    batch_at: Batches | Mixture,
+    batch_at: BatchSource,
     *,
     steps: int,
     mesh: Mesh,

@@ -1,0 +1,109 @@
+"""Distillation: a policy's answers, or its whole distributions, taught to a model of fewer layers.
+
+The student starts as every n-th layer of the teacher, with its tables and norms (Sanh et al. 2019),
+and learns on the teacher's own answers to training prompts:
+
+    samples    - (1/N) sum_t log q(y_t)                   (Kim and Rush 2016, sequence level)
+    logits     (1/N) sum_t KL(p(. | y_<t) || q(. | y_<t))  (Hinton et al. 2015; on p's samples)
+
+N counts response tokens. The second sees all of p where the first sees one draw of it. Answers that
+did not end are left out: they would teach not to end.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.data.loader import Batches
+from instruct_jax.errors import ConfigError
+from instruct_jax.losses import forward_kl, sum_and_count
+from instruct_jax.models.transformer import Model, TransformerConfig
+from instruct_jax.stages.pretrain import language_loss
+from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.training.state import LossFn, TrainState
+
+Targets = Literal["samples", "logits"]
+
+
+@dataclass(frozen=True)
+class DistillConfig(FitConfig):
+    """`layers` of the teacher's, None for half of them."""
+
+    epochs: float = 4.0
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    layers: int | None = None
+
+
+def shortened(
+    config: TransformerConfig, params: Any, layers: int | None = None
+) -> tuple[TransformerConfig, Any]:
+    """The model of `layers` evenly spaced layers, first and last among them. Raises ConfigError."""
+    wanted = max(1, config.num_layers // 2) if layers is None else layers
+    if not 1 <= wanted <= config.num_layers:
+        raise ConfigError(f"a student has 1 to {config.num_layers} layers of its teacher: {wanted}")
+    kept = np.linspace(0, config.num_layers - 1, wanted).round().astype(int)
+    student = {**params, "layers": jax.tree.map(lambda w: w[kept], params["layers"])}
+    return dataclasses.replace(config, num_layers=wanted), student
+
+
+def logits_loss(student: Model, teacher: Model) -> LossFn:
+    """The second loss above, of parameters {"student", "teacher"} on rows of `language_loss`."""
+
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        del key
+        tokens, mask, targets = batch["tokens"], batch["mask"], batch["loss_mask"][:, 1:]
+        own, taught = (
+            model.apply(params[name], tokens, mask=mask)[:, :-1]
+            for name, model in (("student", student), ("teacher", teacher))
+        )
+        losses = forward_kl(own, taught, vocab_size=student.config.vocab_size)
+        return *sum_and_count(losses, targets), {}
+
+    return loss
+
+
+def samples_loss(student: Model) -> LossFn:
+    """The first loss above, of parameters {"student"} on rows of `language_loss`."""
+    token_loss = language_loss(student)
+    return lambda params, batch, key: token_loss(params["student"], batch, key)
+
+
+def train(
+    config: DistillConfig,
+    targets: Targets,
+    student: Model,
+    params: Any,
+    teacher: Model,
+    teacher_params: Any,
+    answers: dict[str, np.ndarray],
+    *,
+    mesh: Mesh,
+    workdir: Path,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+) -> Any:
+    """Trains the student on encoded answers of the teacher (tokens int32[N, T], mask, loss_mask);
+    returns its parameters. Resumes from `workdir/checkpoints` when there is one.
+    """
+    batches = Batches(answers, config.batch_size, seed=config.seed)
+    trained = fit(
+        config,
+        samples_loss(student) if targets == "samples" else logits_loss(student, teacher),
+        {"student": params},
+        batches,
+        frozen={} if targets == "samples" else {"teacher": teacher_params},
+        steps=max(1, round(config.epochs * batches.steps_per_epoch)),
+        mesh=mesh,
+        workdir=workdir,
+        name="distill",
+        evaluate=evaluate,
+    )
+    return trained["student"]

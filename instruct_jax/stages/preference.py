@@ -1,0 +1,360 @@
+"""Direct preference training: a policy from comparisons, without a reward model or sampling.
+
+One prompt with its K ranked completions is one element of the batch, as in the reward model (RM-2):
+K forwards, all pairs in one gradient step, every prompt of equal weight. With h the policy's
+log-probs of whole responses (pi) and the reference's (ref):
+
+    loss(x) = (1/|S|) sum_{(w,l) in S} f(pi_w, pi_l, ref_w, ref_l),  S = pairs without ties
+
+for f in `losses/preference.py`: DPO, cDPO, robust DPO, IPO, ORPO, SimPO, CPO, DPO with an SFT term.
+KTO sees single completions: those that beat more of their prompt's completions than they lose to
+are desirable, those that lose to more are not, the rest take no part; its reference point comes
+from completions of other prompts, drawn once for each row.
+
+The published recipes train on one pair a prompt, which is K = 2 here. The reference's log-probs are
+constants: "precomputed" scores all rows once before training and lets go of the reference; "live"
+scores every batch when it is met, which costs a forward a step and keeps the reference in memory,
+but starts at once on large data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.data.loader import Batches
+from instruct_jax.losses import (
+    cpo_loss,
+    dpo_loss,
+    dpo_sft_loss,
+    implicit_rewards,
+    ipo_loss,
+    kto_loss,
+    kto_reference_kl,
+    masked_mean,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+    sum_and_count,
+)
+from instruct_jax.models.transformer import Model
+from instruct_jax.stages.preference_rows import (
+    ROW_FIELDS,
+    ResponseScorer,
+    mismatched_rows,
+    preference_rows,
+    response_log_probs,
+)
+from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.training.state import LossFn, TrainState
+
+REFERENCE_FREE = ("orpo", "simpo", "cpo")
+# These two read log-probs as means over tokens.
+MEANS = ("orpo", "simpo")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(FitConfig):
+    """DPO as in Rafailov et al. 2023, appendix B: beta 0.1, batch 64, 1e-6 after 150 warm-up
+    updates and then constant (Adam here, RMSprop there).
+    """
+
+    loss: Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "cpo", "dpo_sft"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # dpo (then cDPO) and cpo
+    flip_rate: float = 0.1  # robust_dpo
+    margin: float = 1.0  # simpo's gamma
+    sft_weight: float = 1.0  # dpo_sft and cpo
+    odds_weight: float = 0.1  # orpo's lambda
+    desirable_weight: float = 1.0  # kto
+    undesirable_weight: float = 1.0  # kto
+    reference: Literal["precomputed", "live"] = "precomputed"
+    epochs: float = 1.0
+    batch_size: int = 64
+    learning_rate: float = 1e-6
+    warmup: int = 150
+    final_fraction: float = 1.0
+    completions: int = 2
+    prompt_length: int = 512
+    response_length: int = 512
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+        return self.loss not in REFERENCE_FREE
+
+
+class Scores(NamedTuple):
+    """Log-probs of the completions of B prompts, summed over tokens; float32[B, K]."""
+
+    policy: jax.Array
+    reference: jax.Array | None
+    lengths: jax.Array  # tokens, the stop token included
+
+
+def pair_losses(
+    config: PreferenceConfig, scores: Scores, ranks: jax.Array, where: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of every ordered pair, float32[B, K, K], and which entries are pairs.
+
+    Entry [b, i, j] is of completion i chosen over completion j.
+    """
+    values = scores.policy
+    if config.loss in MEANS:
+        values = values / jnp.maximum(scores.lengths, 1.0)
+    shape = (*ranks.shape, ranks.shape[1])
+
+    def first(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[:, :, None], shape).reshape(-1)
+
+    def second(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[:, None, :], shape).reshape(-1)
+
+    chosen, rejected = first(values), second(values)
+    beta = {"beta": config.beta}
+    smoothed = beta | {"label_smoothing": config.label_smoothing}
+    if config.loss == "orpo":
+        losses = orpo_loss(chosen, rejected, weight=config.odds_weight)
+    elif config.loss == "simpo":
+        losses = simpo_loss(chosen, rejected, gamma=config.margin, **beta)
+    elif config.loss == "cpo":
+        losses = cpo_loss(chosen, rejected, nll_weight=config.sft_weight, **smoothed)
+    else:
+        assert scores.reference is not None, f"{config.loss} reads the reference"
+        four = chosen, rejected, first(scores.reference), second(scores.reference)
+        if config.loss == "dpo":
+            losses = dpo_loss(*four, **smoothed)
+        elif config.loss == "robust_dpo":
+            losses = robust_dpo_loss(*four, flip_rate=config.flip_rate, **beta)
+        elif config.loss == "ipo":
+            losses = ipo_loss(*four, **beta)
+        else:
+            lengths = first(scores.lengths)
+            losses = dpo_sft_loss(*four, lengths, sft_weight=config.sft_weight, **beta)
+    return losses.reshape(shape), ordered_pairs(ranks, where)
+
+
+def ordered_pairs(ranks: jax.Array, where: jax.Array) -> jax.Array:
+    """bool[B, K, K]: both are there, and the first is ranked above the second (0 is best)."""
+    both = where[:, :, None] & where[:, None, :]
+    return both & (ranks[:, :, None] < ranks[:, None, :])
+
+
+def thumbs(ranks: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KTO's labels of ranked completions: bool[B, K] desirable, and which have a label at all."""
+    above = ordered_pairs(ranks, where)
+    balance = above.sum(2) - above.sum(1)
+    return balance > 0, where & (balance != 0)
+
+
+def prompt_losses(
+    config: PreferenceConfig,
+    scores: Scores,
+    ranks: jax.Array,
+    where: jax.Array,
+    kl: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One loss a prompt float32[B], the mean over its pairs (or labelled completions), and bool[B],
+    whether it has any. `kl` float32[] is KTO's reference point.
+    """
+    if config.loss == "kto":
+        assert scores.reference is not None, "kto reads the reference"
+        assert kl is not None, "kto needs its reference point"
+        desirable, labelled = thumbs(ranks, where)
+        losses = kto_loss(
+            scores.policy.reshape(-1),
+            scores.reference.reshape(-1),
+            desirable.reshape(-1),
+            kl,
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        ).reshape(ranks.shape)
+        return masked_mean(losses, labelled, axis=1), labelled.any(1)
+    losses, pairs = pair_losses(config, scores, ranks, where)
+    flat = losses.reshape(len(ranks), -1), pairs.reshape(len(ranks), -1)
+    return masked_mean(*flat, axis=1), flat[1].any(1)
+
+
+def preference_metrics(
+    config: PreferenceConfig, scores: Scores, ranks: jax.Array, where: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Sums and counts over pairs: accuracy and margin of the implicit reward, and its two sides.
+
+    The implicit reward is beta times the log-ratio to the reference (Rafailov et al. 2023, eq. 5);
+    without a reference the log-prob alone, a mean over tokens where the loss reads means. The
+    log-prob of the chosen is logged because these losses are free to lower it.
+    """
+    values = scores.policy
+    if config.loss in MEANS:
+        values = values / jnp.maximum(scores.lengths, 1.0)
+    reference = jnp.zeros_like(values) if scores.reference is None else scores.reference
+    rewards = implicit_rewards(values.reshape(-1), reference.reshape(-1), beta=config.beta)
+    rewards = rewards.reshape(ranks.shape)
+    pairs = ordered_pairs(ranks, where)
+    margins = rewards[:, :, None] - rewards[:, None, :]
+    of_first = jnp.broadcast_to(rewards[:, :, None], pairs.shape)
+    chosen_log_probs = jnp.broadcast_to(scores.policy[:, :, None], pairs.shape)
+    return {
+        "accuracy": sum_and_count((margins > 0).astype(jnp.float32), pairs),
+        "margin": sum_and_count(margins, pairs),
+        "reward_chosen": sum_and_count(of_first, pairs),
+        "reward_rejected": sum_and_count(of_first.swapaxes(1, 2), pairs),
+        "log_prob_chosen": sum_and_count(chosen_log_probs, pairs),
+    }
+
+
+def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
+    """The loss of a batch of `tokens` int32[B, K, T], `mask`, `loss_mask`, `ranks` int32[B, K],
+    `where` and, for most losses, `reference` float32[B, K]; for KTO also the `mismatched_` rows.
+
+    A sum over prompts that have a pair, and their number. KTO's reference point is of the
+    micro-batch.
+    """
+    dropout = config.residual_dropout > 0
+
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        policy = model
+        if dropout:
+            policy = model._replace(apply=partial(model.apply, dropout_key=key))
+        rows = (batch[name] for name in ROW_FIELDS)
+        log_probs, lengths = response_log_probs(policy, params, *rows)
+        scores = Scores(log_probs, batch.get("reference"), lengths)
+        ranks, where = batch["ranks"], batch["where"]
+        kl = None
+        if config.loss == "kto":
+            others = (batch[f"mismatched_{name}"] for name in ROW_FIELDS)
+            mismatched, _ = response_log_probs(model, jax.lax.stop_gradient(params), *others)
+            kl = kto_reference_kl(mismatched, batch["mismatched_reference"])
+        losses, counted = prompt_losses(config, scores, ranks, where, kl)
+        total, count = sum_and_count(losses, counted)
+        metrics = preference_metrics(config, scores, ranks, where)
+        if kl is not None:
+            metrics["kto_reference_kl"] = (kl, jnp.float32(1.0))
+        return total, count, metrics
+
+    return loss
+
+
+def rows_of(config: PreferenceConfig, comparisons: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of the loss, from encoded comparisons; the reference is still missing."""
+    rows = preference_rows(comparisons)
+    if config.loss == "kto":
+        rows |= mismatched_rows(rows, comparisons["prompt_lengths"], seed=config.seed)
+    return rows
+
+
+def score_rows(
+    config: PreferenceConfig,
+    scorer: ResponseScorer,
+    rows: dict[str, np.ndarray],
+    *,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The scorer's log-probs as the loss calls its reference: `reference` float32[N, K], and for
+    KTO `mismatched_reference` float32[N].
+    """
+    prefixes = ("", "mismatched_") if config.loss == "kto" else ("",)
+    return {
+        f"{prefix}reference": scorer(rows, prefix=prefix, batch_size=batch_size)
+        for prefix in prefixes
+    }
+
+
+class LiveReference(NamedTuple):
+    """`batches`, each with its reference log-probs, computed when it is met."""
+
+    batches: Batches
+    score: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts a batch."""
+        return self.batches.batch_size
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of `step`."""
+        batch = self.batches(step)
+        return batch | self.score(batch)
+
+
+def train(
+    config: PreferenceConfig,
+    model: Model,
+    params: Any,
+    comparisons: dict[str, np.ndarray],
+    *,
+    reference: Any = None,
+    mesh: Mesh,
+    workdir: Path,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+) -> Any:
+    """Trains `params` on encoded comparisons (see `encode_comparisons`); returns the parameters.
+
+    `reference` is the frozen policy, `params` itself by default. Resumes from
+    `workdir/checkpoints` when there is one; precomputed reference scores are computed again.
+    """
+    rows = rows_of(config, comparisons)
+    score = None
+    if config.needs_reference:
+        frozen = params if reference is None else reference
+        score = partial(score_rows, config, ResponseScorer(model, frozen, mesh))
+    if score is not None and config.reference == "precomputed":
+        rows, score = rows | score(rows, batch_size=config.batch_size), None
+    batches = Batches(rows, config.batch_size, seed=config.seed)
+    steps = max(1, round(config.epochs * len(rows["tokens"]) / config.batch_size))
+    return fit(
+        config,
+        preference_loss(config, model),
+        params,
+        batches if score is None else LiveReference(batches, score),
+        steps=steps,
+        mesh=mesh,
+        workdir=workdir,
+        name="preference",
+        evaluate=evaluate,
+    )
+
+
+def judge_preferences(
+    config: PreferenceConfig,
+    model: Model,
+    params: Any,
+    reference: Any,
+    comparisons: dict[str, np.ndarray],
+    *,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """The loss and the metrics of `params` on held-out comparisons, with `reference` as frozen
+    policy; means over prompts and over pairs.
+    """
+    rows = rows_of(config, comparisons)
+
+    def score(params: Any) -> dict[str, jax.Array]:
+        scorer = ResponseScorer(model, params, mesh)
+        return jax.tree.map(
+            jnp.asarray, score_rows(config, scorer, rows, batch_size=config.batch_size)
+        )
+
+    ours, frozen = score(params), score(reference) if config.needs_reference else None
+    scores = Scores(
+        policy=ours["reference"],
+        reference=None if frozen is None else frozen["reference"],
+        lengths=jnp.asarray(rows["loss_mask"].sum(-1, dtype=np.float32)),
+    )
+    ranks, where = jnp.asarray(rows["ranks"]), jnp.asarray(rows["where"])
+    kl = None
+    if config.loss == "kto" and frozen is not None:
+        kl = kto_reference_kl(ours["mismatched_reference"], frozen["mismatched_reference"])
+    losses, counted = prompt_losses(config, scores, ranks, where, kl)
+    sums = {"loss": sum_and_count(losses, counted)}
+    sums |= preference_metrics(config, scores, ranks, where)
+    return {name: float(total / jnp.maximum(count, 1.0)) for name, (total, count) in sums.items()}
