@@ -19,17 +19,18 @@ def pipeline(tmp_path_factory):
     data = ["--config.data.source=files", "--config.data.valid_fraction=0.3", "--mesh=data:2"]
     data += [f"--config.data.{name}={path}" for name, path in paths.items()]
 
-    def start(script, group, *arguments, **fields):
+    def start(script, group, *arguments, config=None, **fields):
+        config = config or script
         prefix = f"--config.{group}." if group else "--config."
-        commands[script] = [
-            f"--config=configs/{script}.py:debug",
-            f"--workdir={folder / script}",
+        commands[config] = [
+            f"--config=configs/{config}.py:debug",
+            f"--workdir={folder / config}",
             *data,
             *(f"{prefix}{name}={value}" for name, value in fields.items()),
             *arguments,
         ]
-        scripts.launch(script, *commands[script])
-        return folder / script
+        scripts.launch(script, *commands[config])
+        return folder / config
 
     commands = {}
     lengths = {"prompt_length": 24, "response_length": 16}
@@ -43,6 +44,9 @@ def pipeline(tmp_path_factory):
     )  # fmt: skip
     policies = [f"--config.init={sft / 'model'}", f"--config.reward_model={reward / 'model'}"]
     start("ppo", "ppo", *policies, "--config.ptx_length=32", ptx_coef=1.0, ptx_ratio=1, **lengths)
+    start("ppo", "ppo", *policies, config="grpo", **lengths)
+    start("ppo", "ppo", *policies, config="rloo", **lengths)
+    start("preference", "preference", f"--config.init={sft / 'model'}", **lengths)
     start(
         "select_sft", None, f"--config.epochs={sft / 'epochs'}",
         f"--config.reward_model={reward / 'model'}", **lengths,
@@ -61,7 +65,7 @@ def read(path):
 
 def test_every_stage_writes_its_model_and_says_what_its_data_was(pipeline):
     folder, paths, _ = pipeline
-    for script in ("pretrain", "sft", "reward_model", "ppo"):
+    for script in ("pretrain", "sft", "reward_model", "ppo", "preference"):
         assert load_trained(folder / script / "model").stage == script
         hashes = read(folder / script / "config.json")["data"]
         for path in paths.values():
@@ -84,6 +88,21 @@ def test_the_models_are_compared_without_a_gold_judge(pipeline):
     assert len(lines) == report["prompts"] > 0
 
 
+def test_preferences_are_judged_on_held_out_comparisons(pipeline):
+    report = read(pipeline[0] / "preference" / "preference.json")
+    assert {"loss", "accuracy", "margin", "log_prob_chosen"} <= set(report)
+    assert report["loss"] > 0
+
+
+@pytest.mark.parametrize("config", ["grpo", "rloo"])
+def test_critic_free_runs_log_their_groups_and_no_values(pipeline, config):
+    lines = (pipeline[0] / config / "ppo.jsonl").read_text().splitlines()
+    logged = set().union(*map(json.loads, lines))
+    assert "score_sd_in_group" in logged
+    assert not {"value_loss", "explained_variance"} & logged
+    assert load_trained(pipeline[0] / config / "model").stage == "ppo"
+
+
 def test_ppo_saves_its_average_and_shows_samples(pipeline):
     """T40, PPO-14: what is kept and evaluated is the EMA."""
     folder, _, _ = pipeline
@@ -95,7 +114,9 @@ def test_ppo_saves_its_average_and_shows_samples(pipeline):
     assert {"step", "prompt", "response", "ended"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("script", ["pretrain", "sft", "reward_model", "ppo", "select_sft"])
+@pytest.mark.parametrize(
+    "script", ["pretrain", "sft", "reward_model", "ppo", "preference", "select_sft"]
+)
 def test_a_finished_run_started_again_changes_nothing(pipeline, script):
     """JAX-10: it resumes at its end; the model, its notes and the log stay as they are."""
     folder, _, commands = pipeline
@@ -106,6 +127,6 @@ def test_a_finished_run_started_again_changes_nothing(pipeline, script):
 
 def contents(workdir):
     """Parameters, notes and logs; not the time stamps inside a checkpoint."""
-    files = [*workdir.glob("*.jsonl"), *workdir.glob("[as]*.json"), *workdir.rglob("model.json")]
+    files = [*workdir.glob("*.jsonl"), *workdir.glob("[aps]*.json"), *workdir.rglob("model.json")]
     texts = {str(path.relative_to(workdir)): path.read_text() for path in files}
     return texts, fingerprint(load_trained(workdir / "model").params)
