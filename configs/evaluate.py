@@ -14,6 +14,7 @@ PRESETS = {
     "toyworld": {"prompts": 400, "tasks": 256, "document_length": 112, "data.toy_valid": 512},
     "debug": {
         "prompts": 16,
+        "prefix_prompts": 8,
         "tasks": 8,
         "document_length": 112,
         "batch_size": 16,

@@ -33,7 +33,9 @@ from instruct_jax.stages.stage import TrainedModel, load_trained
 
 @dataclass(frozen=True)
 class Config:
-    """`models` are "name=folder"; those in `prompted` are also tried with the few-shot prefix."""
+    """`models` are "name=folder"; those in `prompted` are also tried with a few-shot prefix: the
+    one whose answers to `prefix_prompts` validation prompts the reward model likes best (SFT-7).
+    """
 
     models: tuple[str, ...] = ("sft=runs/sft/model",)
     baseline: str = "sft"
@@ -41,6 +43,7 @@ class Config:
     reward_model: str | None = None
     data: DataConfig = DataConfig()
     prompts: int = 512
+    prefix_prompts: int = 64
     tasks: int = 256
     document_length: int = 96
     prompt_length: int = 56
@@ -82,8 +85,11 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     for name in config.prompted:
         if world is None:
             raise ConfigError("prompted models need the embedded world's few-shot prefix")
-        answers[f"{name}_prompted"] = _prompted_answers(config, models[name], prompts, world)
-        results[f"{name}_prompted"] = {}
+        choice = _choose_prefix(config, models[name], reward, world)
+        answers[f"{name}_prompted"] = _prompted_answers(
+            config, models[name], prompts, world, prefix=choice["chosen"]
+        )
+        results[f"{name}_prompted"] = {"prefix": choice}
     for name, result in results.items():
         result |= _describe(answers[name], tokenizer)
         if reward is not None:
@@ -117,15 +123,35 @@ def _answers(
     )
 
 
+def _choose_prefix(
+    config: Config, trained: TrainedModel, reward: TrainedModel | None, world: ToyWorld
+) -> dict[str, Any]:
+    """The candidate whose answers have the best mean reward; the first without a reward model."""
+    candidates = world.few_shot_prefixes()
+    scores: list[float] = []
+    if reward is not None:
+        prompts = world.prompts(config.prefix_prompts, split="valid")
+        for i in range(len(candidates)):
+            answers = _prompted_answers(config, trained, prompts, world, prefix=i)
+            scores.append(_rewards(config, reward, prompts, answers)["mean"])
+    chosen = int(np.argmax(scores)) if scores else 0
+    return {"chosen": chosen, "text": candidates[chosen], "rewards": scores}
+
+
 def _prompted_answers(
-    config: Config, trained: TrainedModel, prompts: Sequence[Prompt], world: ToyWorld
+    config: Config,
+    trained: TrainedModel,
+    prompts: Sequence[Prompt],
+    world: ToyWorld,
+    *,
+    prefix: int,
 ) -> list[Completion]:
-    """The base model behind the few-shot prefix; an answer ends at the stop string (SFT-7)."""
+    """The base model behind a few-shot prefix; an answer ends at the stop string (SFT-7)."""
     raw = complete(
         trained.model,
         trained.params,
         trained.tokenizer,
-        [world.prompted(row) for row in prompts],
+        [world.prompted(row, prefix=prefix) for row in prompts],
         key=jax.random.key(config.seed + 1),
         max_new_tokens=config.response_length,
         batch_size=config.batch_size,

@@ -480,8 +480,11 @@ def test_tasks_are_few_shot_questions_with_one_right_answer(world):
 
 def test_the_prompted_base_model_sees_the_corpus_form(world, prompts):
     text = world.prompted(prompts[0])
-    assert text == f"{world.few_shot_prefix()}Q: {prompts[0].text.strip()}\nA:"
-    assert world.few_shot_prefix().endswith("\n") and world.stop == "\n"
+    prefixes = world.few_shot_prefixes()
+    assert text == f"{prefixes[0]}Q: {prompts[0].text.strip()}\nA:"
+    assert world.prompted(prompts[0], prefix=2).startswith(prefixes[2])
+    assert len(set(prefixes)) == len(prefixes) > 1
+    assert all(prefix.endswith("\n") for prefix in prefixes) and world.stop == "\n"
 
 
 def test_salt_moves_the_splits():

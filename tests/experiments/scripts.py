@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def write_rows(folder: Path, rows: int = 60) -> dict[str, Path]:
     for name, path in paths.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in contents[name]))
     return paths
+
+
+def environment(repository: Path) -> dict[str, str]:
+    """That of a process of its own: this checkout's package, as strict as the tests are, and no
+    devices but those it asks for.
+    """
+    return os.environ | {
+        "PYTHONPATH": str(repository),
+        "XLA_FLAGS": "",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
 
 
 def launch(script: str, *argv: str) -> None:

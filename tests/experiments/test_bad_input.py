@@ -1,7 +1,6 @@
 """What is wrong with a command or its data is told in one line; nothing is written."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -161,7 +160,7 @@ def test_a_process_ends_with_one_line_and_code_2(tmp_path, inputs, repository, m
     done = subprocess.run(
         [sys.executable, str(repository / "experiments" / "sft.py"), *arguments],
         cwd=tmp_path,
-        env=os.environ,
+        env=scripts.environment(repository),
         capture_output=True,
         text=True,
     )

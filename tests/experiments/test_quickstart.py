@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import pytest
 
 from instruct_jax.stages.stage import load_trained
+from tests.experiments import scripts
 from tests.stages.lab import same_bits
 
 PARTS = (
@@ -21,11 +21,6 @@ MODELS = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
 
 def quickstart(repository, workdir):
     """One run in a process of its own, on two devices, as strict as the tests are."""
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
     done = subprocess.run(
         [
             sys.executable,
@@ -36,7 +31,7 @@ def quickstart(repository, workdir):
             "--host_devices=2",
         ],
         cwd=repository,
-        env=environment,
+        env=scripts.environment(repository),
         capture_output=True,
         text=True,
     )  # fmt: skip

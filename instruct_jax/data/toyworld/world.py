@@ -50,6 +50,14 @@ class ToyTask:
     stop: str = "\n"
 
 
+_FEW_SHOT = (
+    (("Which one is an animal: red cow hat?", "cow"), ("What is the plural of cup?", "cups")),
+    (("What colour is grass?", "green"), ("How many fruits are here: pear hat plum?", "two")),
+    (("Dan is at the park. Where is Dan?", "park"), ("Name two animals.", "cat cow")),
+    (("How do I wash a boat?", "soap"), ("Give me a fruit that begins with p.", "pear")),
+)
+
+
 class ToyWorld:
     """The embedded world of one seed."""
 
@@ -137,16 +145,16 @@ class ToyWorld:
         """The gold judgement; `ended`: the response stopped by itself inside its budget."""
         return self._judge(prompt, response, ended=ended)
 
-    def few_shot_prefix(self) -> str:
-        """The fixed prefix of the prompted base model: answered questions in the corpus's form."""
-        return (
-            "Q: Which one is an animal: red cow hat?\nA: cow\n"
-            "Q: What is the plural of cup?\nA: cups\n"
+    def few_shot_prefixes(self) -> tuple[str, ...]:
+        """Candidates for the prefix of the prompted base model (SFT-7), in the corpus's form."""
+        return tuple(
+            "".join(f"Q: {question}\nA: {answer}\n" for question, answer in pairs)
+            for pairs in _FEW_SHOT
         )
 
-    def prompted(self, prompt: Prompt) -> str:
+    def prompted(self, prompt: Prompt, *, prefix: int = 0) -> str:
         """A prompt as the few-shot prompted base model gets it; its answer ends at `stop`."""
-        return f"{self.few_shot_prefix()}Q: {prompt.text.strip()}\nA:"
+        return f"{self.few_shot_prefixes()[prefix]}Q: {prompt.text.strip()}\nA:"
 
     def tasks(self, n: int, *, shots: int = 2) -> list[ToyTask]:
         """Few-shot questions with one right answer, on texts that no training prompt has."""
