@@ -21,7 +21,7 @@ TOYWORLD = {
     "data.valid_fraction": 0.15,
     "preference.batch_size": 16,
     "preference.completions": 4,
-    "preference.prompt_length": 40,
+    "preference.prompt_length": 56,
     "preference.response_length": 24,
     "preference.learning_rate": 2e-4,
     "preference.warmup": 20,

@@ -25,7 +25,7 @@ TOYWORLD = {
     "data.valid_fraction": 0.15,
     "reward_model.batch_size": 16,
     "reward_model.completions": 4,
-    "reward_model.prompt_length": 40,
+    "reward_model.prompt_length": 56,
     "reward_model.response_length": 24,
     "reward_model.learning_rate": 5e-4,
 }

@@ -24,7 +24,7 @@ TOYWORLD = {
     "data.toy_demonstrations": 10_000,
     "sft.epochs": 3,
     "sft.batch_size": 16,
-    "sft.prompt_length": 40,
+    "sft.prompt_length": 56,
     "sft.response_length": 24,
     "sft.pack_length": 112,
     "sft.learning_rate": 1e-3,
