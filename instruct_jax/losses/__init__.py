@@ -62,16 +62,18 @@ from instruct_jax.losses.ppo import (
     value_clipped,
 )
 from instruct_jax.losses.preference import (
-    cpo_loss,
     dpo_loss,
     dpo_sft_loss,
     implicit_rewards,
     ipo_loss,
     kto_loss,
     kto_reference_kl,
-    orpo_loss,
     robust_dpo_loss,
     sequence_log_probs,
+)
+from instruct_jax.losses.reference_free import (
+    cpo_loss,
+    orpo_loss,
     simpo_loss,
 )
 from instruct_jax.losses.reward import (

@@ -7,14 +7,13 @@ the response's tokens (prompt tokens masked). With :math:`h = \log \frac{\pi(y_c
 ==============  =========================================================  ==================
 `dpo_loss`      :math:`-\log \sigma(\beta h)`; smoothed labels: cDPO       sums
 `robust_...`    the same, unbiased under flipped labels                    sums
+`dpo_sft_loss`  DPO plus the likelihood of the chosen response             sums
 `ipo_loss`      :math:`(h - 1 / 2\beta)^2`                                 sums (TRL: means)
 `kto_loss`      one response with a thumb up or down                       sums
-`cpo_loss`      DPO with a uniform reference, plus likelihood              sums
-`orpo_loss`     odds ratio plus likelihood, no reference                   means over tokens
-`simpo_loss`    margin between mean log-probs, no reference                means over tokens
 ==============  =========================================================  ==================
 
-Losses are float[B], unreduced. Gradients are stopped on all reference log-probabilities.
+Losses are float[B], unreduced. Gradients are stopped on all reference log-probabilities. The
+losses that need no reference are in `reference_free`.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ def _log_ratio_gap(
     return _log_ratio(chosen, ref_chosen) - _log_ratio(rejected, ref_rejected)
 
 
-def _smoothed_logistic(logit: jax.Array, flip: float) -> jax.Array:
-    """Cross-entropy of a Bernoulli whose target is 1 - flip."""
+def smoothed_logistic(logit: jax.Array, flip: float) -> jax.Array:
+    """float[B]: the cross-entropy of a Bernoulli whose target is 1 - flip."""
     return -(1.0 - flip) * jax.nn.log_sigmoid(logit) - flip * jax.nn.log_sigmoid(-logit)
 
 
@@ -130,7 +129,7 @@ def dpo_loss(
     [2.]
     """
     gap = _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
-    return _smoothed_logistic(beta * gap, label_smoothing)
+    return smoothed_logistic(beta * gap, label_smoothing)
 
 
 def robust_dpo_loss(
@@ -291,100 +290,6 @@ def kto_loss(
         desirable_weight * jax.nn.sigmoid(-gain),
         undesirable_weight * jax.nn.sigmoid(gain),
     )
-
-
-def orpo_loss(chosen: chex.Array, rejected: chex.Array, *, weight: float = 0.1) -> jax.Array:
-    r"""Odds-ratio preference optimisation: likelihood of the chosen plus a log odds-ratio term.
-
-    .. math:: -\log p_c - \lambda \log \sigma\Big(\log \frac{p_c / (1 - p_c)}
-              {p_r / (1 - p_r)}\Big), \qquad \log p = \tfrac{1}{|y|} \sum_t \log \pi(y_t)
-
-    Source: Hong et al. 2024, eqs. 6 and 7. Needs no reference.
-
-    Not done: no reduction. A mean log-prob of 0 (odds without bound) is read as -machine epsilon.
-
-    Args:
-      chosen: float[B], *mean* log-probs.
-      rejected: float[B].
-      weight: lambda; 0.0 is supervised fine-tuning on the chosen responses.
-
-    Returns:
-      float[B].
-
-    >>> lp = jnp.log(jnp.array([0.5]))
-    >>> print(jnp.exp(orpo_loss(lp, lp, weight=1.0)))
-    [4.]
-    """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
-
-    def log_odds(log_p: jax.Array) -> jax.Array:
-        log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
-        return log_p - jnp.log(-jnp.expm1(log_p))
-
-    return -chosen - weight * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
-
-
-def simpo_loss(
-    chosen: chex.Array, rejected: chex.Array, *, beta: float = 2.0, gamma: float = 1.0
-) -> jax.Array:
-    r"""Simple preference optimisation: a margin between length-normalised log-probs.
-
-    .. math:: -\log \sigma(\beta (\log p_c - \log p_r) - \gamma), \qquad
-              \log p = \tfrac{1}{|y|} \sum_t \log \pi(y_t)
-
-    Source: Meng et al. 2024, eq. 6. Needs no reference.
-
-    Not done: no reduction.
-
-    Args:
-      chosen: float[B], *mean* log-probs.
-      rejected: float[B].
-      beta: scale of the implicit reward.
-      gamma: the margin aimed at.
-
-    Returns:
-      float[B].
-
-    >>> print(jnp.exp(simpo_loss(jnp.array([-1.0]), jnp.array([-1.5]))))
-    [2.]
-    """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
-
-
-def cpo_loss(
-    chosen: chex.Array,
-    rejected: chex.Array,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    nll_weight: float = 1.0,
-) -> jax.Array:
-    r"""Contrastive preference optimisation: DPO against a uniform reference, plus likelihood.
-
-    .. math:: -\log \sigma(\beta (\log \pi(y_c) - \log \pi(y_r))) - \alpha \log \pi(y_c)
-
-    Source: Xu et al. 2024, eqs. 3 to 5 (alpha = 1). Needs no reference.
-
-    Not done: no reduction.
-
-    Args:
-      chosen: float[B], summed log-probs.
-      rejected: float[B].
-      beta: scale of the margin.
-      label_smoothing: as in `dpo_loss`.
-      nll_weight: alpha.
-
-    Returns:
-      float[B].
-
-    >>> lp = jnp.array([-5.0])
-    >>> print(jnp.exp(cpo_loss(lp, lp, nll_weight=0.0)))
-    [2.]
-    """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
-    preference = _smoothed_logistic(beta * (chosen - rejected), label_smoothing)
-    return preference - nll_weight * chosen
 
 
 def dpo_sft_loss(
