@@ -48,9 +48,9 @@ def main(config: Config, run: cli.Run) -> Path:
     """Samples, ranks and returns the file of comparisons."""
     policy = load_trained(config.policy, kind="language")
     source = open_source(config.data)
-    run.record(data=source.provenance())
     if not isinstance(source, ToySource):
         raise ConfigError("data.source must be 'toyworld': simulated labelers need its gold judge")
+    run.record_data(source.provenance(), source.licences())
     tokenizer = policy.tokenizer
     prompts = [
         row

@@ -62,7 +62,6 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     if config.baseline not in models:
         raise ConfigError(f"baseline {config.baseline!r} is none of the models {sorted(models)}")
     source = open_source(config.data)
-    run.record(data=source.provenance())
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
     prompts = [
@@ -73,6 +72,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     documents = encode_documents(
         source.documents("valid"), tokenizer, length=config.document_length
     )["tokens"]
+    run.record_data(source.provenance(), source.licences())
     reward = load_trained(config.reward_model, kind="scalar") if config.reward_model else None
 
     answers = {"baseline": _answers(config, models[config.baseline], prompts, draw=0)}

@@ -51,7 +51,6 @@ def main(config: Config, run: cli.Run) -> Path:
             "the reward model must read the policy's tokens"
         )
     source = open_source(config.data)
-    run.record(data=source.provenance())
     prompts = encode_prompts(
         source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
     )
@@ -67,6 +66,7 @@ def main(config: Config, run: cli.Run) -> Path:
 
     policy = start.model
     held_out_prompts = source.prompts("valid")
+    run.record_data(source.provenance(), source.licences())
     fitting = encode_prompts(
         held_out_prompts, start.tokenizer, prompt_length=config.ppo.prompt_length
     )["index"]

@@ -37,7 +37,6 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
-    run.record(data=source.provenance())
     stage = config.preference
     train_rows, valid_rows = (
         encode_comparisons(
@@ -49,6 +48,7 @@ def main(config: Config, run: cli.Run) -> Path:
         )
         for split in ("train", "valid")
     )
+    run.record_data(source.provenance(), source.licences())
     model = language_model(
         dataclasses.replace(start.config, residual_dropout=stage.residual_dropout)
     )

@@ -9,6 +9,7 @@ went and why, and the lengths of what is left (the paper's Table 9). Contributor
 row's meta) are in one split only; a row that names none is a contributor of its own.
 """
 
+from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 from instruct_jax import cli
 from instruct_jax.data.files import hash_files
 from instruct_jax.data.formats import read_comparisons, read_demonstrations, read_prompts
+from instruct_jax.data.licences import find_licences
 from instruct_jax.data.prompts import prepare_prompts
 from instruct_jax.data.rows import write_rows
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
@@ -61,7 +63,9 @@ def main(config: Config, run: cli.Run) -> Path:
     for source in config.files:
         read = READERS[config.kind]
         rows += read(source, template=config.template, on_bad_row=config.on_bad_row)
-        run.record(data=hash_files(source))
+    hashes = [hash_files(source) for source in config.files]
+    found = [find_licences(source) for source in config.files]
+    run.record_data(dict(ChainMap(*hashes)), dict(ChainMap(*found)))
     if config.tokenizer is None:
         texts = [getattr(row, "text", None) or row.prompt for row in rows]
         tokenizer = train_bpe(texts, vocab_size=8_191)

@@ -40,7 +40,6 @@ class Config:
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
     source = open_source(config.data)
-    run.record(data=source.provenance())
     documents = source.documents("train")
     if config.tokenizer is None:
         tokenizer = train_bpe(source.tokenizer_texts(), vocab_size=config.vocab_size)
@@ -49,6 +48,7 @@ def main(config: Config, run: cli.Run) -> Path:
     length = config.pretrain.length
     train_rows = encode_documents(documents, tokenizer, length=length)["tokens"]
     valid_rows = encode_documents(source.documents("valid"), tokenizer, length=length)["tokens"]
+    run.record_data(source.provenance(), source.licences())
 
     model_config = config.model.build(tokenizer)
     model = language_model(model_config)

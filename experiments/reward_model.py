@@ -48,7 +48,6 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
-    run.record(data=source.provenance())
     lengths = {
         "prompt_length": config.reward_model.prompt_length,
         "response_length": config.reward_model.response_length,
@@ -58,6 +57,7 @@ def main(config: Config, run: cli.Run) -> Path:
     comparisons = source.comparisons("valid")
     valid_rows = encode_comparisons(comparisons, start.tokenizer, **encode)
     standard = encode_demonstrations(source.demonstrations("train"), start.tokenizer, **lengths)
+    run.record_data(source.provenance(), source.licences())
 
     model_config = dataclasses.replace(
         start.config, residual_dropout=config.reward_model.residual_dropout

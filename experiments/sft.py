@@ -43,7 +43,6 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
-    run.record(data=source.provenance())
     rows, valid = (encode(config, source, start.tokenizer, split) for split in ("train", "valid"))
     if config.sft.pack_length is not None:
         rows = pack(rows, length=config.sft.pack_length, pad_id=start.tokenizer.pad_id)
@@ -51,6 +50,7 @@ def main(config: Config, run: cli.Run) -> Path:
     if config.sft.pretrain_fraction > 0:
         documents, width = source.documents("train"), rows["tokens"].shape[1]
         pretraining = encode_documents(documents, start.tokenizer, length=width)["tokens"]
+    run.record_data(source.provenance(), source.licences())
 
     model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
     model = language_model(model_config)

@@ -41,6 +41,13 @@ class Run:
         known = json.loads(path.read_text()) if path.exists() else {}
         _write_json(path, known | facts)
 
+    def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
+        """Records what the rows come from, and shows the licences that are stated (DATA-21)."""
+        for name, licence in licences.items():
+            if licence != "not stated":
+                print(f"data: {name}: licence {licence}", file=sys.stderr, flush=True)
+        self.record(data=hashes, licences=licences)
+
 
 def claim(workdir: Path, config: Any, *, overwrite: bool) -> None:
     """Raises ConfigError where `workdir` holds anything but an earlier part of this run.

@@ -40,11 +40,21 @@ def is_hub_id(source: str) -> bool:
     return bool(_ID.fullmatch(source)) and owner not in (".", "..") and not os.path.exists(owner)
 
 
+def repository_of(source: str) -> str:
+    """OWNER/NAME of a hub id; DataError where it is none."""
+    return _parse(source)["name"]
+
+
+def local_card(source: str) -> Path | None:
+    """The README.md of a hub data set in the local cache, when there is one."""
+    folder = "datasets--" + repository_of(source).replace("/", "--")
+    cards = sorted(_hub_cache().glob(f"{folder}/snapshots/*/README.md"))
+    return cards[-1] if cards else None
+
+
 def load_hub(source: str) -> Iterable[dict[str, Any]]:
     """Rows of a hub data set (split "train" when none is named); DataError when not to be had."""
-    match = _ID.fullmatch(source.removeprefix(_PREFIX))
-    if match is None:
-        raise DataError("not a hub id", path=source, hint="hf:OWNER/NAME[:CONFIG][:SPLIT]")
+    match = _parse(source)
     name, config, split = match["name"], match["config"], match["split"] or "train"
     online = _reachable(name)
     if not online and not _in_cache(name):
@@ -133,15 +143,26 @@ def _reachable(name: str) -> bool:
 
 def _in_cache(name: str) -> bool:
     """Whether either library has a copy; they change the case of a name and its underscores."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    folders = (
-        Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")),
-        Path(os.environ.get("HF_HUB_CACHE", home / "hub")),
-    )
+    folders = (Path(os.environ.get("HF_DATASETS_CACHE", _home() / "datasets")), _hub_cache())
     wanted = {_letters(name), _letters(f"datasets{name}")}
     return any(
         _letters(child.name) in wanted for f in folders if f.is_dir() for child in f.iterdir()
     )
+
+
+def _parse(source: str) -> re.Match[str]:
+    match = _ID.fullmatch(source.removeprefix(_PREFIX))
+    if match is None:
+        raise DataError("not a hub id", path=source, hint="hf:OWNER/NAME[:CONFIG][:SPLIT]")
+    return match
+
+
+def _home() -> Path:
+    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE", _home() / "hub"))
 
 
 def _letters(name: str) -> str:

@@ -20,6 +20,7 @@ from instruct_jax.data.formats import (
     read_documents,
     read_prompts,
 )
+from instruct_jax.data.licences import find_licences
 from instruct_jax.data.rows import Comparison, DataError, Demonstration, Dialogue, Document, Prompt
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.data.toyworld.world import Split
@@ -69,6 +70,10 @@ class Source(Protocol):
         """What the rows come from, for the record of a run."""
         ...
 
+    def licences(self) -> dict[str, str]:
+        """The licence of every file and hub id, for people and for the record."""
+        ...
+
     def documents(self, split: Split) -> Sequence[Document]:
         """Pretraining text."""
         ...
@@ -113,6 +118,11 @@ class FileSource:
         """sha256 of every local file."""
         paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
         return {path: sha for source in paths for path, sha in hash_files(source).items()}
+
+    def licences(self) -> dict[str, str]:
+        """As found beside each file or in its card; see `data/licences.py`."""
+        paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
+        return {name: licence for path in paths for name, licence in find_licences(path).items()}
 
     def documents(self, split: Split) -> Sequence[Document]:
         """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
@@ -205,6 +215,10 @@ class ToySource:
         """The seed and the knobs of the world, and sha256 of the comparisons."""
         world = {"seed": self.world.seed, "config": asdict(self.world.config)}
         return {"toyworld": world, **self._files.provenance()}
+
+    def licences(self) -> dict[str, str]:
+        """None to tell: the world is part of this package, and comparisons are made in it."""
+        return {}
 
     def documents(self, split: Split) -> Sequence[Document]:
         """The corpus; its last `toy_valid` documents are held out."""
