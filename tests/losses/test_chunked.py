@@ -1,5 +1,7 @@
 """The chunked head is the dense head: same numbers, an eighth of the memory, any sharding."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,21 +52,25 @@ def test_chunked_and_dense_agree_at_the_gpt2_vocabulary(rng, chunk):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def compiled_temporaries(loss, *, vocab=50_257):
-    """Bytes of temporaries of value and gradient at [8, 512, vocab], from the compiler."""
+def compiled_gradient(loss, width):
+    """Value and gradient of the loss at [8, 512, 50257], compiled for the arguments' shapes."""
     shapes = (
-        jax.ShapeDtypeStruct((8, 512, 768), jnp.float32),
-        jax.ShapeDtypeStruct((768, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((8, 512, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, 50_257), jnp.float32),
         jax.ShapeDtypeStruct((8, 512), jnp.int32),
     )
 
     def scalar(hidden, head, tokens):
         return loss(hidden, head, tokens).sum()
 
-    compiled = jax.jit(jax.value_and_grad(scalar, (0, 1))).lower(*shapes).compile()
+    return jax.jit(jax.value_and_grad(scalar, (0, 1))).lower(*shapes).compile()
+
+
+def temporaries(compiled):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("width", [256, 768])
 @pytest.mark.parametrize(
     ("chunked", "dense"),
     [
@@ -72,11 +78,40 @@ def compiled_temporaries(loss, *, vocab=50_257):
         (chunked_next_token_loss, next_token_loss),
     ],
 )
-def test_a_training_step_needs_at_most_an_eighth_of_the_memory(chunked, dense):
-    small = compiled_temporaries(lambda h, w, t: chunked(h, w, t, chunk=8))
-    large = compiled_temporaries(lambda h, w, t: dense(h @ w, t))
+def test_a_training_step_needs_at_most_an_eighth_of_the_memory(chunked, dense, width):
+    """At the default chunk."""
+    small = temporaries(compiled_gradient(chunked, width))
+    large = temporaries(compiled_gradient(lambda h, w, t: dense(h @ w, t), width))
     assert large > 8 * 512 * 50_257 * 4
     assert small * 8 <= large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [256, 768])
+def test_a_training_step_takes_at_most_1_3_times_as_long(width, rng, capsys):
+    """At the default chunk: the two take turns, so that a busy machine slows both."""
+    inputs = arguments(rng, 8, 512, width, 50_257)
+    steps = (
+        compiled_gradient(chunked_next_token_loss, width),
+        compiled_gradient(lambda h, w, t: next_token_loss(h @ w, t), width),
+    )
+    seconds = []
+    for _ in range(6):
+        clocks = [(time.perf_counter(), time.process_time())]
+        for step in steps:
+            jax.block_until_ready(step(*inputs))
+            clocks.append((time.perf_counter(), time.process_time()))
+        seconds.append(np.diff(clocks, axis=0))
+    wall, cpu = np.moveaxis(np.array(seconds[1:]), 2, 0)  # the first call of each warms up
+    fastest = wall.min(axis=0)
+    with capsys.disabled():
+        print(
+            f"\nchunked / dense at [8, 512, 50257], D = {width}: "
+            f"{fastest[0]:.2f} s / {fastest[1]:.2f} s = {fastest[0] / fastest[1]:.2f} (fastest), "
+            f"{np.median(wall[:, 0] / wall[:, 1]):.2f} (median of pairs), "
+            f"{np.median(cpu[:, 0] / cpu[:, 1]):.2f} (median of pairs, processor time)"
+        )
+    assert fastest[0] <= 1.3 * fastest[1]
 
 
 def test_entropy_comes_with_the_log_probs_and_has_the_dense_gradient(rng):
