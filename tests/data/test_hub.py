@@ -8,6 +8,8 @@ import pytest
 from instruct_jax.data import hub
 from instruct_jax.data.formats import DataError, read_comparisons, read_demonstrations
 
+# The libraries retry for half a minute. An idle machine needs 1.2 seconds; a busy one more.
+LIMIT = 6.0
 RECORDS = [{"instruction": "p", "input": "", "output": f"a{i}", "id": i} for i in range(3)]
 
 
@@ -35,7 +37,7 @@ def test_a_hub_id_is_told_from_a_path(monkeypatch, repository, source, yes):
 
 
 @pytest.mark.parametrize("offline", ["1", "0"])
-def test_without_a_network_a_hub_id_fails_within_two_seconds(monkeypatch, tmp_path, offline):
+def test_without_a_network_a_hub_id_fails_within_seconds(monkeypatch, tmp_path, offline):
     """Both where HF_HUB_OFFLINE says so and where nothing answers."""
     from huggingface_hub import constants
 
@@ -45,7 +47,7 @@ def test_without_a_network_a_hub_id_fails_within_two_seconds(monkeypatch, tmp_pa
     start = time.monotonic()
     with pytest.raises(DataError, match="owner/name: no such path, and the hub cannot be reached"):
         read_demonstrations("owner/name")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < LIMIT
 
 
 def test_a_host_that_never_answers_is_given_up(monkeypatch, tmp_path):
@@ -60,7 +62,7 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch, tmp_path):
         start = time.monotonic()
         with pytest.raises(DataError, match="the hub cannot be reached"):
             read_demonstrations("hf:name")
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < LIMIT
 
 
 @pytest.fixture
