@@ -1,11 +1,16 @@
 """Checkpoints: named trees of arrays and a JSON record, written atomically and in the background.
 
-A step is a directory that Orbax renames into place once everything in it is on disk, so a killed
-run leaves its previous step. What is restored follows the abstract tree given, not the mesh that
+A step is a directory that Orbax renames into place once everything in it is on disk; then it gets
+its manifest (`integrity.py`), without which it is not finished. So a killed run leaves its previous
+step, and a damaged step is seen: opening a directory sets the newest steps aside, into DAMAGED
+beside it, until one is intact. What is restored follows the abstract tree given, not the mesh that
 wrote it: any mesh can take up any checkpoint. Keys of jax.random come back as keys.
 """
 
+import logging
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,15 +22,24 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from instruct_jax.errors import CheckpointError
+from instruct_jax.training.integrity import UNFINISHED, find_damage, write_manifest
 
-FORMAT = 1
+# 1 had no manifests.
+FORMAT = 2
+DAMAGED = "damaged"
+
+logger = logging.getLogger(__name__)
 
 Items = dict[str, Any]
 Metadata = dict[str, Any]
 
 
 class Checkpointer:
-    """The steps of one run: the newest `keep` stay, and every multiple of `keep_every`."""
+    """The steps of one run: the newest `keep` stay, and every multiple of `keep_every`.
+
+    Opening it checks the newest step; one that is damaged is moved aside, with a warning that says
+    why, and the next older is checked. Raises CheckpointError where steps are left but none intact.
+    """
 
     def __init__(
         self, directory: str | Path, *, keep: int = 2, keep_every: int | None = None
@@ -35,12 +49,15 @@ class Checkpointer:
         if keep_every is not None:
             preserve.append(policies.EveryNSteps(keep_every))
         self.directory = Path(directory).absolute()
+        set_damaged_aside(self.directory)
         preservation: Any = policies.AnyPreservationPolicy(preserve)
         self._steps = ocp.training.Checkpointer(
             str(self.directory),
             preservation_policy=preservation,
             cleanup_tmp_directories=True,
         )
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._manifest: Future[None] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -58,10 +75,20 @@ class Checkpointer:
         The caller may donate the arrays at once. A step that exists is left as it is. An error of
         an earlier background write is raised here, or by `wait`.
         """
-        if step not in self.steps:
-            self._steps.save_checkpointables_async(
-                step, items, force=True, custom_metadata=_record(metadata)
-            )
+        if step in self.steps:
+            return
+        self._finish()  # an older step is only deleted once this one is finished
+        response = self._steps.save_checkpointables_async(
+            step, items, force=True, custom_metadata=_record(metadata)
+        )
+
+        def complete() -> None:
+            if response is not None:
+                response.result()
+            if jax.process_index() == 0:
+                write_manifest(self.directory / str(step))
+
+        self._manifest = self._pool.submit(complete)
 
     def restore(self, abstract_items: Items, *, step: int | None = None) -> tuple[Items, Metadata]:
         """The items named in `abstract_items` at `step` (the newest by default), and the metadata.
@@ -81,10 +108,20 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns once every save is on disk."""
         self._steps.wait()
+        self._finish()
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
-        self._steps.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._steps.close()
+
+    def _finish(self) -> None:
+        manifest, self._manifest = self._manifest, None
+        if manifest is not None:
+            manifest.result()
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +135,50 @@ class Checkpointer:
         self.close()
 
 
+def set_damaged_aside(directory: Path) -> dict[int, str]:
+    """Moves the newest steps of `directory` to DAMAGED beside it until one is intact; why, by step.
+
+    Raises CheckpointError, and moves nothing, where a step is damaged and none is intact.
+    """
+    reasons: dict[int, str] = {}
+    for step in reversed(step_numbers(directory)):
+        reason = damage_of(directory / str(step))
+        if reason is None:
+            break
+        reasons[step] = reason
+    else:
+        if set(reasons.values()) - {UNFINISHED}:
+            told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
+            raise CheckpointError(
+                f"{directory}: no step is intact ({told}); --overwrite starts anew"
+            )
+    for step, reason in reasons.items() if jax.process_index() == 0 else ():
+        aside = directory.with_name(DAMAGED)
+        aside.mkdir(exist_ok=True)
+        earlier = sum(1 for _ in aside.glob(f"{step}*"))
+        os.replace(directory / str(step), aside / (f"{step}.{earlier}" if earlier else str(step)))
+        logger.warning("%s: step %d: %s; set aside in %s", directory, step, reason, aside)
+    return reasons
+
+
+def step_numbers(directory: Path) -> list[int]:
+    """The steps below `directory`, whether or not they are intact, oldest first."""
+    names = (path.name for path in directory.iterdir()) if directory.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def damage_of(path: Path) -> str | None:
+    """Why the step or model in `path` cannot be trusted, or None; format 1 has no manifest."""
+    reason = find_damage(path)
+    if reason != UNFINISHED:
+        return reason
+    try:
+        record = ocp.checkpointables_metadata(str(path)).custom_metadata
+    except Exception:
+        return reason
+    return None if isinstance(record, dict) and record.get("format") == 1 else reason
+
+
 def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
     """Writes the final parameters of a stage, over an earlier model in `directory`."""
     ocp.save_checkpointables(
@@ -106,6 +187,8 @@ def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
         overwrite=True,
         custom_metadata=_record(metadata),
     )
+    if jax.process_index() == 0:
+        write_manifest(Path(directory))
 
 
 def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metadata]:
@@ -117,6 +200,8 @@ def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metada
     path = Path(directory).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: no model here")
+    if (reason := damage_of(path)) is not None:
+        raise CheckpointError(f"{path}: {reason}")
     if abstract is None:
         stored = _guarded(path, lambda: ocp.checkpointables_metadata(str(path)).metadata["params"])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
@@ -134,9 +219,9 @@ def _load(
     path: Path, abstract_items: Items, load: Callable[[Items], Mapping[str, Any]]
 ) -> tuple[Items, Metadata]:
     record = _guarded(path, lambda: ocp.checkpointables_metadata(str(path)).custom_metadata)
-    if record.get("format") != FORMAT:
+    if record.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path}: checkpoint format {record.get('format')}, this version reads {FORMAT}"
+            f"{path}: checkpoint format {record.get('format')}, this version reads 1 to {FORMAT}"
         )
     targets = jax.tree.map(_target, abstract_items)
     items = _guarded(path, lambda: dict(load(targets)))

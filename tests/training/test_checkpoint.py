@@ -124,8 +124,8 @@ def test_missing_damaged_and_future_checkpoints_are_refused(tmp_path, monkeypatc
         checkpointer.wait()
         with pytest.raises(CheckpointError, match="no checkpoint of step 2"):
             checkpointer.restore({"x": {"a": jnp.ones(3)}}, step=2)
-        monkeypatch.setattr(checkpoint, "FORMAT", 2)
-        with pytest.raises(CheckpointError, match="checkpoint format 1, this version reads 2"):
+        monkeypatch.setattr(checkpoint, "FORMAT", 1)
+        with pytest.raises(CheckpointError, match="checkpoint format 2, this version reads 1 to 1"):
             checkpointer.restore({"x": {"a": jnp.ones(3)}})
         monkeypatch.undo()
         shutil.rmtree(tmp_path / "1" / "x")
