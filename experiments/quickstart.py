@@ -100,8 +100,8 @@ class Pipeline:
             return done
         print(f"== {name}", flush=True)
         began = time.monotonic()
-        cli.claim(workdir, config, overwrite=False)
-        with cli.recorded(workdir, cli.describe(config, spec, self.run.mesh, [])):
+        record = cli.describe(config, spec, self.run.mesh, [])
+        with cli.open_workdir(workdir, config, record):
             script.main(config, cli.Run(workdir, self.run.mesh))
         self.timings[name] = round(time.monotonic() - began, 1)
         self._path.write_text(json.dumps(self.timings, indent=2) + "\n")

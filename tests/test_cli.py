@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -293,6 +295,35 @@ def test_overwrite_deletes_a_run_and_nothing_else(launch, tmp_path, capsys):
         launch("--overwrite")
     assert "so it is no run to delete" in capsys.readouterr().err
     assert (run.workdir / "thesis.tex").exists()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(launch, tmp_path, capsys):
+    """R6: the lock is the system's, so nothing is left behind by SIGKILL."""
+    workdir = tmp_path / "runs" / "a"
+    hold = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from instruct_jax.cli import open_workdir\n"
+        "with open_workdir(Path(sys.argv[1]), None, {'process': '7 on here', 'config': {}}):\n"
+        "    Path(sys.argv[1], 'held').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", hold, str(workdir)], env=environment) as other:
+        try:
+            while not (workdir / "held").exists():
+                assert other.poll() is None
+                time.sleep(0.02)
+            for flags in ((), ("--overwrite",)):
+                with pytest.raises(SystemExit) as exit_:
+                    launch(*flags)
+                assert exit_.value.code == 2
+                assert "is in use by another process, 7 on here; wait" in capsys.readouterr().err
+            assert (workdir / "held").exists()
+        finally:
+            other.kill()
+    launch("--overwrite", main=write_a_file)
+    assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "log"]
 
 
 def test_a_mistake_found_late_keeps_an_earlier_run(launch, tmp_path):

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from instruct_jax.cli.config import field_help, from_config, load_config, resolve, suggest
-from instruct_jax.cli.workdir import Run, claim, describe, recorded
+from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, RunError
 
 __all__ = [
     "Run",
-    "claim",
     "describe",
     "from_config",
     "load_config",
-    "recorded",
+    "open_workdir",
     "resolve",
     "run",
 ]
@@ -54,9 +53,9 @@ def run(
             print(flags.usage + field_help(config, flags.config))
             return
         workdir = flags.workdir or Path("runs", Path(flags.config.partition(":")[0]).stem)
-        claim(workdir, config, overwrite=flags.overwrite)
-        _configure_jax(flags.host_devices)
-        with recorded(workdir, describe(config, flags.config, flags.mesh, argv)):
+        record = describe(config, flags.config, flags.mesh, argv)
+        with open_workdir(workdir, config, record, overwrite=flags.overwrite):
+            _configure_jax(flags.host_devices)
             main(config, Run(workdir, flags.mesh))
     except RunError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)

@@ -2,10 +2,11 @@
 
 The record holds the resolved configuration, versions, commit and command. A directory belongs to
 one configuration: the same one resumes it, another is refused, so that no run is written over by
-mistake.
+mistake. It belongs to one process at a time.
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -49,20 +50,65 @@ class Run:
         self.record(data=hashes, licences=licences)
 
 
-def claim(workdir: Path, config: Any, *, overwrite: bool) -> None:
-    """Raises ConfigError where `workdir` holds anything but an earlier part of this run.
+@contextmanager
+def open_workdir(
+    workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool = False
+) -> Iterator[None]:
+    """Within it `workdir` belongs to this run and to this process; the record is written first.
 
-    With `overwrite` an earlier run is deleted.
+    Raises ConfigError where another process works in it (R6), and where it holds anything but an
+    earlier part of this run, which `overwrite` deletes. Where a run fails and has written nothing
+    else, the record and the directories made for it are taken back.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is not a directory")
+    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _locked(workdir):
+        _claim(workdir, config, overwrite=overwrite)
+        path = workdir / RECORD
+        fresh = not path.exists()
+        _write_json(path, record)
+        try:
+            yield
+        except BaseException:
+            if fresh and _files(workdir) == [path]:
+                shutil.rmtree(workdir)
+                for parent in made[1:]:
+                    parent.rmdir()
+            raise
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    # The system lets go of it when the process ends, however it ends: no lock is ever stale.
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            record = workdir / RECORD
+            holder = json.loads(record.read_text()).get("process", "") if record.exists() else ""
+            raise ConfigError(
+                f"{workdir} is in use by another process{holder and f', {holder}'}; "
+                "wait for it, stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {workdir} cannot be locked ({error.strerror})", file=sys.stderr)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(workdir: Path, config: Any, *, overwrite: bool) -> None:
     record = workdir / RECORD
     if not _files(workdir):
         return
     if overwrite:
         if not record.exists():
             raise ConfigError(f"--overwrite: no {RECORD} in {workdir}, so it is no run to delete")
-        shutil.rmtree(workdir)
+        for path in workdir.iterdir():  # the directory itself holds the lock
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif record.exists():
         changes = _changes(record, config)
         if changes:
@@ -71,23 +117,6 @@ def claim(workdir: Path, config: Any, *, overwrite: bool) -> None:
                 f"{workdir} holds a run with another configuration"
                 f" ({', '.join(changes[:3])}{more}); choose another --workdir, or --overwrite"
             )
-
-
-@contextmanager
-def recorded(workdir: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Writes the record first; takes it back where the run fails and has written nothing else."""
-    path = workdir / RECORD
-    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
-    fresh = not path.exists()
-    _write_json(path, record)
-    try:
-        yield
-    except BaseException:
-        if fresh and _files(workdir) == [path]:
-            shutil.rmtree(workdir)
-            for parent in made[1:]:
-                parent.rmdir()
-        raise
 
 
 def describe(config: Any, config_file: str, mesh: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +134,7 @@ def describe(config: Any, config_file: str, mesh: str, argv: Sequence[str]) -> d
         "mesh": mesh,
         "versions": versions,
         "commit": _commit(),
+        "process": f"{os.getpid()} on {platform.node()}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
