@@ -88,9 +88,13 @@ def parameter_count(config: TransformerConfig) -> int:
     """Parameters of the language model, the rows that only pad the vocabulary left out."""
     c, d = config, config.d_model
     query, key = c.num_heads * c.head_size, c.kv_heads * c.head_size
-    matrices = 2 * d * query + 2 * d * key + (3 if c.activation == "swiglu" else 2) * d * c.ff_size
-    biases = query + 2 * key + d + c.ff_size * (2 if c.activation == "swiglu" else 1) + d
-    norm = d * (2 if c.norm == "layernorm" else 1)
-    layer = matrices + biases * c.use_bias + 2 * norm
+    matrices = 2 * d * query + 2 * d * key + (3 if c.gated else 2) * d * c.ff_size
+    qkv_bias = c.use_bias if c.qkv_bias is None else c.qkv_bias
+    biases = (query + 2 * key) * qkv_bias
+    biases += (d + c.ff_size * (2 if c.gated else 1) + d) * c.use_bias
+    each = 2 if c.norm == "layernorm" else 1
+    norms = (4 if c.norm_order == "sandwich" else 2) * d + 2 * c.head_size * c.qk_norm
+    layer = matrices + biases + each * norms
     tables = c.vocab_size * d * (1 if c.tie_embeddings else 2)
-    return c.num_layers * layer + norm + tables + c.max_length * d * (c.positions == "learned")
+    tables += c.max_length * d * (c.positions == "learned")
+    return c.num_layers * layer + each * d * (c.norm_order != "post") + tables

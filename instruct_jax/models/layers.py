@@ -4,13 +4,18 @@ Every layer computes
 
     x <- x + dropout(Attention(norm(x)))     Attention = softmax(q k^T / sqrt(H) + mask) v W_out
     x <- x + dropout(MLP(norm(x)))           MLP = act(x W_up) W_down, or, gated,
-                                                   (silu(x W_gate) * x W_up) W_down
+                                                   (act(x W_gate) * x W_up) W_down
+
+`norm_order` moves the norms: "post" is x <- norm(x + f(x)), "sandwich" x <- x + norm(f(norm(x))).
+With `parallel_residual` the MLP reads what the attention read. In a local layer (an "l" of
+`attention_pattern`) query t sees the last `window` tokens only, and may turn by a base of its own.
 
 Axes: B batch, T/S query/key length, D model, N heads, K key/value heads, G = N/K query heads per
 key/value head, H head size, F feed-forward, V vocabulary rows, L layers.
 
 Parameters are fp32; `dtype` is what matrices are multiplied in. Norm statistics and softmax are
-fp32. Attention is dense in every layer: GPT-3's alternation with locally banded ones is left out.
+fp32. The GPT-3 presets are dense in every layer ("g"); its alternation with locally banded ones is
+`attention_pattern="gl"`.
 """
 
 import dataclasses
@@ -32,9 +37,12 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "relu": nn.relu,
     "swiglu": nn.silu,
+    "geglu": functools.partial(nn.gelu, approximate=True),
 }
+_GATED = ("swiglu", "geglu")
 _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
+    "norm_order": ("pre", "post", "sandwich"),
     "activation": tuple(_ACTIVATIONS),
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16"),
@@ -48,6 +56,13 @@ class TransformerConfig:
     `num_kv_heads`, `head_dim` and `d_ff` default to `num_heads`, `d_model / num_heads` and
     `4 * d_model`; read the resolved sizes from `kv_heads`, `head_size` and `ff_size`.
     Raises ValueError for an unknown choice or sizes that do not fit together.
+
+    What GPT and LLaMA do not have is off by default. `norm_offset` is added to every norm's scale
+    (Gemma stores scale - 1). `qk_norm` normalises every query and key head. `query_scalar` stands
+    for H under the root of the scores. A soft cap c turns x into c tanh(x / c). `rope_fraction` is
+    the part of a head that turns. `rope_factor` divides the frequencies; with
+    `rope_original_length` only the low ones, as LLaMA 3 does. `attention_pattern` says which layers
+    are global and local, and is repeated: "lllllg" is Gemma 3's.
     """
 
     vocab_size: int
@@ -59,11 +74,28 @@ class TransformerConfig:
     d_ff: int | None = None
     max_length: int = 1024
     norm: str = "layernorm"
+    norm_order: str = "pre"
+    norm_offset: float = 0.0
+    norm_eps: float = 1e-5
     activation: str = "gelu"
+    use_bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    query_scalar: float | None = None
+    parallel_residual: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    attention_pattern: str = "g"
+    window: int | None = None
     positions: str = "learned"
     rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    use_bias: bool = True
+    rope_local_theta: float | None = None
+    rope_fraction: float = 1.0
+    rope_factor: float = 1.0
+    rope_original_length: int | None = None
+    rope_low_factor: float = 1.0
+    rope_high_factor: float = 4.0
+    scale_embeddings: bool = False
     tie_embeddings: bool = True
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
@@ -96,8 +128,22 @@ class TransformerConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}"
             )
-        if self.positions == "rope" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
+        if self.positions == "rope" and (self.rotary_size < 2 or self.rotary_size % 2):
+            raise ValueError(
+                "rotary positions need an even head size"
+                f" (the part of it that turns), got {self.rotary_size}"
+            )
+        if not self.attention_pattern or set(self.attention_pattern) - set("gl"):
+            raise ValueError(
+                f"attention_pattern={self.attention_pattern!r}: g and l, for global and local"
+            )
+        if "l" in self.attention_pattern and (self.window is None or self.window < 1):
+            raise ValueError(f"local layers need a window of at least 1, got {self.window}")
+        for field in ("norm_eps", "rope_theta", "rope_local_theta", "rope_factor", "query_scalar",
+                      "attention_softcap", "logit_softcap"):  # fmt: skip
+            value = getattr(self, field)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"{field} must be positive, got {value}")
 
     @property
     def kv_heads(self) -> int:
@@ -115,6 +161,22 @@ class TransformerConfig:
         return 4 * self.d_model if self.d_ff is None else self.d_ff
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward half has a gate."""
+        return self.activation in _GATED
+
+    @property
+    def rotary_size(self) -> int:
+        """The part of a head that turns with its position."""
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Of every layer, whether it is local."""
+        pattern = self.attention_pattern
+        return tuple(pattern[i % len(pattern)] == "l" for i in range(self.num_layers))
+
+    @property
     def pad_id(self) -> int:
         """The first id past the real vocabulary."""
         return self.vocab_size
@@ -125,37 +187,63 @@ class TransformerConfig:
         return -(-(self.vocab_size + 1) // self.vocab_multiple) * self.vocab_multiple
 
 
-class Context(NamedTuple):
-    """What every layer needs to know about the rows: who sees whom, and where everyone stands."""
+class View(NamedTuple):
+    """Who sees whom, and where everyone stands."""
 
     mask: jax.Array  # bool[B, 1, 1, T, S]
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin, f32[B, 1, T, H/2]
+
+
+class Context(NamedTuple):
+    """What a layer needs to know about the rows.
+
+    Where global and local layers alternate, `local` is the view of the local ones, and `is_local`
+    says which this layer is: an array in a scan over the layers, a bool where they are unrolled.
+    """
+
+    everywhere: View
     index: jax.Array | int  # the cache slot of the first query
+    local: View | None = None
+    is_local: jax.Array | bool | None = None
+
+    @property
+    def view(self) -> View:
+        """This layer's view."""
+        if self.local is None:
+            return self.everywhere
+        if isinstance(self.is_local, bool):
+            return self.local if self.is_local else self.everywhere
+        return jax.tree.map(
+            functools.partial(jnp.where, self.is_local), self.local, self.everywhere
+        )
 
 
 class Norm(nn.Module):
-    """LayerNorm (with bias) or RMSNorm over the last axis of [B, T, D], in fp32."""
+    """LayerNorm (with bias) or RMSNorm over the last axis, in fp32."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> dtype[B, T, D]."""
-        c = self.config
+        """[..., D] -> dtype[..., D]."""
+        c, size, others = self.config, x.shape[-1], tuple(range(x.ndim - 1))
         x = x.astype(jnp.float32)
         if c.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
-        scale = self.param("scale", nn.initializers.ones, (c.d_model,), jnp.float32)
-        x = x * scale.astype(jnp.float32)[None, None]
+        ones = nn.initializers.constant(1.0 - c.norm_offset)
+        scale = self.param("scale", ones, (size,), jnp.float32).astype(jnp.float32)
+        if c.norm_offset:
+            scale = scale + c.norm_offset
+        x = x * jnp.expand_dims(scale, others)
         if c.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (c.d_model,), jnp.float32)
-            x = x + bias.astype(jnp.float32)[None, None]
+            bias = self.param("bias", nn.initializers.zeros, (size,), jnp.float32)
+            x = x + jnp.expand_dims(bias.astype(jnp.float32), others)
         return x.astype(c.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key/value heads."""
+    """Causal attention with grouped key/value heads, global or local."""
 
     config: TransformerConfig
 
@@ -166,23 +254,29 @@ class Attention(nn.Module):
         """[B, T, D] and this layer's cached keys and values -> [B, T, D] and the written cache."""
         c = self.config
         batch, length, _ = x.shape
+        mask, rotation = context.view
 
         def heads(name: str, count: int) -> jax.Array:
-            y = _dense(c, count * c.head_size, name)(x)
+            bias = c.use_bias if c.qkv_bias is None else c.qkv_bias
+            y = _dense(c, count * c.head_size, name, use_bias=bias)(x)
             return y.reshape(batch, length, count, c.head_size).swapaxes(1, 2)
 
         q, k, v = heads("query", c.num_heads), heads("key", c.kv_heads), heads("value", c.kv_heads)
-        if context.rotation is not None:
-            q, k = _rotate(q, *context.rotation), _rotate(k, *context.rotation)
+        if c.qk_norm:
+            q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
+        if rotation is not None:
+            q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         if cache is not None:
             write = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=context.index, axis=2
             )
             k, v = cache = write(cache[0], k), write(cache[1], v)
 
-        q = (q * c.head_size**-0.5).reshape(batch, c.kv_heads, -1, length, c.head_size)
+        scale = (c.query_scalar or c.head_size) ** -0.5
+        q = (q * scale).reshape(batch, c.kv_heads, -1, length, c.head_size)
         scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(jnp.where(context.mask, scores, MASKED)).astype(c.dtype)
+        scores = soft_cap(scores, c.attention_softcap)
+        weights = nn.softmax(jnp.where(mask, scores, MASKED)).astype(c.dtype)
         weights = _dropout(self, c.attention_dropout, weights)
         y = jnp.einsum("bkgts,bksh->bkgth", weights, v)
         y = y.reshape(batch, c.num_heads, length, c.head_size).swapaxes(1, 2)
@@ -201,15 +295,12 @@ class MLP(nn.Module):
         c = self.config
         activation = _ACTIVATIONS[c.activation]
         y = _dense(c, c.ff_size, "up")(x)
-        if c.activation == "swiglu":
-            y = activation(_dense(c, c.ff_size, "gate")(x)) * y
-        else:
-            y = activation(y)
+        y = activation(_dense(c, c.ff_size, "gate")(x)) * y if c.gated else activation(y)
         return _dense(c, c.d_model, "down", depth_scaled=True)(y)
 
 
 class Block(nn.Module):
-    """One pre-norm layer; returns the cache second, so that it can be scanned and unrolled."""
+    """One layer; returns the cache second, so that it can be scanned and unrolled."""
 
     config: TransformerConfig
 
@@ -222,11 +313,20 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """[B, T, D] -> [B, T, D] and the written cache."""
         c = self.config
-        y = Norm(c, name="attention_norm")(x)
-        y, cache = Attention(c, name="attention")(y, context, cache)
-        x = x + _dropout(self, c.residual_dropout, y)
-        y = MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x))
-        return x + _dropout(self, c.residual_dropout, y), cache
+
+        def read(x: jax.Array, name: str) -> jax.Array:
+            return x if c.norm_order == "post" else Norm(c, name=f"{name}_norm")(x)
+
+        def write(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+            if c.norm_order == "sandwich":
+                y = Norm(c, name=f"{name}_post_norm")(y)
+            x = x + _dropout(self, c.residual_dropout, y)
+            return Norm(c, name=f"{name}_norm")(x) if c.norm_order == "post" else x
+
+        y, cache = Attention(c, name="attention")(read(x, "attention"), context, cache)
+        attended = write(x, y, "attention")
+        y = MLP(c, name="mlp")(read(x if c.parallel_residual else attended, "mlp"))
+        return write(attended, y, "mlp"), cache
 
 
 class Embedder(nn.Module):
@@ -248,6 +348,8 @@ class Embedder(nn.Module):
         # A gather from a table split on D as well makes the partitioner replicate its result.
         table = _constrain(self.tokens, ("tensor",), ())
         x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if c.positions == "learned":
             # Padding to the right of a full row counts one position too many.
             x = x + jnp.take(self.positions, positions, axis=0, mode="clip").astype(c.dtype)
@@ -268,23 +370,64 @@ class Matrix(nn.Module):
 def make_context(
     c: TransformerConfig, visible: jax.Array, positions: jax.Array, index: jax.Array | int = 0
 ) -> Context:
-    """The context of visible bool[B, T, S] and positions int32[B, T]; theta_i = base^(-2i/H)."""
-    rotation = None
-    if c.positions == "rope":
-        exponents = jnp.arange(0, c.head_size, 2, dtype=jnp.float32) / c.head_size
-        frequencies = c.rope_theta**-exponents
-        angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None]
-        rotation = jnp.cos(angles), jnp.sin(angles)
-    return Context(visible[:, None, None], rotation, index)
+    """The context of visible bool[B, T, S] and positions int32[B, T].
+
+    Keys stand in slots 0..S-1 and queries in those from `index` on.
+    """
+    kinds = set(c.local_layers)
+    everywhere = View(visible[:, None, None], _rotation(c, positions))
+    if kinds == {False}:
+        return Context(everywhere, index)
+    length, slots = visible.shape[1:]
+    distance = (index + jnp.arange(length))[:, None] - jnp.arange(slots)[None]
+    near = visible & (distance < (c.window or 0))[None]
+    local = View(near[:, None, None], _rotation(c, positions, local=True))
+    if kinds == {True}:
+        return Context(local, index)
+    return Context(everywhere, index, local, jnp.array(c.local_layers))
 
 
-def _dense(c: TransformerConfig, features: int, name: str, depth_scaled: bool = False) -> nn.Dense:
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): x where it is small, never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _rotation(
+    c: TransformerConfig, positions: jax.Array, *, local: bool = False
+) -> tuple[jax.Array, jax.Array] | None:
+    """cos and sin of position * theta_i, with theta_i = base^(-2i/H)."""
+    if c.positions != "rope":
+        return None
+    own_base = c.rope_local_theta if local else None
+    base = c.rope_theta if own_base is None else own_base
+    exponents = jnp.arange(0, c.rotary_size, 2, dtype=jnp.float32) / c.rotary_size
+    frequencies = base**-exponents
+    if c.rope_factor != 1.0 and own_base is None:
+        kept = 0.0
+        if c.rope_original_length is not None:
+            # LLaMA 3: how often a frequency turns in the original length decides what is kept.
+            turns = c.rope_original_length * frequencies / (2 * math.pi)
+            low, high = c.rope_low_factor, c.rope_high_factor
+            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / c.rope_factor)
+    angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _dense(
+    c: TransformerConfig,
+    features: int,
+    name: str,
+    *,
+    depth_scaled: bool = False,
+    use_bias: bool | None = None,
+) -> nn.Dense:
     # GPT-2: the matrices that write to the residual stream start smaller, so that its variance
     # does not grow with the 2L sums.
     std = c.init_std * ((2 * c.num_layers) ** -0.5 if depth_scaled else 1.0)
     return nn.Dense(
         features,
-        use_bias=c.use_bias,
+        use_bias=c.use_bias if use_bias is None else use_bias,
         dtype=c.dtype,
         kernel_init=nn.initializers.normal(std),
         name=name,
@@ -299,9 +442,14 @@ def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    # Pairs are (i, i + H/2), as in Hugging Face checkpoints, not (2i, 2i + 1).
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    # Pairs are (i, i + H/2), as in Hugging Face checkpoints, not (2i, 2i + 1). What is past the
+    # rotary size stays.
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    if size == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
 def _constrain(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""One decoder-only transformer: GPT-2/GPT-3 or LLaMA by configuration, language or scalar read-out.
+"""One decoder-only transformer: every family by configuration, language or scalar read-out.
 
 x_0 = E[token] (+ P[position] when positions are learned); L layers (`layers.py`); the read-out of
 norm(x_L) is vocabulary logits (`LanguageModel`) or one number per position (`ScalarModel`: a reward
@@ -24,11 +24,13 @@ from flax import linen as nn
 from instruct_jax.models.layers import (
     MASKED,
     Block,
+    Context,
     Embedder,
     Matrix,
     Norm,
     TransformerConfig,
     make_context,
+    soft_cap,
 )
 
 Params = Any  # a nested dict of arrays
@@ -80,6 +82,12 @@ class Model(NamedTuple):
     """(params, tokens, cache, *, mask, last_only) -> (f32[B, T or 1, V], cache)"""
 
 
+# Every layer sees the same rows; whether it is local is its own.
+_ALL: Any = nn.broadcast
+_EACH: Any = 0
+_SCANNED = Context(everywhere=_ALL, index=_ALL, local=_ALL, is_local=_EACH)
+
+
 class _Trunk(nn.Module):
     """Everything below the read-out; the parameter names are the same for both models."""
 
@@ -94,11 +102,11 @@ class _Trunk(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(_SCANNED,),
             length=c.num_layers,
             unroll=min(c.scan_unroll, c.num_layers),
         )(c)
-        self.final_norm = Norm(c)
+        self.final_norm = Norm(c) if c.norm_order != "post" else (lambda x: x)
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int32[B, T] twice -> dtype[B, T, D]."""
@@ -142,6 +150,7 @@ class LanguageModel(_Trunk):
         logits = jnp.einsum(
             "...d,dv->...v", hidden, kernel.astype(c.dtype), preferred_element_type=jnp.float32
         )
+        logits = soft_cap(logits, c.logit_softcap)
         real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < c.vocab_size
         return jnp.where(real, logits, MASKED)
 
@@ -240,7 +249,7 @@ def scalar_from_language(
     """Scalar parameters with the language model's trunk and a fresh head."""
     d = config.d_model
     kernel = jax.random.normal(key, (d, 1), jnp.float32) * (d + 1) ** -0.5
-    trunk = {name: language_params[name] for name in ("embedder", "layers", "final_norm")}
+    trunk = {name: tree for name, tree in language_params.items() if name != "unembedding"}
     return {**trunk, "head": {"kernel": kernel, "bias": jnp.zeros((1,), jnp.float32)}}
 
 
@@ -332,7 +341,10 @@ def _decode(
     block = Block(c)
     written = []
     x = _call(module, "embed", params, tokens, positions)
-    for layer, *layer_cache in zip(layers, cache.keys, cache.values, strict=True):
+    for layer, local, *layer_cache in zip(
+        layers, c.local_layers, cache.keys, cache.values, strict=True
+    ):
+        context = context._replace(is_local=local)
         x, layer_cache = _call(block, "__call__", layer, x, context, tuple(layer_cache))
         written.append(layer_cache)
     logits = _call(module, "finish", params, x[:, -1:] if last_only else x)

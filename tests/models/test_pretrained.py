@@ -240,8 +240,10 @@ def test_llama_options_of_old_and_new_transformers_are_understood(tmp_path):
     no_weights = "model.safetensors: no such file"
     assert no_weights in problem(rope_theta=5e5, rope_scaling=None)
     assert no_weights in problem(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    assert "rope type='llama3'" in problem(rope_scaling={"rope_type": "llama3", "factor": 8.0})
-    assert "rope type='linear'" in problem(rope_scaling={"type": "linear", "factor": 2.0})
+    assert no_weights in problem(rope_scaling={"type": "linear", "factor": 2.0})
+    assert "rope type='dynamic'" in problem(rope_scaling={"type": "dynamic", "factor": 2.0})
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert "'original_max_position_embeddings' is missing" in problem(rope_scaling=llama3)
     assert "attention_bias=True" in problem(attention_bias=True)
     del raw["hidden_size"]
     assert "'hidden_size' is missing" in problem()

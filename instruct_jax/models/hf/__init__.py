@@ -1,0 +1,23 @@
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer and chat template.
+
+`families.py` says what a family is and how to add one. No torch, no pickle, and no code of a
+folder is ever run.
+"""
+
+from instruct_jax.models.hf.card import model_card
+from instruct_jax.models.hf.families import FAMILIES, family_of
+from instruct_jax.models.hf.reading import Pretrained, inspect_pretrained, load_pretrained
+from instruct_jax.models.hf.text import chat_template_of, read_chat_template
+from instruct_jax.models.hf.writing import save_pretrained
+
+__all__ = [
+    "FAMILIES",
+    "Pretrained",
+    "chat_template_of",
+    "family_of",
+    "inspect_pretrained",
+    "load_pretrained",
+    "model_card",
+    "read_chat_template",
+    "save_pretrained",
+]
