@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.errors import UserError
 from instruct_jax.evaluation.intervals import Interval, bootstrap_mean
 from instruct_jax.losses import next_token_loss
 from instruct_jax.models.transformer import Model
@@ -76,6 +77,8 @@ def target_log_probs(
     """
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     loss_mask = mask if loss_mask is None else loss_mask & mask
+    if not len(tokens):
+        raise UserError("no row is held out; raise data.valid_fraction, or give more data")
     parts = axes_size(mesh, BATCH_AXES) if mesh else 1
     rows = -(-min(batch_size, len(tokens)) // parts) * parts
     sharding = batch_sharding(mesh) if mesh else None

@@ -22,7 +22,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from instruct_jax.errors import CheckpointError
-from instruct_jax.training.integrity import UNFINISHED, find_damage, write_manifest
+from instruct_jax.training.integrity import UNFINISHED, write_manifest
+from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
 
 # 1 had no manifests.
 FORMAT = 2
@@ -35,7 +36,7 @@ Metadata = dict[str, Any]
 
 
 class Checkpointer:
-    """The steps of one run: the newest `keep` stay, and every multiple of `keep_every`.
+    """The steps of one run: the newest `keep` stay, every multiple of `keep_every`, pinned ones.
 
     Opening it checks the newest step; one that is damaged is moved aside, with a warning that says
     why, and the next older is checked. Raises CheckpointError where steps are left but none intact.
@@ -45,7 +46,8 @@ class Checkpointer:
         self, directory: str | Path, *, keep: int = 2, keep_every: int | None = None
     ) -> None:
         policies = ocp.training.preservation_policies
-        preserve: list[Any] = [policies.LatestN(keep)]
+        pinned = sorted(pinned_steps(Path(directory)))
+        preserve: list[Any] = [policies.LatestN(keep), policies.CustomSteps(pinned)]
         if keep_every is not None:
             preserve.append(policies.EveryNSteps(keep_every))
         self.directory = Path(directory).absolute()
@@ -161,24 +163,6 @@ def set_damaged_aside(directory: Path) -> dict[int, str]:
     return reasons
 
 
-def step_numbers(directory: Path) -> list[int]:
-    """The steps below `directory`, whether or not they are intact, oldest first."""
-    names = (path.name for path in directory.iterdir()) if directory.is_dir() else ()
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def damage_of(path: Path) -> str | None:
-    """Why the step or model in `path` cannot be trusted, or None; format 1 has no manifest."""
-    reason = find_damage(path)
-    if reason != UNFINISHED:
-        return reason
-    try:
-        record = ocp.checkpointables_metadata(str(path)).custom_metadata
-    except Exception:
-        return reason
-    return None if isinstance(record, dict) and record.get("format") == 1 else reason
-
-
 def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
     """Writes the final parameters of a stage, over an earlier model in `directory`."""
     ocp.save_checkpointables(
@@ -203,12 +187,30 @@ def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metada
     if (reason := damage_of(path)) is not None:
         raise CheckpointError(f"{path}: {reason}")
     if abstract is None:
-        stored = _guarded(path, lambda: ocp.checkpointables_metadata(str(path)).metadata["params"])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+        abstract = _as_stored(path, "params")
     items, metadata = _load(
         path, {"params": abstract}, lambda items: ocp.load_checkpointables(str(path), items)
     )
     return items["params"], metadata
+
+
+def load_item(directory: str | Path, name: str) -> Any:
+    """One item of a saved step as nested dicts, as it was saved, on the default device.
+
+    Raises CheckpointError.
+    """
+    path = Path(directory).absolute()
+    items, _ = _load(
+        path,
+        {name: _as_stored(path, name)},
+        lambda items: ocp.load_checkpointables(str(path), items),
+    )
+    return items[name]
+
+
+def _as_stored(path: Path, name: str) -> Any:
+    stored = _guarded(path, lambda: ocp.checkpointables_metadata(str(path)).metadata[name])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
 
 
 def _record(metadata: Metadata | None) -> Metadata:

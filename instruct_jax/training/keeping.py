@@ -1,0 +1,117 @@
+"""What stands in a directory of checkpoints: which steps, whether intact, which stay for good.
+
+A pinned step is never deleted, neither by a run that goes on nor by `prune` (R17).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import orbax.checkpoint.experimental.v1 as ocp
+
+from instruct_jax.errors import CheckpointError
+from instruct_jax.training.integrity import MANIFEST, UNFINISHED, find_damage
+
+PINS = "pinned.json"
+
+
+class Step(NamedTuple):
+    """One saved step, as it lies on disk; whether its bits are right only `damage_of` can say."""
+
+    number: int
+    path: Path
+    size: int  # bytes
+    written: float  # seconds since the epoch
+    finished: bool
+    pinned: bool
+
+
+def step_numbers(directory: Path) -> list[int]:
+    """The steps below `directory`, whether or not they are intact, oldest first."""
+    names = (path.name for path in directory.iterdir()) if directory.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def saved_steps(directory: Path) -> list[Step]:
+    """All steps of `directory`, oldest first; CheckpointError where there is no such directory."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no checkpoints here")
+    pins = pinned_steps(directory)
+    steps = []
+    for number in step_numbers(directory):
+        path = directory / str(number)
+        files = [file.stat() for file in path.rglob("*") if file.is_file()]
+        steps.append(
+            Step(
+                number,
+                path,
+                size=sum(stat.st_size for stat in files),
+                written=max((stat.st_mtime for stat in files), default=0.0),
+                finished=(path / MANIFEST).exists(),
+                pinned=number in pins,
+            )
+        )
+    return steps
+
+
+def damage_of(path: Path) -> str | None:
+    """Why the step or model in `path` cannot be trusted, or None; format 1 has no manifest."""
+    reason = find_damage(path)
+    if reason != UNFINISHED:
+        return reason
+    try:
+        record = ocp.checkpointables_metadata(str(path)).custom_metadata
+    except Exception:
+        return reason
+    return None if isinstance(record, dict) and record.get("format") == 1 else reason
+
+
+def pinned_steps(directory: Path) -> set[int]:
+    """The steps that stay; CheckpointError where the file of pins cannot be read."""
+    path = directory / PINS
+    try:
+        return {int(step) for step in json.loads(path.read_text())}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a list of steps ({error})") from error
+
+
+def pin(directory: Path, steps: Collection[int], *, pinned: bool = True) -> set[int]:
+    """Pins steps, or unpins them; the pins after it. CheckpointError for a step that is not there.
+
+    A run that is going on reads the pins when it starts.
+    """
+    if unknown := set(steps) - set(step_numbers(directory)):
+        raise CheckpointError(f"{directory}: no step {', '.join(map(str, sorted(unknown)))}")
+    before = pinned_steps(directory)
+    after = before | set(steps) if pinned else before - set(steps)
+    partial = directory / f"{PINS}.tmp"
+    partial.write_text(json.dumps(sorted(after)) + "\n")
+    os.replace(partial, directory / PINS)
+    return after
+
+
+def prune(directory: Path, *, keep: int) -> list[int]:
+    """Deletes all finished steps but the newest `keep` and the pinned ones; which were deleted.
+
+    The newest that is intact to the bit is never deleted, nor is anything newer than it: what
+    cannot be trusted does not count as kept. ValueError for `keep` below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, expected 1 or more")
+    kept, deleted = 0, []
+    for step in reversed(saved_steps(directory)):
+        if kept >= keep:
+            if not step.pinned:
+                # Renamed first: a directory half deleted must not look like a step.
+                doomed = step.path.with_name(f"{step.number}.deleting")
+                os.replace(step.path, doomed)
+                shutil.rmtree(doomed)
+                deleted.append(step.number)
+        elif damage_of(step.path) is None:
+            kept += 1
+    return sorted(deleted)

@@ -1,0 +1,100 @@
+"""experiments/checkpoint.py on the checkpoints of a real run."""
+
+import importlib
+import shutil
+
+import pytest
+
+from instruct_jax.stages.stage import load_trained
+from instruct_jax.training.keeping import step_numbers
+from tests.experiments import scripts
+from tests.stages.lab import same_bits
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of an SFT run that saved every second step and kept the last two."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    rows = scripts.write_rows(folder / "data")
+    init = scripts.write_model(folder / "init")
+    scripts.launch(
+        "sft", "--config=configs/sft.py:debug", f"--workdir={folder / 'run'}", "--mesh=data:2",
+        "--config.data.source=files", f"--config.data.demonstrations={rows['demonstrations']}",
+        f"--config.init={init}", "--config.sft.save_every=2", "--config.sft.pack_length=none",
+        "--config.sft.prompt_length=24", "--config.sft.response_length=16",
+        "--config.data.valid_fraction=0.3",
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def call(*arguments):
+    importlib.import_module("experiments.checkpoint").main([str(a) for a in arguments])
+
+
+def test_a_healthy_run_is_listed_and_verified(run, capsys):
+    call("list", run)
+    call("verify", run)
+    text = capsys.readouterr().out
+    for step in step_numbers(run / "checkpoints"):
+        assert f"step {step}: intact" in text
+    assert ("finished" in text and "MiB" in text) or "KiB" in text
+
+
+def test_damage_ends_with_code_4_and_the_name_of_the_file(run, capsys):
+    newest = run / "checkpoints" / str(step_numbers(run / "checkpoints")[-1])
+    path = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for arguments in (["verify", run], ["export", run, "--to", run / "x"]):
+        with pytest.raises(SystemExit) as exit_:
+            call(*arguments)
+        assert exit_.value.code == 4
+    out, err = capsys.readouterr()
+    assert f"{path.name} was changed" in out
+    assert err.count("\n") == 2 and path.name in err
+    assert not (run / "x").exists()
+
+
+def test_an_exported_step_is_the_model_that_the_run_wrote(run):
+    call("export", run, "--to", run / "exported")
+    exported, own = load_trained(run / "exported"), load_trained(run / "model")
+    assert same_bits(exported.params, own.params)
+    assert exported.config == own.config
+    older = step_numbers(run / "checkpoints")[0]
+    call("export", run, "--to", run / "older", "--step", older, "--like", run / "model")
+    assert not same_bits(load_trained(run / "older").params, own.params)
+    assert load_trained(run / "older").stage == f"sft at step {older}"
+
+
+def test_pruning_keeps_the_pinned_step(run, capsys):
+    first, *_, last = step_numbers(run / "checkpoints")
+    assert first != last
+    call("pin", run, "--step", first)
+    call("prune", run, "--keep", 1)
+    assert step_numbers(run / "checkpoints") == [first, last]
+    call("pin", run, "--step", first, "--off")
+    call("prune", run)
+    assert step_numbers(run / "checkpoints") == [last]
+    assert f"deleted: {first}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["list"], 4, "no checkpoints here"),
+        (["export", "--to", "x", "--step", "1"], 4, "no checkpoints here"),
+        (["prune", "--keep", "0"], 2, "--keep=0: expected 1 or more"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, arguments, code, message):
+    with pytest.raises(SystemExit) as exit_:
+        call(arguments[0], tmp_path, *arguments[1:])
+    assert exit_.value.code == code
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
