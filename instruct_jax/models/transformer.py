@@ -66,16 +66,19 @@ class Model(NamedTuple):
     """The pure-function face of one configuration; `language_model` and `scalar_model` make it.
 
     `tokens` is int32[B, T], `mask` bool[B, T] is true at real tokens (all of them by default),
-    `segment_ids` int32[B, T] keeps packed rows apart, dropout acts only when `dropout_key` is
-    given. `apply` is `readout` after `hidden`.
+    `segment_ids` int32[B, T] keeps packed rows apart, `branches` int32[B, T] the continuations
+    1, 2, ... of a common beginning 0, with the `positions` int32[B, T] of their tokens
+    (`data/branches.py`), dropout acts only when `dropout_key` is given. `apply` is `readout` after
+    `hidden`.
     """
 
     config: TransformerConfig
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
-    """(params, tokens, *, mask, segment_ids, dropout_key) -> f32[B, T, V], or f32[B, T] (scalar)"""
+    """(params, tokens, *, mask, segment_ids, branches, positions, dropout_key) -> f32[B, T, V], or
+    f32[B, T] (scalar)"""
     hidden: Callable[..., jax.Array]
-    """(params, tokens, *, mask, segment_ids, dropout_key) -> dtype[B, T, D], after the last norm"""
+    """The same arguments -> dtype[B, T, D], after the last norm"""
     readout: Callable[[Params, jax.Array], jax.Array]
     """(params, [..., D]) -> f32[..., V], or f32[...] (scalar)"""
     decode: Callable[..., tuple[jax.Array, Cache]]
@@ -117,6 +120,8 @@ class _Trunk(nn.Module):
         tokens: jax.Array,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        branches: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """int32[B, T] -> dtype[B, T, D] after the last norm."""
         c, (_, length) = self.config, tokens.shape
@@ -124,10 +129,18 @@ class _Trunk(nn.Module):
             if c.positions == "learned" and length > c.max_length:
                 raise ValueError(f"{length} tokens do not fit max_length={c.max_length}")
             mask = jnp.ones(tokens.shape, jnp.bool_)
-        positions = token_positions(mask, segment_ids)
         visible = jnp.tril(jnp.ones((1, length, length), jnp.bool_)) & mask[:, None, :]
         if segment_ids is not None:
             visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        if branches is not None:
+            if positions is None:
+                raise ValueError("branches of a row need the positions of their tokens")
+            if any(c.local_layers):
+                raise ValueError("a sliding window counts slots; branches need full attention")
+            own = branches[:, :, None] == branches[:, None, :]
+            visible &= own | (branches == 0)[:, None, :]
+        if positions is None:
+            positions = token_positions(mask, segment_ids)
         context = make_context(c, visible, positions)
         x, _ = self.layers(self.embedder(tokens, positions), context)
         return self.final_norm(x)
@@ -163,9 +176,11 @@ class LanguageModel(_Trunk):
         tokens: jax.Array,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        branches: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """int32[B, T] -> f32[B, T, V]; the logits at t are for token t + 1."""
-        return self.readout(self.hidden(tokens, mask, segment_ids))
+        return self.readout(self.hidden(tokens, mask, segment_ids, branches, positions))
 
 
 class ScalarModel(_Trunk):
@@ -189,9 +204,11 @@ class ScalarModel(_Trunk):
         tokens: jax.Array,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        branches: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """int32[B, T] -> f32[B, T]."""
-        return self.readout(self.hidden(tokens, mask, segment_ids))
+        return self.readout(self.hidden(tokens, mask, segment_ids, branches, positions))
 
 
 @functools.cache
@@ -304,9 +321,12 @@ def _model(module: _Trunk, decode: Callable[..., tuple[jax.Array, Cache]]) -> Mo
             *,
             mask: jax.Array | None = None,
             segment_ids: jax.Array | None = None,
+            branches: jax.Array | None = None,
+            positions: jax.Array | None = None,
             dropout_key: jax.Array | None = None,
         ) -> jax.Array:
-            return _call(module, method, params, tokens, mask, segment_ids, dropout_key=dropout_key)
+            rows = tokens, mask, segment_ids, branches, positions
+            return _call(module, method, params, *rows, dropout_key=dropout_key)
 
         return function
 

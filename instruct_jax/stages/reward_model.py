@@ -1,7 +1,8 @@
 """Stage 2: the reward model, trained on K-wise rankings (M2).
 
-One prompt with its K ranked completions is one element of the batch (RM-2): K forwards, all pairs
-in one gradient step, every prompt of equal weight (RM-1):
+One prompt with its K ranked completions is one element of the batch (RM-2): the completions are
+branches of one row, so that the prompt is read once; all pairs are in one gradient step, and every
+prompt has equal weight (RM-1):
 
     loss(x) = -(1/|S|) sum_{(w,l) in S} log sigmoid(r(x, y_w) - r(x, y_l)),  S = pairs without ties
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.branches import branch_rows
 from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
@@ -57,9 +59,20 @@ def sequence_scores(
     return final_scores(outputs, flat[1]).reshape(tokens.shape[:-1])
 
 
+def branch_scores(
+    model: Model, params: Any, batch: dict[str, jax.Array], *, key: jax.Array | None = None
+) -> jax.Array:
+    """Rewards of the branches of `branch_rows`, float32[B, K]; meaningless where none is there.
+
+    The same as `sequence_scores` of prompt and completion, each alone.
+    """
+    rows = {name: batch[name] for name in ("mask", "branches", "positions")}
+    outputs = model.apply(params, batch["tokens"], **rows, dropout_key=key)
+    return jnp.take_along_axis(outputs, batch["ends"], axis=1)
+
+
 def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = False) -> LossFn:
-    """K-wise ranking loss over a batch of `tokens` int32[B, K, T], `mask`, `ranks` int32[B, K],
-    `where`.
+    """K-wise ranking loss over a batch of `branch_rows`: tokens int32[B, W] ..., ranks int32[B, K].
 
     The count is the number of prompts with at least one pair that is not a tie, so that a prompt
     whose labeler saw only ties weighs nothing.
@@ -69,9 +82,7 @@ def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = 
         params: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         ranks, where = batch["ranks"], batch["where"]
-        scores = sequence_scores(
-            model, params, batch["tokens"], batch["mask"], key=key if dropout else None
-        )
+        scores = branch_scores(model, params, batch, key=key if dropout else None)
         losses = ranking_loss(scores, ranks, where=where, pair_norm=pair_norm)
         pairs = pair_counts(scores, ranks, where=where)
         count = (pairs.total > 0).sum(dtype=jnp.float32)
@@ -133,14 +144,16 @@ def train(
 ) -> Any:
     """Trains a scalar model on encoded comparisons and sets its zero point; returns the parameters.
 
-    `comparisons`: tokens int32[N, K, T], mask, ranks int32[N, K] (0 is best), where bool[N, K].
+    `comparisons`: tokens int32[N, K, T], mask, ranks int32[N, K] (0 is best), where bool[N, K],
+    prompt_lengths int32[N], as `encode_comparisons` makes them.
     `standard` (tokens int32[N, T], mask) are the rows that fix the scale of the score, see
     `normalise`; they may be None only when `config.normalisation` is "none". Resumes from
     `workdir/checkpoints` when there is one.
     """
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
-    batches = Batches(comparisons, config.batch_size, seed=config.seed)
+    rows = branch_rows(comparisons, pad_id=model.config.pad_id)
+    batches = Batches(rows, config.batch_size, seed=config.seed)
     steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
     params = fit(
         config,

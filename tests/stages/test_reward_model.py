@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instruct_jax.data.branches import branch_rows
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.reward_model import evaluate_rewards
 from instruct_jax.models.transformer import language_model, scalar_from_language, scalar_model
@@ -13,6 +15,7 @@ from instruct_jax.stages import reward_model
 from instruct_jax.stages.reward_model import (
     RewardModelConfig,
     affine_scores,
+    branch_scores,
     normalise,
     reward_loss,
     score_rows,
@@ -30,15 +33,20 @@ K, WIDTH = 3, 10
 
 
 def comparisons(rows, *, k=K, seed=0):
-    """Random sequences in random order; the last completion of every other prompt is not there."""
+    """Prompts of 0 to 2 tokens, completions in random order; every other last one is not there."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, WIDTH + 1, (rows, k, 1))
     mask = np.arange(WIDTH)[None, None] < lengths
     tokens = np.where(mask, rng.integers(0, labs.VOCAB, mask.shape), PAD).astype(np.int32)
+    prompts = rng.integers(0, 3, rows).astype(np.int32)
+    beginning = np.arange(WIDTH) < prompts[:, None, None]
+    tokens = np.where(beginning, tokens[:, :1], tokens)
     where = np.ones((rows, k), bool)
     where[::2, -1] = False
     ranks = rng.permuted(np.tile(np.arange(k, dtype=np.int32), (rows, 1)), axis=1)
-    return {"tokens": tokens, "mask": mask, "ranks": ranks, "where": where}
+    return {
+        "tokens": tokens, "mask": mask, "ranks": ranks, "where": where, "prompt_lengths": prompts,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +68,15 @@ def gradient():
     program = jax.jit(
         lambda params, rows: accumulate_gradients(reward_loss(MODEL), params, rows, KEY)
     )
-    return lambda rows, params=None: program(params or labs.reward_params(), rows)
+
+    def of(rows, params=None):
+        return program(params or labs.reward_params(), branch_rows(rows, pad_id=PAD))
+
+    return of
 
 
-def test_a_prompt_takes_one_forward_for_each_completion(rows):
-    """T46: K rows a prompt in one call, not K (K - 1)."""
+def test_a_prompt_takes_one_forward_for_all_its_completions(rows):
+    """T46: one row a prompt in one call, in which every token stands once, not K (K - 1) rows."""
     calls = []
 
     def counted(params, tokens, **options):
@@ -72,8 +84,35 @@ def test_a_prompt_takes_one_forward_for_each_completion(rows):
         return MODEL.apply(params, tokens, **options)
 
     counting = MODEL._replace(apply=counted)
-    jax.eval_shape(reward_loss(counting), labs.reward_params(), rows, KEY)
-    assert calls == [(8 * K, WIDTH)]
+    branched = branch_rows(rows, pad_id=PAD)
+    jax.eval_shape(reward_loss(counting), labs.reward_params(), branched, KEY)
+    ((count, width),) = calls
+    completions = np.where(rows["where"], rows["mask"].sum(-1) - rows["prompt_lengths"][:, None], 0)
+    assert count == 8
+    assert (branched["mask"].sum(-1) == rows["prompt_lengths"] + completions.sum(-1)).all()
+    assert width < branched["mask"].sum(-1).max() + 8
+
+
+def test_branches_of_one_row_score_as_rows_of_their_own(rows):
+    """To 1e-5, and so does the gradient of any function of the scores."""
+    params, branched = labs.reward_params(), branch_rows(rows, pad_id=PAD)
+    weights = np.random.default_rng(7).normal(size=rows["where"].shape).astype(np.float32)
+    weights = np.where(rows["where"], weights, 0.0)
+
+    def together(params):
+        scores = branch_scores(MODEL, params, branched)
+        return (jnp.where(rows["where"], scores, 0.0) * weights).sum(), scores
+
+    def apart(params):
+        scores = sequence_scores(MODEL, params, rows["tokens"], rows["mask"])
+        return (jnp.where(rows["where"], scores, 0.0) * weights).sum(), scores
+
+    (_, one), one_grads = jax.jit(jax.value_and_grad(together, has_aux=True))(params)
+    (_, many), many_grads = jax.jit(jax.value_and_grad(apart, has_aux=True))(params)
+    np.testing.assert_allclose(
+        np.asarray(one)[rows["where"]], np.asarray(many)[rows["where"]], atol=1e-5
+    )
+    np.testing.assert_allclose(labs.flat(one_grads), labs.flat(many_grads), atol=1e-4)
 
 
 def test_all_pairs_of_a_prompt_are_in_its_one_step(rows, gradient):
@@ -202,7 +241,10 @@ def opinions(rows, *, k, seed, flips=0.0, gap):
     ranks = np.argsort(np.argsort(-worth, axis=-1), axis=-1)
     ranks = np.where(rng.random((rows, 1)) < flips, k - 1 - ranks, ranks).astype(np.int32)
     every = np.ones(tokens.shape, bool)
-    return {"tokens": tokens, "mask": every, "ranks": ranks, "where": every[..., 0]}
+    return {
+        "tokens": tokens, "mask": every, "ranks": ranks, "where": every[..., 0],
+        "prompt_lengths": np.zeros(rows, np.int32),
+    }  # fmt: skip
 
 
 def learnt(workdir, rows, **changes):
