@@ -43,6 +43,7 @@ from instruct_jax.losses import (
     simpo_loss,
     sum_and_count,
 )
+from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.preference_rows import (
     ROW_FIELDS,
@@ -313,7 +314,7 @@ def train(
     steps = max(1, round(config.epochs * len(rows["tokens"]) / config.batch_size))
     return fit(
         config,
-        preference_loss(config, model),
+        preference_loss(config, adapt(model, config.lora)),
         params,
         batches if score is None else LiveReference(batches, score),
         steps=steps,

@@ -1,7 +1,7 @@
 """The rows of direct preference training, and the log-probs that a frozen policy gives them.
 
-Encoded comparisons hold K completions a prompt: `tokens` int32[N, K, T], `mask`, `ranks`, `where`,
-`prompt_lengths` int32[N]. The loss falls on a completion and its stop token: `loss_mask`.
+The K completions of a prompt are branches of one row (`data/branches.py`); the loss falls on every
+token of a branch, the stop token included.
 """
 
 from typing import Any
@@ -17,81 +17,96 @@ from instruct_jax.models.transformer import Model
 from instruct_jax.stages.stage import in_batches, place_params
 from instruct_jax.training.mesh import shard_batch
 
-ROW_FIELDS = ("tokens", "mask", "loss_mask")
+BRANCHED = ("tokens", "mask", "branches", "positions", "previous", "where")
+MISMATCHED = ("mismatched_tokens", "mismatched_mask", "mismatched_loss_mask")
 
 
-def response_log_probs(
-    model: Model, params: Any, tokens: jax.Array, mask: jax.Array, loss_mask: jax.Array
+def branch_log_probs(
+    model: Model, params: Any, rows: dict[str, jax.Array], *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probs of the tokens under `loss_mask`, and their number.
+    """Summed log-probs of the completions of `branch_rows`, and their tokens; float32[B, K] twice.
 
-    int32[..., T] and two bool[..., T] -> twice float32[...].
+    Both are 0 where a completion is not there. `key` turns dropout on.
     """
-    flat, real, where = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask, loss_mask))
-    logits = model.apply(params, flat, mask=real)
-    log_probs = token_log_probs(logits[:, :-1], flat[:, 1:])
-    where = where[:, 1:]
-    shape = tokens.shape[:-1]
-    counts = where.sum(-1, dtype=jnp.float32)
-    return sequence_log_probs(log_probs, where).reshape(shape), counts.reshape(shape)
+    options = {name: rows[name] for name in ("mask", "branches", "positions")}
+    hidden = model.hidden(params, rows["tokens"], **options, dropout_key=key)
+    # The first token of a branch is predicted at the prompt's last.
+    before = jnp.take_along_axis(hidden, rows["previous"][..., None], axis=1)
+    log_probs = token_log_probs(model.readout(params, before), rows["tokens"])
+    numbers = jnp.arange(1, rows["where"].shape[1] + 1)
+    of = rows["branches"][:, :, None] == numbers[None, None]
+    sums = jnp.where(of, log_probs[..., None], 0.0).sum(1)
+    return sums, of.sum(1, dtype=jnp.float32)
 
 
-def preference_rows(comparisons: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Encoded comparisons with their `loss_mask` bool[N, K, T]."""
-    rows = {name: comparisons[name] for name in ("tokens", "mask", "ranks", "where")}
-    position = np.arange(rows["tokens"].shape[-1])
-    starts = comparisons["prompt_lengths"][:, None, None]
-    return rows | {"loss_mask": rows["mask"] & (position >= starts)}
+def mismatched_log_probs(model: Model, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+    """Summed log-probs float32[B] of the responses of `mismatched_rows`."""
+    tokens, mask, loss_mask = (rows[name] for name in MISMATCHED)
+    logits = model.apply(params, tokens, mask=mask)
+    log_probs = token_log_probs(logits[:, :-1], tokens[:, 1:])
+    return sequence_log_probs(log_probs, loss_mask[:, 1:])
 
 
-def mismatched_rows(
-    rows: dict[str, np.ndarray], prompt_lengths: np.ndarray, *, seed: int
-) -> dict[str, np.ndarray]:
+def mismatched_rows(comparisons: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
     """For KTO each prompt with a completion of another: `mismatched_tokens` int32[N, T], `_mask`,
     `_loss_mask`.
 
     Row n has the prompt of n, then a completion of the next row of a random cycle through all rows,
     cut to fit. ConfigError where there is but one prompt.
     """
-    count, _, width = rows["tokens"].shape
+    starts, source = comparisons["prompt_lengths"], comparisons["tokens"]
+    count, _, width = source.shape
     if count < 2:
         raise ConfigError("kto needs the comparisons of at least two prompts")
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, -1)
-    tokens = rows["tokens"][:, 0].copy()
+    tokens = source[:, 0].copy()
     mask, loss_mask = np.zeros((2, count, width), bool)
-    for n, (start, m) in enumerate(zip(prompt_lengths, other, strict=True)):
-        k = rng.choice(np.flatnonzero(rows["where"][m]))
-        response = rows["tokens"][m, k][rows["loss_mask"][m, k]][: width - start]
+    for n, (start, m) in enumerate(zip(starts, other, strict=True)):
+        k = rng.choice(np.flatnonzero(comparisons["where"][m]))
+        response = source[m, k][comparisons["mask"][m, k]][starts[m] :][: width - start]
         end = start + len(response)
         tokens[n, start:end] = response
         mask[n, :end] = True
         loss_mask[n, start:end] = True
-    return {"mismatched_tokens": tokens, "mismatched_mask": mask, "mismatched_loss_mask": loss_mask}
+    return dict(zip(MISMATCHED, (tokens, mask, loss_mask), strict=True))
 
 
 class ResponseScorer:
     """Log-probs of responses under frozen parameters, of which it holds a copy on `mesh`."""
 
     def __init__(self, model: Model, params: Any, mesh: Mesh) -> None:
+        def score(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+            if "tokens" in rows:
+                return branch_log_probs(model, params, rows)[0]
+            return mismatched_log_probs(model, params, rows)
+
         self._mesh = mesh
         self._params = place_params(params, mesh)
-        self._score = jax.jit(lambda params, *rows: response_log_probs(model, params, *rows)[0])
+        self._score = jax.jit(score)
 
     def __call__(
-        self, rows: dict[str, np.ndarray], *, prefix: str = "", batch_size: int | None = None
-    ) -> np.ndarray:
-        """float32[N, K] of the fields `prefix` + ROW_FIELDS (float32[N] where they have no K).
+        self, rows: dict[str, np.ndarray], *, batch_size: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """As the loss calls its reference: `reference` float32[N, K], and where there are
+        mismatched rows `mismatched_reference` float32[N].
 
         All at once when `mesh` divides N; any N in batches of `batch_size`.
         """
-        fields = [rows[prefix + name] for name in ROW_FIELDS]
-        if batch_size is not None:
-            return in_batches(self._run, batch_size, *fields)
-        return self._run(*fields)
+        scores = {"reference": self._of(BRANCHED, rows, batch_size)}
+        if MISMATCHED[0] in rows:
+            scores["mismatched_reference"] = self._of(MISMATCHED, rows, batch_size)
+        return scores
 
-    def _run(self, *fields: np.ndarray) -> np.ndarray:
-        with jax.set_mesh(self._mesh):
-            return np.asarray(self._score(self._params, *shard_batch(fields, self._mesh)))
+    def _of(
+        self, names: tuple[str, ...], rows: dict[str, np.ndarray], batch_size: int | None
+    ) -> np.ndarray:
+        def run(*fields: np.ndarray) -> np.ndarray:
+            batch = shard_batch(dict(zip(names, fields, strict=True)), self._mesh)
+            with jax.set_mesh(self._mesh):
+                return np.asarray(self._score(self._params, batch))
+
+        fields = [rows[name] for name in names]
+        return run(*fields) if batch_size is None else in_batches(run, batch_size, *fields)

@@ -17,10 +17,13 @@ from instruct_jax.stages.preference import (
     judge_preferences,
     preference_loss,
     rows_of,
-    score_rows,
     thumbs,
 )
-from instruct_jax.stages.preference_rows import ResponseScorer, response_log_probs
+from instruct_jax.stages.preference_rows import (
+    ResponseScorer,
+    branch_log_probs,
+    mismatched_log_probs,
+)
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import accumulate_gradients
 from tests.stages import lab as labs
@@ -72,11 +75,14 @@ def config_of(kind, **changes):
 
 def batch_of(config, rows):
     """Rows with the log-probs of another policy as their reference."""
-    rows = rows_of(config, rows)
+    rows = rows_of(config, rows, pad_id=PAD)
     if config.needs_reference:
-        scorer = ResponseScorer(MODEL, labs.policy_params(1), ONE)
-        rows |= score_rows(config, scorer, rows, batch_size=4)
+        rows |= ResponseScorer(MODEL, labs.policy_params(1), ONE)(rows, batch_size=4)
     return rows
+
+
+def on_device(rows):
+    return {name: jnp.asarray(array) for name, array in rows.items()}
 
 
 @functools.cache
@@ -102,11 +108,12 @@ def plain_log_prob(params, tokens, start, length):
 
 
 def test_log_probs_are_of_the_response_and_its_stop_token_alone():
-    rows = rows_of(CONFIG, comparisons(4))
+    """Each as if its row held nothing but the prompt and itself."""
+    rows = comparisons(4)
     params = labs.policy_params()
-    fields = (rows[name] for name in ("tokens", "mask", "loss_mask"))
-    found, lengths = response_log_probs(MODEL, params, *(jnp.asarray(x) for x in fields))
-    starts = comparisons(4)["prompt_lengths"]
+    branched = on_device(rows_of(CONFIG, rows, pad_id=PAD))
+    found, lengths = branch_log_probs(MODEL, params, branched)
+    starts = rows["prompt_lengths"]
     for n, k in np.argwhere(rows["where"]):
         end = rows["mask"][n, k].sum()
         wanted = plain_log_prob(params, rows["tokens"][n, k], starts[n], end)
@@ -121,9 +128,12 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
     rows = comparisons(8, k=2)
     batch = batch_of(config, rows)
     params = labs.policy_params()
-    of = ResponseScorer(MODEL, params, ONE)(batch, batch_size=8)
-    reference = ResponseScorer(MODEL, labs.policy_params(1), ONE)(batch, batch_size=8)
-    lengths = batch["loss_mask"].sum(-1).astype(np.float32)
+    of, reference = (
+        ResponseScorer(MODEL, p, ONE)(batch, batch_size=8)["reference"]
+        for p in (params, labs.policy_params(1))
+    )
+    lengths = rows["mask"].sum(-1).astype(np.float32) - rows["prompt_lengths"][:, None]
+    lengths = lengths.astype(np.float32)
     order = np.argsort(rows["ranks"], axis=1)
     sides = [
         [np.take_along_axis(x, order, 1)[:, i] for x in (of, reference, lengths)] for i in (0, 1)
@@ -132,8 +142,7 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
     four = win, lose, ref_win, ref_lose
     means = win / win_length, lose / lose_length
     if kind == "kto":
-        names = ("mismatched_tokens", "mismatched_mask", "mismatched_loss_mask")
-        mismatched, _ = response_log_probs(MODEL, params, *(jnp.asarray(batch[n]) for n in names))
+        mismatched = mismatched_log_probs(MODEL, params, on_device(batch))
         kl = losses.kto_reference_kl(mismatched, batch["mismatched_reference"])
         good, bad = np.ones(8, bool), np.zeros(8, bool)
         wanted = losses.kto_loss(win, ref_win, good, kl) + losses.kto_loss(lose, ref_lose, bad, kl)
@@ -223,7 +232,7 @@ def test_a_thumb_is_up_where_more_completions_are_beaten_than_lost_to():
 
 def test_a_mismatched_row_is_its_prompt_and_another_ones_completion():
     rows = comparisons(9)
-    made = rows_of(config_of("kto"), rows)
+    made = rows_of(config_of("kto"), rows, pad_id=PAD)
     for n, start in enumerate(rows["prompt_lengths"]):
         tokens, loss_mask = made["mismatched_tokens"][n], made["mismatched_loss_mask"][n]
         assert (tokens[:start] == rows["tokens"][n, 0, :start]).all()
@@ -231,10 +240,9 @@ def test_a_mismatched_row_is_its_prompt_and_another_ones_completion():
         response = tokens[loss_mask].tolist()
         holders = [
             m
-            for m in range(9)
-            for k in range(K)
-            if rows["where"][m, k]
-            and made["tokens"][m, k][made["loss_mask"][m, k]].tolist() == response
+            for m, k in np.argwhere(rows["where"])
+            if rows["tokens"][m, k][rows["mask"][m, k]].tolist()[rows["prompt_lengths"][m] :]
+            == response
         ]
         assert holders
         assert n not in holders
@@ -246,10 +254,9 @@ def test_the_reference_point_moves_no_parameter():
     config = config_of("kto")
     batch = batch_of(config, comparisons(6, k=2))
     _, whole, _ = loss_and_gradient(config, batch)
-    names = ("tokens", "mask", "loss_mask")
 
     def fixed(params, kl):
-        log_probs, lengths = response_log_probs(MODEL, params, *(batch[n] for n in names))
+        log_probs, lengths = branch_log_probs(MODEL, params, on_device(batch))
         scores = preference.Scores(log_probs, batch["reference"], lengths)
         terms, counted = preference.prompt_losses(
             config, scores, batch["ranks"], batch["where"], kl
@@ -257,9 +264,7 @@ def test_the_reference_point_moves_no_parameter():
         return losses.masked_mean(terms, counted)
 
     params = labs.policy_params()
-    mismatched, _ = response_log_probs(
-        MODEL, params, *(jnp.asarray(batch[f"mismatched_{n}"]) for n in names)
-    )
+    mismatched = mismatched_log_probs(MODEL, params, on_device(batch))
     kl = losses.kto_reference_kl(mismatched, batch["mismatched_reference"])
     wanted = labs.flat(jax.jit(jax.grad(fixed))(params, kl))
     np.testing.assert_allclose(whole, wanted, atol=1e-6)
@@ -267,7 +272,7 @@ def test_the_reference_point_moves_no_parameter():
 
 def test_kto_on_one_prompt_is_refused():
     with pytest.raises(ConfigError, match="at least two prompts"):
-        rows_of(config_of("kto"), comparisons(1))
+        rows_of(config_of("kto"), comparisons(1), pad_id=PAD)
 
 
 # --- training -----------------------------------------------------------------------------------
