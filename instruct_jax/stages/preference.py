@@ -1,8 +1,8 @@
 """Direct preference training: a policy from comparisons, without a reward model or sampling.
 
 One prompt with its K ranked completions is one element of the batch, as in the reward model (RM-2):
-K forwards, all pairs in one gradient step, every prompt of equal weight. With h the policy's
-log-probs of whole responses (pi) and the reference's (ref):
+one row whose branches they are, all pairs in one gradient step, every prompt of equal weight. With
+pi the policy's log-probs of whole responses and ref the reference's:
 
     loss(x) = (1/|S|) sum_{(w,l) in S} f(pi_w, pi_l, ref_w, ref_l),  S = pairs without ties
 
