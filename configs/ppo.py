@@ -7,10 +7,13 @@
 NAME is PPO; NAME_ptx mixes pretraining text in.
 
 toyworld, toyworld_ptx        the embedded world
+toyworld_ptx_lora             the same, an adapter of rank 4 trained instead of the whole policy
 debug, debug_ptx              two iterations of a few rows
 shared_data, shared_data_ptx  Alpaca prompts, books as the pretraining text
 instructgpt_{1p3b,6b,175b}    Ouyang et al. 2022, C.4 (spec PPO-3)
 instructgpt_*_ptx             the same with the pretraining mix
+instructgpt_6b_ptx_lora       adapters on one frozen trunk for all four models; the reward model is
+                              configs/reward_model.py:instructgpt_6b_lora, from the same init
 lmhp_sentiment_124m           Ziegler et al. 2019: 1M episodes, four inner epochs, adaptive KL
 lmhp_descriptiveness_124m     the same with the other reward model
 tldr_1b                       Huang et al. 2024: 1M episodes, -1 for a summary without an end
@@ -104,6 +107,15 @@ INSTRUCTGPT = {
 }
 INSTRUCTGPT_PTX = {"ppo.ptx_coef": 27.8, "ppo.ptx_ratio": 8, "ppo.learning_rate": 9.65e-6}
 INSTRUCTGPT_175B = {"ppo.learning_rate": 2.55e-6, "ppo.value_learning_rate": 5e-6}
+# No paper's: an adapter takes ten times the rate of the weights or more (Hu et al. 2021, D.4).
+INSTRUCTGPT_LORA = {
+    "reward_model": "runs/reward_model_lora/model",
+    "reward_adapter": "runs/reward_model_lora/adapter",
+    "ppo.lora.rank": 16,
+    "ppo.lora.alpha": 32.0,
+    "ppo.learning_rate": 1e-4,
+    "ppo.value_learning_rate": 1e-4,
+}
 
 # What the 2019 code and its descendants share: one minibatch, four passes over it, no EMA.
 ONE_MINIBATCH = {
@@ -151,6 +163,13 @@ GPT4LLM = {
 PRESETS = {
     "toyworld": TOYWORLD,
     "toyworld_ptx": TOYWORLD | {"ppo.ptx_coef": 0.5},
+    "toyworld_ptx_lora": TOYWORLD
+    | {
+        "ppo.ptx_coef": 0.5,
+        "ppo.lora.rank": 4,
+        "ppo.learning_rate": 2e-3,
+        "ppo.value_learning_rate": 2e-3,
+    },
     "debug": DEBUG,
     "debug_ptx": DEBUG | {"ppo.ptx_coef": 1.0},
     "shared_data": SHARED_DATA,
@@ -159,6 +178,10 @@ PRESETS = {
     "instructgpt_1p3b_ptx": INSTRUCTGPT | INSTRUCTGPT_PTX | {"ppo.micro_batches": 4},
     "instructgpt_6b": INSTRUCTGPT | {"ppo.micro_batches": 2},
     "instructgpt_6b_ptx": INSTRUCTGPT | INSTRUCTGPT_PTX | {"ppo.micro_batches": 8},
+    "instructgpt_6b_ptx_lora": INSTRUCTGPT
+    | INSTRUCTGPT_PTX
+    | INSTRUCTGPT_LORA
+    | {"ppo.micro_batches": 8},
     "instructgpt_175b": INSTRUCTGPT | INSTRUCTGPT_175B | {"ppo.micro_batches": 4},
     "instructgpt_175b_ptx": INSTRUCTGPT
     | INSTRUCTGPT_PTX
@@ -188,6 +211,6 @@ def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    config = ConfigDict({"data": {}, "ppo": {"adam": {}}})
+    config = ConfigDict({"data": {}, "ppo": {"adam": {}, "lora": {}}})
     config.update_from_flattened_dict(PRESETS[name])
     return config

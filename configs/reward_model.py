@@ -7,6 +7,7 @@ toyworld                   collected rankings of the embedded world
 debug                      eight updates of a few rows
 shared_data                K-wise AlpacaEval rankings and HH helpful pairs, from an Alpaca model
 instructgpt_6b             spec RM-3; one 6B reward model serves all policy sizes (MODEL-6)
+instructgpt_6b_lora        an adapter on the policy's own start, for configs/ppo.py:..._lora
 lmhp_sentiment_124m        Ziegler et al. 2019: 4,992 best-of-4 labels, scores standardised on
 lmhp_descriptiveness_124m  samples of the policy (data.demonstrations holds those)
 tldr_1b                    Huang et al. 2024: pairs of summaries
@@ -28,6 +29,19 @@ TOYWORLD = {
     "reward_model.prompt_length": 56,
     "reward_model.response_length": 24,
     "reward_model.learning_rate": 5e-4,
+}
+
+INSTRUCTGPT_6B = {
+    "data.source": "files",
+    "data.comparisons": ("data/comparisons.jsonl",),
+    "data.demonstrations": ("data/demonstrations.jsonl",),
+    "reward_model.batch_size": 64,
+    "reward_model.completions": 9,
+    "reward_model.prompt_length": 1024,
+    "reward_model.response_length": 1024,
+    "reward_model.learning_rate": 9e-6,
+    "reward_model.micro_batches": 8,
+    "reward_model.save_every": 100,
 }
 
 LMHP = {
@@ -84,17 +98,13 @@ PRESETS = {
         "reward_model.learning_rate": 3e-4,
         "reward_model.save_every": 50,
     },
-    "instructgpt_6b": {
-        "data.source": "files",
-        "data.comparisons": ("data/comparisons.jsonl",),
-        "data.demonstrations": ("data/demonstrations.jsonl",),
-        "reward_model.batch_size": 64,
-        "reward_model.completions": 9,
-        "reward_model.prompt_length": 1024,
-        "reward_model.response_length": 1024,
-        "reward_model.learning_rate": 9e-6,
-        "reward_model.micro_batches": 8,
-        "reward_model.save_every": 100,
+    "instructgpt_6b": INSTRUCTGPT_6B,
+    "instructgpt_6b_lora": INSTRUCTGPT_6B
+    | {
+        "init": "runs/rlhf_init/model",
+        "reward_model.lora.rank": 16,
+        "reward_model.lora.alpha": 32.0,
+        "reward_model.learning_rate": 1e-4,
     },
     "lmhp_sentiment_124m": LMHP
     | {
@@ -130,6 +140,6 @@ def get_config(name: str = "toyworld") -> ConfigDict:
     """The run called `name`."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    config = ConfigDict({"data": {}, "reward_model": {"adam": {}}})
+    config = ConfigDict({"data": {}, "reward_model": {"adam": {}, "lora": {}}})
     config.update_from_flattened_dict(PRESETS[name])
     return config

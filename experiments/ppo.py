@@ -24,7 +24,8 @@ from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.sampling.complete import complete
 from instruct_jax.stages import ppo
 from instruct_jax.stages.ppo import PPOConfig
-from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.stages.stage import load_adapter, load_trained, save_trained
+from instruct_jax.stages.trunks import on_the_policys_trunk
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32
@@ -36,6 +37,9 @@ class Config:
 
     init: str = "runs/rlhf_init/model"
     reward_model: str = "runs/reward_model/model"
+    # The reward model's `adapter` folder, where it was trained on `init` with a LoRA rank: then the
+    # policy's trunk serves the reference, the reward model and the value model too.
+    reward_adapter: str | None = None
     data: DataConfig = DataConfig()
     ptx_length: int = 96
     ppo: PPOConfig = PPOConfig()
@@ -49,6 +53,12 @@ def main(config: Config, run: cli.Run) -> Path:
         raise ConfigError(
             f"{config.reward_model} and {config.init} have different tokenizers; "
             "the reward model must read the policy's tokens"
+        )
+    reward_params = reward.params
+    if config.reward_adapter is not None:
+        adapter = load_adapter(config.reward_adapter)
+        reward_params = on_the_policys_trunk(
+            config.ppo, start, reward, adapter, config.reward_adapter
         )
     source = open_source(config.data)
     prompts = encode_prompts(
@@ -96,7 +106,7 @@ def main(config: Config, run: cli.Run) -> Path:
         policy,
         reward.model,
         start.params,
-        reward.params,
+        reward_params,
         Batches(prompts, config.ppo.prompts, seed=config.ppo.seed),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,

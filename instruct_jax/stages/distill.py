@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import forward_kl, sum_and_count
+from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model, TransformerConfig
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.stage import FitConfig, fit
@@ -54,27 +55,21 @@ def shortened(
 
 
 def logits_loss(student: Model, teacher: Model) -> LossFn:
-    """The second loss above, of parameters {"student", "teacher"} on rows of `language_loss`."""
+    """The second loss above on rows of `language_loss`; the teacher's parameters are under
+    "teacher" among the student's.
+    """
 
     def loss(
         params: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         del key
         tokens, mask, targets = batch["tokens"], batch["mask"], batch["loss_mask"][:, 1:]
-        own, taught = (
-            model.apply(params[name], tokens, mask=mask)[:, :-1]
-            for name, model in (("student", student), ("teacher", teacher))
-        )
+        own = student.apply(params, tokens, mask=mask)[:, :-1]
+        taught = teacher.apply(params["teacher"], tokens, mask=mask)[:, :-1]
         losses = forward_kl(own, taught, vocab_size=student.config.vocab_size)
         return *sum_and_count(losses, targets), {}
 
     return loss
-
-
-def samples_loss(student: Model) -> LossFn:
-    """The first loss above, of parameters {"student"} on rows of `language_loss`."""
-    token_loss = language_loss(student)
-    return lambda params, batch, key: token_loss(params["student"], batch, key)
 
 
 def train(
@@ -94,10 +89,11 @@ def train(
     returns its parameters. Resumes from `workdir/checkpoints` when there is one.
     """
     batches = Batches(answers, config.batch_size, seed=config.seed)
-    trained = fit(
+    student = adapt(student, config.lora)
+    return fit(
         config,
-        samples_loss(student) if targets == "samples" else logits_loss(student, teacher),
-        {"student": params},
+        language_loss(student) if targets == "samples" else logits_loss(student, teacher),
+        params,
         batches,
         frozen={} if targets == "samples" else {"teacher": teacher_params},
         steps=max(1, round(config.epochs * batches.steps_per_epoch)),
@@ -106,4 +102,3 @@ def train(
         name="distill",
         evaluate=evaluate,
     )
-    return trained["student"]

@@ -25,6 +25,7 @@ from instruct_jax.losses import (
     token_entropy,
     token_log_probs,
 )
+from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model, final_scores, response_values
 from instruct_jax.sampling.sampler import Rollout
 from instruct_jax.stages.ppo_config import PPOConfig
@@ -47,10 +48,27 @@ class PPOState:
 
 
 class Frozen(NamedTuple):
-    """The models that PPO reads and never writes."""
+    """The models that PPO reads and never writes, each the base of what is trained on top of it.
+
+    The trees are layers, joined leaf by leaf: reference, then reward, then what is trained. Where
+    all parameters are trained or a reward model is whole, the upper layer hides the lower; an
+    adapter and a head let it through, so one trunk serves up to four models.
+    """
 
     reference: Any
     reward: Any
+
+    def policy_params(self, state: PPOState) -> Any:
+        """The policy as it is."""
+        return join(self.reference, state.policy.params)
+
+    def reward_params(self) -> Any:
+        """The reward model."""
+        return join(self.reference, self.reward)
+
+    def value_params(self, value: TrainState) -> Any:
+        """The value model as it is."""
+        return join(self.reward_params(), value.params)
 
 
 class Experience(NamedTuple):
@@ -88,7 +106,8 @@ def score_rollout(
     tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
     length = where.shape[1]
     responses = tokens[:, -length:]
-    logits = response_logits(policy, state.policy.params, tokens, mask, response_length=length)
+    own = frozen.policy_params(state)
+    logits = response_logits(policy, own, tokens, mask, response_length=length)
     ref_logits = response_logits(policy, frozen.reference, tokens, mask, response_length=length)
     log_probs = token_log_probs(logits, responses, temperature=config.temperature)
     ref_log_probs = token_log_probs(ref_logits, responses, temperature=config.temperature)
@@ -96,7 +115,7 @@ def score_rollout(
     ref_log_probs = jnp.where(where, ref_log_probs, 0.0)
 
     has_eos = ((responses == eos_id) & where).any(axis=-1)
-    raw_scores = final_scores(scalar.apply(frozen.reward, tokens, mask=mask), mask)
+    raw_scores = final_scores(scalar.apply(frozen.reward_params(), tokens, mask=mask), mask)
     scores = missing_eos_scores(
         clip_scores(raw_scores, limit=config.reward_clip),
         has_eos,
@@ -110,7 +129,7 @@ def score_rollout(
         rewards = masked_whiten(rewards, where, shift_mean=False)
     values = returns = None
     if state.value is not None:
-        values = scalar.apply(state.value.params, tokens, mask=mask)
+        values = scalar.apply(frozen.value_params(state.value), tokens, mask=mask)
         values = response_values(values, prompt_length=tokens.shape[1] - length)
         values = jnp.where(where, values, 0.0)
         advantages, returns = generalized_advantages(

@@ -36,23 +36,36 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import adaptive_kl_update, masked_whiten
-from instruct_jax.models.transformer import PARTITION_RULES, Model
+from instruct_jax.models.adapters import adapt
+from instruct_jax.models.transformer import Model, unstack_layers
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss, value_loss
 from instruct_jax.stages.pretrain import language_rows
-from instruct_jax.stages.stage import place_params
+from instruct_jax.stages.stage import (
+    RULES,
+    Adapter,
+    place_params,
+    save_adapter,
+    trunk_fingerprint,
+    with_base,
+)
+from instruct_jax.stages.trunks import (
+    Optimizers,
+    frozen_models,
+    initial_state,
+    merged,
+    optimizers,
+)
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
     accumulate_gradients,
     apply_gradients,
     global_norm,
-    init_state,
     shard_state,
 )
 
@@ -66,6 +79,7 @@ def minibatch_update(
     scalar: Model,
     policy_tx: optax.GradientTransformation,
     value_tx: optax.GradientTransformation,
+    frozen: Frozen,
     state: PPOState,
     batch: Experience,
     ptx: dict[str, jax.Array] | None,
@@ -78,7 +92,8 @@ def minibatch_update(
     if config.whiten_advantages == "minibatch":
         batch = batch._replace(advantages=masked_whiten(batch.advantages, batch.where))
     accumulate = partial(accumulate_gradients, key=key, micro_batches=config.micro_batches)
-    pg = accumulate(policy_loss(config, policy), state.policy.params, batch)
+    base = frozen.reference
+    pg = accumulate(with_base(base, policy_loss(config, policy)), state.policy.params, batch)
     metrics = {
         "policy_loss": pg.loss,
         **pg.metrics,
@@ -86,7 +101,7 @@ def minibatch_update(
     }
     grads = pg.grads
     if ptx is not None:
-        mix = accumulate(ptx_loss(config, policy), state.policy.params, ptx)
+        mix = accumulate(with_base(base, ptx_loss(config, policy)), state.policy.params, ptx)
         scaled = jax.tree.map(lambda g: config.ptx_coef * g, mix.grads)
         dot = jnp.asarray(optax.tree.vdot(pg.grads, scaled))
         norms = metrics["grad_norm_pg"] * global_norm(scaled)
@@ -102,7 +117,8 @@ def minibatch_update(
     metrics["grad_norm"] = applied["grad_norm"]
     new_value = None
     if state.value is not None:
-        vf = accumulate(value_loss(config, scalar), state.value.params, batch)
+        loss = with_base(frozen.reward_params(), value_loss(config, scalar))
+        vf = accumulate(loss, state.value.params, batch)
         new_value, applied = apply_gradients(state.value, vf.grads, value_tx, loss=vf.loss)
         metrics |= {
             "value_loss": vf.loss,
@@ -166,6 +182,35 @@ def update(
     return state, metrics
 
 
+def programs(
+    config: PPOConfig,
+    policy: Model,
+    scalar: Model,
+    txs: Optimizers,
+    state: PPOState,
+    *,
+    eos_id: int,
+    mesh: Mesh,
+) -> tuple[Any, Any]:
+    """The scoring and the update program, jitted; `state` is read for its shardings alone.
+
+    score(state, frozen, rollout) -> (experience, metrics), and
+    update(state, frozen, experience, ptx, kl, key) -> (state, metrics), which donates the state.
+    """
+    rows = batch_sharding(mesh)
+
+    def all_updates(state: PPOState, frozen: Frozen, *inputs: Any) -> Any:
+        step = partial(minibatch_update, config, policy, scalar, *txs, frozen)
+        return update(config, step, rows, state, *inputs)
+
+    score = jax.jit(
+        partial(score_rollout, config, policy, scalar, eos_id=eos_id),
+        out_shardings=(rows, replicated(mesh)),
+    )
+    kept = jax.tree.map(lambda x: x.sharding, state)
+    return score, jax.jit(all_updates, donate_argnums=0, out_shardings=(kept, replicated(mesh)))
+
+
 def make_iteration(
     config: PPOConfig,
     policy: Model,
@@ -185,25 +230,20 @@ def make_iteration(
     update; the state is donated to the last and stays sharded as the `state` given here.
     """
     rows = batch_sharding(mesh)
-    step = partial(minibatch_update, config, policy, scalar, policy_tx, value_tx)
-    score = jax.jit(
-        partial(score_rollout, config, policy, scalar, eos_id=eos_id),
-        out_shardings=(rows, replicated(mesh)),
-    )
-    run_updates = jax.jit(
-        partial(update, config, step, rows),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-    )
+    txs = (policy_tx, value_tx)
+    score, run_updates = programs(config, policy, scalar, txs, state, eos_id=eos_id, mesh=mesh)
     ptx_rows = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
 
     def iteration(
         state: PPOState, batch: dict[str, Any], key: jax.Array
     ) -> tuple[PPOState, dict[str, jax.Array]]:
         rollout_key, update_key = jax.random.split(key)
+        params = frozen.policy_params(state)
+        if config.lora.base is not None:  # of a stack the sampler would cast the integers too
+            params = unstack_layers(params)
         rollout = generate(
             policy,
-            state.policy.params,
+            params,
             jax.device_put(batch["prompts"], rows),
             jax.device_put(batch["prompt_mask"], rows),
             jax.device_put(jax.random.split(rollout_key, config.rollout_batch), rows),
@@ -213,7 +253,7 @@ def make_iteration(
         )
         experience, scored = score(state, frozen, rollout)
         ptx = jax.device_put(batch["ptx"], ptx_rows) if "ptx" in batch else None
-        state, updated = run_updates(state, experience, ptx, scored["kl"], update_key)
+        state, updated = run_updates(state, frozen, experience, ptx, scored["kl"], update_key)
         return state, scored | updated
 
     return iteration
@@ -262,37 +302,44 @@ def train(
     `prompts(step)` gives tokens int32[config.prompts, P] left-padded and mask; `ptx(step)` tokens
     int32[updates * minibatch * ptx_ratio, T] of packed pretraining text. `policy_params` becomes
     the policy and the frozen reference; `reward_params` the reward model and, with estimator "gae",
-    the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`.
-    Resumes from `workdir/checkpoints` when there is one.
+    the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`, whole
+    parameters also where an adapter is trained. Resumes from `workdir/checkpoints` when there is
+    one.
+
+    With a rank in `config.lora`, `reward_params` may be an adapter and a head alone, trained on the
+    trunk of `policy_params`: that trunk then serves all four models (`trunks.py`). The average of
+    the policy's adapter is also left in `workdir/adapter`.
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
     check_batch_size(config.rollout_batch, mesh)
     check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
-    warmup = config.warmup_iterations * config.updates
-    adam = dict(vars(config.adam))
-    policy_tx = adamw(warmup_constant_schedule(config.learning_rate, warmup=warmup), **adam)
-    value_tx = adamw(warmup_constant_schedule(config.value_learning_rate, warmup=warmup), **adam)
+    txs = optimizers(config)
     # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
-    frozen = Frozen(*(place_params(p, mesh) for p in (policy_params, reward_params)))
-    policy_state = init_state(policy_params, policy_tx, ema=True)
-    value_state = init_state(reward_params, value_tx) if config.estimator == "gae" else None
+    frozen = Frozen(
+        *(place_params(p, mesh) for p in frozen_models(config, policy_params, reward_params))
+    )
+    state = initial_state(config, policy_params, reward_params, txs)
     state = PPOState(
-        shard_state(policy_state, mesh, PARTITION_RULES),
-        None if value_state is None else shard_state(value_state, mesh, PARTITION_RULES),
-        jax.device_put(jnp.float32(config.kl_coef), replicated(mesh)),
+        shard_state(state.policy, mesh, RULES),
+        None if state.value is None else shard_state(state.value, mesh, RULES),
+        jax.device_put(state.kl_coef, replicated(mesh)),
     )
     iteration = make_iteration(
         config,
-        policy,
-        scalar,
-        policy_tx,
-        value_tx,
+        adapt(policy, config.lora),
+        adapt(scalar, config.lora),
+        *txs,
         frozen,
         state,
         eos_id=eos_id,
         mesh=mesh,
     )
+
+    def shown(step: int, state: PPOState) -> dict[str, float]:
+        assert evaluate is not None
+        return evaluate(step, merged(config, frozen, state))
+
     mix = ptx if config.ptx_coef > 0 else None
     batch_at = Batches(prompts, config.samples_per_prompt, mix, config.updates)
     with (
@@ -300,7 +347,7 @@ def train(
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):
-        return run_loop(
+        state = run_loop(
             iteration,
             state,
             batch_at=batch_at,
@@ -309,7 +356,12 @@ def train(
             logger=logger,
             checkpointer=checkpointer,
             save_every=config.save_every,
-            evaluate=evaluate,
+            evaluate=None if evaluate is None else shown,
             eval_every=config.eval_every,
             log_every=config.log_every,
         )
+    if config.lora.rank == 0:
+        return state
+    base = trunk_fingerprint(policy_params)
+    save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
+    return merged(config, frozen, state)

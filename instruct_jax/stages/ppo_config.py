@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.adapters import LoraConfig
 from instruct_jax.stages.stage import AdamConfig
 
 
@@ -70,6 +71,9 @@ class PPOConfig:
     warmup_iterations: int = 10
     adam: AdamConfig = AdamConfig(eps=1e-5)
     ema_decay: float = 0.992
+    # Rank 0 trains all parameters. Else an adapter of the policy and one of the value model, whose
+    # head is trained whole; the reference is the policy with its adapter off.
+    lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
     seed: int = 0
     log_every: int = 1

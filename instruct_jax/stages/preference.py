@@ -19,7 +19,6 @@ but starts at once on large data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.branches import branch_rows
 from instruct_jax.data.loader import Batches
 from instruct_jax.losses import (
     cpo_loss,
@@ -46,11 +46,10 @@ from instruct_jax.losses import (
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.preference_rows import (
-    ROW_FIELDS,
     ResponseScorer,
+    branch_log_probs,
+    mismatched_log_probs,
     mismatched_rows,
-    preference_rows,
-    response_log_probs,
 )
 from instruct_jax.stages.stage import FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
@@ -212,8 +211,8 @@ def preference_metrics(
 
 
 def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
-    """The loss of a batch of `tokens` int32[B, K, T], `mask`, `loss_mask`, `ranks` int32[B, K],
-    `where` and, for most losses, `reference` float32[B, K]; for KTO also the `mismatched_` rows.
+    """The loss of a batch of `branch_rows`: tokens int32[B, W] ..., ranks int32[B, K], `where` and,
+    for most losses, `reference` float32[B, K]; for KTO also the `mismatched_` rows.
 
     A sum over prompts that have a pair, and their number. KTO's reference point is of the
     micro-batch.
@@ -223,17 +222,12 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
     def loss(
         params: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        policy = model
-        if dropout:
-            policy = model._replace(apply=partial(model.apply, dropout_key=key))
-        rows = (batch[name] for name in ROW_FIELDS)
-        log_probs, lengths = response_log_probs(policy, params, *rows)
+        log_probs, lengths = branch_log_probs(model, params, batch, key=key if dropout else None)
         scores = Scores(log_probs, batch.get("reference"), lengths)
         ranks, where = batch["ranks"], batch["where"]
         kl = None
         if config.loss == "kto":
-            others = (batch[f"mismatched_{name}"] for name in ROW_FIELDS)
-            mismatched, _ = response_log_probs(model, jax.lax.stop_gradient(params), *others)
+            mismatched = mismatched_log_probs(model, jax.lax.stop_gradient(params), batch)
             kl = kto_reference_kl(mismatched, batch["mismatched_reference"])
         losses, counted = prompt_losses(config, scores, ranks, where, kl)
         total, count = sum_and_count(losses, counted)
@@ -245,29 +239,14 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
     return loss
 
 
-def rows_of(config: PreferenceConfig, comparisons: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of the loss, from encoded comparisons; the reference is still missing."""
-    rows = preference_rows(comparisons)
-    if config.loss == "kto":
-        rows |= mismatched_rows(rows, comparisons["prompt_lengths"], seed=config.seed)
-    return rows
-
-
-def score_rows(
-    config: PreferenceConfig,
-    scorer: ResponseScorer,
-    rows: dict[str, np.ndarray],
-    *,
-    batch_size: int | None = None,
+def rows_of(
+    config: PreferenceConfig, comparisons: dict[str, np.ndarray], *, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """The scorer's log-probs as the loss calls its reference: `reference` float32[N, K], and for
-    KTO `mismatched_reference` float32[N].
-    """
-    prefixes = ("", "mismatched_") if config.loss == "kto" else ("",)
-    return {
-        f"{prefix}reference": scorer(rows, prefix=prefix, batch_size=batch_size)
-        for prefix in prefixes
-    }
+    """The rows of the loss, from encoded comparisons; the reference is still missing."""
+    rows = branch_rows(comparisons, pad_id=pad_id)
+    if config.loss == "kto":
+        rows |= mismatched_rows(comparisons, seed=config.seed)
+    return rows
 
 
 class LiveReference(NamedTuple):
@@ -303,11 +282,10 @@ def train(
     `reference` is the frozen policy, `params` itself by default. Resumes from
     `workdir/checkpoints` when there is one; precomputed reference scores are computed again.
     """
-    rows = rows_of(config, comparisons)
+    rows = rows_of(config, comparisons, pad_id=model.config.pad_id)
     score = None
     if config.needs_reference:
-        frozen = params if reference is None else reference
-        score = partial(score_rows, config, ResponseScorer(model, frozen, mesh))
+        score = ResponseScorer(model, params if reference is None else reference, mesh)
     if score is not None and config.reference == "precomputed":
         rows, score = rows | score(rows, batch_size=config.batch_size), None
     batches = Batches(rows, config.batch_size, seed=config.seed)
@@ -337,19 +315,19 @@ def judge_preferences(
     """The loss and the metrics of `params` on held-out comparisons, with `reference` as frozen
     policy; means over prompts and over pairs.
     """
-    rows = rows_of(config, comparisons)
+    rows = rows_of(config, comparisons, pad_id=model.config.pad_id)
 
     def score(params: Any) -> dict[str, jax.Array]:
-        scorer = ResponseScorer(model, params, mesh)
-        return jax.tree.map(
-            jnp.asarray, score_rows(config, scorer, rows, batch_size=config.batch_size)
-        )
+        scores = ResponseScorer(model, params, mesh)(rows, batch_size=config.batch_size)
+        return jax.tree.map(jnp.asarray, scores)
 
+    numbers = np.arange(1, rows["where"].shape[1] + 1)
+    lengths = (rows["branches"][:, :, None] == numbers).sum(1, dtype=np.float32)
     ours, frozen = score(params), score(reference) if config.needs_reference else None
     scores = Scores(
         policy=ours["reference"],
         reference=None if frozen is None else frozen["reference"],
-        lengths=jnp.asarray(rows["loss_mask"].sum(-1, dtype=np.float32)),
+        lengths=jnp.asarray(lengths),
     )
     ranks, where = jnp.asarray(rows["ranks"]), jnp.asarray(rows["where"])
     kl = None

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
 from instruct_jax.losses import next_token_loss, sum_and_count
+from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
@@ -88,7 +89,7 @@ def train(
     steps = max(1, round(config.epochs * len(tokens) / config.batch_size))
     return fit(
         config,
-        language_loss(model, dropout=model.config.residual_dropout > 0),
+        language_loss(adapt(model, config.lora), dropout=model.config.residual_dropout > 0),
         params,
         batches,
         steps=steps,

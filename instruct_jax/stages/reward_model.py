@@ -25,6 +25,7 @@ from instruct_jax.data.branches import branch_rows
 from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
+from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model, final_scores
 from instruct_jax.stages.stage import FitConfig, fit, in_batches
 from instruct_jax.training.state import LossFn, TrainState
@@ -157,7 +158,11 @@ def train(
     steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
     params = fit(
         config,
-        reward_loss(model, pair_norm=config.pair_norm, dropout=config.residual_dropout > 0),
+        reward_loss(
+            adapt(model, config.lora),
+            pair_norm=config.pair_norm,
+            dropout=config.residual_dropout > 0,
+        ),
         params,
         batches,
         steps=steps,

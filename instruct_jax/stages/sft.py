@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches, Mixture
+from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.pretrain import language_loss, language_rows
 from instruct_jax.stages.stage import FitConfig, fit
@@ -94,7 +95,7 @@ def train(
 
     return fit(
         config,
-        language_loss(model, dropout=model.config.residual_dropout > 0),
+        language_loss(adapt(model, config.lora), dropout=model.config.residual_dropout > 0),
         params,
         batches,
         steps=steps,

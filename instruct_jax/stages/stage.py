@@ -9,6 +9,7 @@ A stage hands its result on as a model folder, and only so:
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.adapters import LoraConfig, adapter_rules, merge, split
 from instruct_jax.models.families import preset
 from instruct_jax.models.hf import load_pretrained
+from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
     Model,
@@ -32,7 +35,7 @@ from instruct_jax.models.transformer import (
 )
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
-from instruct_jax.training.mesh import check_batch_size, tree_shardings
+from instruct_jax.training.mesh import check_batch_size, tree_paths, tree_shardings
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, cosine_schedule
 from instruct_jax.training.state import (
@@ -43,6 +46,11 @@ from instruct_jax.training.state import (
     make_train_step,
     shard_state,
 )
+
+RULES = adapter_rules(PARTITION_RULES)
+READ_OUTS = ("unembedding", "head")
+# The role of the key that an adapter is drawn with.
+ADAPTER = 0x10A
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,18 @@ class FitConfig:
     final_fraction: float = 0.1
     adam: AdamConfig = AdamConfig()
     residual_dropout: float = 0.0
+    # Rank 0 trains all parameters.
+    lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0
+
+
+def with_base(base: Any, loss_fn: LossFn) -> LossFn:
+    """`loss_fn` of `params` joined to `base`; what `base` alone holds has no gradient."""
+    return lambda params, batch, key: loss_fn(join(base, params), batch, key)
 
 
 class BatchSource(Protocol):
@@ -125,40 +140,59 @@ def fit(
     mesh: Mesh,
     workdir: Path,
     name: str,
+    frozen: Any = None,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
     eval_every: int | None = None,
 ) -> Any:
     """Minimises one loss for `steps` updates and returns the parameters.
 
-    Resumes from `workdir/checkpoints`. `eval_every` overrides the config's. Raises ConfigError,
-    before anything is compiled, where `mesh` does not divide the batch.
+    `loss_fn` is of the functions of `adapt(model, config.lora)`. With a rank above 0 an adapter is
+    all that is trained and checkpointed; `evaluate` and the caller see the parameters merged, and
+    the adapter alone is left in `workdir/adapter`. `frozen` holds what else the loss finds beside
+    its parameters and does not change (a teacher). Resumes from `workdir/checkpoints`. `eval_every`
+    overrides the config's. Raises ConfigError, before anything is compiled, where `mesh` does not
+    divide the batch.
     """
     check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
     schedule = cosine_schedule(
         config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
     )
     tx = adamw(schedule, **dataclasses.asdict(config.adam))
-    state = shard_state(init_state(params, tx), mesh, PARTITION_RULES)
-    step = make_train_step(loss_fn, tx, micro_batches=config.micro_batches)
+    key, lora = jax.random.key(config.seed), config.lora
+    base, trained = split(jax.random.fold_in(key, ADAPTER), params, lora)
+    state = shard_state(init_state(trained, tx), mesh, RULES)
+    base, beside = place_params(base, mesh), place_params(frozen or {}, mesh)
+
+    def step(state: TrainState, fixed: Any, batch: Any, key: jax.Array) -> Any:
+        make = make_train_step(with_base(fixed, loss_fn), tx, micro_batches=config.micro_batches)
+        return make(state, batch, key)
+
+    def plain(step: int, state: TrainState) -> dict[str, float]:
+        assert evaluate is not None
+        merged = merge(base, state.params, lora)
+        return evaluate(step, dataclasses.replace(state, params=merged))
+
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, name, total=steps) as logger,
     ):
         state = run_loop(
-            compile_step(step, mesh, state),
+            compile_step(step, mesh, state, join(base, beside)),
             state,
             batch_at=batch_at,
             steps=steps,
-            key=jax.random.key(config.seed),
+            key=key,
             logger=logger,
             checkpointer=checkpointer,
             save_every=config.save_every,
-            evaluate=evaluate,
+            evaluate=None if evaluate is None else plain,
             eval_every=config.eval_every if eval_every is None else eval_every,
             log_every=config.log_every,
         )
-    return state.params
+    if lora.rank:
+        save_adapter(workdir / "adapter", Adapter(state.params, lora, trunk_fingerprint(params)))
+    return merge(base, state.params, lora)
 
 
 class TrainedModel(NamedTuple):
@@ -231,9 +265,46 @@ def _load_own(directory: Path) -> TrainedModel:
     )
 
 
+class Adapter(NamedTuple):
+    """An adapter folder in memory; `base` is the fingerprint of the trunk that it belongs to."""
+
+    params: Any
+    lora: LoraConfig
+    base: str
+
+
+def save_adapter(directory: Path, adapter: Adapter) -> None:
+    """Writes adapter.json (configuration and base) and the parameters of the adapter alone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
+    save_model(directory / "params", adapter.params, about)
+    (directory / "adapter.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_adapter(directory: str | Path) -> Adapter:
+    """Reads what `save_adapter` wrote. ConfigError when `directory` is no such folder."""
+    directory = Path(directory)
+    if not (directory / "adapter.json").is_file():
+        raise ConfigError(f"{directory}: no adapter.json here; give the `adapter` folder of a run")
+    about = json.loads((directory / "adapter.json").read_text())
+    lora = LoraConfig(**about["lora"] | {"targets": tuple(about["lora"]["targets"])})
+    params, _ = load_model(directory / "params")
+    return Adapter(params, lora, about["base"])
+
+
+def trunk_fingerprint(params: Any) -> str:
+    """A hash of what language and scalar models share: tables, layers and the last norm."""
+    digest = hashlib.sha256()
+    trunk = {name: params[name] for name in sorted(params) if name not in READ_OUTS}
+    for path, leaf in tree_paths(trunk):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def place_params(params: Any, mesh: Mesh) -> Any:
     """`params` on `mesh`, sharded by the models' partition rules, in buffers of their own."""
-    return jax.device_put(params, tree_shardings(mesh, PARTITION_RULES, params), may_alias=False)
+    return jax.device_put(params, tree_shardings(mesh, RULES, params), may_alias=False)
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:

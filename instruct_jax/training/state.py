@@ -229,19 +229,25 @@ def make_train_step(
     return step
 
 
-def compile_step(step: TrainStep, mesh: Mesh, state: Any) -> Any:
+def compile_step(step: Callable[..., Any], mesh: Mesh, state: Any, *fixed: Any) -> Any:
     """`step` under jit on `mesh`: state donated and kept where it is, rows of the batch spread.
 
     `state` is a state placed by `shard_state`, or its shardings. Every leaf of a batch has its rows
-    first.
+    first. `fixed` are placed trees that the step reads and never changes: with them it is
+    step(state, *fixed, batch, key). They are arguments of the program, never constants inside it,
+    and the caller still gives (state, batch, key).
     """
-    shardings = jax.tree.map(lambda x: x if isinstance(x, Sharding) else x.sharding, state)
-    return jax.jit(
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x if isinstance(x, Sharding) else x.sharding, tree)
+
+    compiled = jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(placed(state), *map(placed, fixed), batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(placed(state), replicated(mesh)),
         donate_argnums=0,
     )
+    return (lambda state, *inputs: compiled(state, *fixed, *inputs)) if fixed else compiled
 
 
 def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:

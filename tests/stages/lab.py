@@ -186,7 +186,7 @@ def step(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """`minibatch_update`, compiled once for a configuration; the state of the lab stays."""
     program = _stepping(lab.config, lab.policy, lab.scalar, *lab.txs)
-    return program(lab.state, batch, ptx, key)
+    return program(lab.frozen, lab.state, batch, ptx, key)
 
 
 def first(batch: Any, rows: int = MINIBATCH) -> Any:
