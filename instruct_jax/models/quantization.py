@@ -12,13 +12,15 @@ The token table and an untied unembedding are int8 with one scale a token, at ev
 read-out of a 4-bit table costs more accuracy than it saves memory. They are expanded at the entry
 of a function. Norms, biases, positions and heads stay as they are.
 
+The keys and values of decoding can be kept in int8 as well (`with_int8_cache`).
+
 int8 is symmetric round-to-nearest; "int4" the same in 16 steps; "nf4" takes the quantiles of a
 normal distribution for its 16 values (Dettmers et al. 2023); "fp8" is float8_e4m3. Rounding has no
 gradient: train adapters over weight-only kinds.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ from instruct_jax.models.matrices import (
     replace_leaves,
     with_dense_rule,
 )
-from instruct_jax.models.transformer import Model, Params
+from instruct_jax.models.transformer import Cache, Model, Params
 
 Kind = Literal["int8", "int4", "nf4", "fp8"]
 # The numbers Qwix calls by these names, and how many input rows share a scale (None: all of them).
@@ -93,6 +95,57 @@ def quantized(model: Model, *, activations: bool = False) -> Model:
         return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
     return with_dense_rule(model, rule, prepare=_expand_tables)
+
+
+class QuantizedCache(NamedTuple):
+    """A `Cache` with int8 keys and values and one fp32 scale for each token and head."""
+
+    keys: tuple[qwix.QArray, ...]  # L times [B, K, S, H]
+    values: tuple[qwix.QArray, ...]
+    mask: jax.Array
+    index: jax.Array
+
+
+@functools.cache
+def with_int8_cache(model: Model) -> Model:
+    """`model` whose `decode` keeps its cache in int8; equal arguments give the same function.
+
+    An ordinary `Cache` comes back as a `QuantizedCache`, which is what later calls are given; so a
+    loop over tokens starts after a prefill. A token is rounded once, when it is written, and reads
+    itself unrounded. Layers are expanded one at a time for their attention.
+    """
+
+    @functools.wraps(model.decode)
+    def decode(params: Params, tokens: jax.Array, cache: Any, **options: Any) -> Any:
+        if isinstance(cache, Cache):
+            keys, values = (tuple(map(_round, x)) for x in (cache.keys, cache.values))
+            cache = QuantizedCache(keys, values, cache.mask, cache.index)
+        keys, values = (
+            tuple(qwix.dequantize(x).astype(model.config.dtype) for x in stored)
+            for stored in (cache.keys, cache.values)
+        )
+        expanded = Cache(keys, values, cache.mask, cache.index)
+        logits, after = model.decode(params, tokens, expanded, **options)
+
+        def written(stored: qwix.QArray, buffer: jax.Array) -> qwix.QArray:
+            new = jax.lax.dynamic_slice_in_dim(buffer, cache.index, tokens.shape[1], axis=2)
+            write = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=2
+            )
+            return jax.tree.map(write, stored, _round(new))
+
+        return logits, QuantizedCache(
+            tuple(map(written, cache.keys, after.keys)),
+            tuple(map(written, cache.values, after.values)),
+            after.mask,
+            after.index,
+        )
+
+    return model._replace(decode=decode)
+
+
+def _round(x: jax.Array) -> qwix.QArray:
+    return qwix.quantize(x.astype(jnp.float32), "int8", channelwise_axes=(0, 1, 2))
 
 
 def _divisor(size: int, *, at_least: int) -> int:

@@ -25,6 +25,7 @@ from instruct_jax.models.quantization import (
     dequantize_params,
     quantize_params,
     quantized,
+    with_int8_cache,
 )
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.training.mesh import make_mesh, tree_shardings
@@ -134,6 +135,25 @@ def test_samples_of_a_quantised_model_are_those_of_its_values():
         )
     ]
     np.testing.assert_array_equal(rollouts[0].tokens, rollouts[1].tokens)
+
+
+@families
+def test_a_cache_in_int8_takes_a_third_and_decodes_nearly_the_same(config):
+    model, params = language(config)
+    small, tokens = with_int8_cache(model), random_tokens(2, 8)
+    unstacked = unstack_layers(params)
+    exact, full = jitted(model.decode)(unstacked, tokens, init_cache(config, 2, 9))
+    first, cache = jitted(small.decode)(unstacked, tokens[:, :5], init_cache(config, 2, 9))
+    np.testing.assert_allclose(first, exact[:, :5], rtol=0, atol=1e-4)
+    for t in range(5, 8):
+        step, cache = jitted(small.decode)(unstacked, tokens[:, t : t + 1], cache)
+        assert cosine(step[:, 0], exact[:, t], config.vocab_size).min() > 0.9995
+    assert abs(step[:, 0] - exact[:, 7]).max() > 1e-5, "something was rounded"
+    assert cache.keys[0].qvalue.dtype == jnp.int8
+    assert tree_bytes(cache[:2]) == (1 / 4 + 1 / config.head_size) * tree_bytes(full[:2])
+    near = qwix.dequantize(cache.keys[1])[:, :, :8]
+    np.testing.assert_allclose(near, full.keys[1][:, :, :8], atol=0.02 * abs(full.keys[1]).max())
+    assert int(cache.index) == 8 and cache.mask[:, :8].all() and not cache.mask[:, 8].any()
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
