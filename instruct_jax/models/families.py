@@ -4,6 +4,8 @@
   which is 3072 and not its width 2048 (16 heads here), and 13B says width 5140, which is not
   40 * 128 (5120 here). Dense attention in every layer.
 - gpt2-*: Radford et al. 2019. llama-*, llama2-*: Touvron et al. 2023.
+- opt-*, pythia-*, llama3*, mistral-*, qwen*, gemma*, phi3-*: as published with their weights, which
+  `models/hf` reads; the vocabulary is their table's, spare rows included.
 - tiny, mini, small: for tests, for two CPU cores in minutes, and for benchmarks. mini takes ReLU:
   elementwise work runs on one core there, and the tanh of GELU costs a fifth of a training step;
   and rotary positions: after 1.8M tokens it copies from its context (few-shot accuracy 93 %), which
@@ -30,6 +32,31 @@ _LLAMA = functools.partial(
     max_length=2048,
 )
 _LLAMA2 = functools.partial(_LLAMA, norm_eps=1e-5, max_length=4096)
+_LLAMA3 = functools.partial(
+    _LLAMA, norm_eps=1e-5, vocab_size=128_256, rope_theta=500_000.0, num_kv_heads=8
+)
+_OPT = functools.partial(_GPT, vocab_size=50_272, activation="relu", max_length=2048)
+_PYTHIA = functools.partial(
+    TransformerConfig,
+    vocab_size=50_304,
+    activation="gelu_exact",
+    positions="rope",
+    rope_fraction=0.25,
+    parallel_residual=True,
+    tie_embeddings=False,
+    max_length=2048,
+)
+_QWEN = functools.partial(_LLAMA, vocab_size=151_936, rope_theta=1e6, tie_embeddings=True)
+_GEMMA = functools.partial(
+    _LLAMA,
+    norm_order="sandwich",
+    norm_offset=1.0,
+    activation="geglu",
+    head_dim=256,
+    query_scalar=256.0,
+    scale_embeddings=True,
+    tie_embeddings=True,
+)
 
 
 def _narrow(
@@ -71,6 +98,43 @@ _SIZES: dict[str, TransformerConfig] = {
     "llama2-13b": _LLAMA2(num_layers=40, d_model=5120, num_heads=40, d_ff=13_824),
     "llama2-70b": _LLAMA2(
         num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28_672
+    ),
+    "llama3-8b": _LLAMA3(
+        num_layers=32, d_model=4096, num_heads=32, d_ff=14_336, max_length=8192
+    ),
+    "llama3.2-1b": _LLAMA3(
+        num_layers=16, d_model=2048, num_heads=32, d_ff=8192, max_length=131_072,
+        tie_embeddings=True, rope_factor=32.0, rope_original_length=8192,
+    ),
+    "mistral-7b": _LLAMA2(
+        num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14_336, max_length=32_768,
+        attention_pattern="l", window=4096,
+    ),
+    "opt-125m": _OPT(num_layers=12, d_model=768, num_heads=12),
+    "opt-1.3b": _OPT(num_layers=24, d_model=2048, num_heads=32),
+    "pythia-160m": _PYTHIA(num_layers=12, d_model=768, num_heads=12),
+    "pythia-1.4b": _PYTHIA(num_layers=24, d_model=2048, num_heads=16),
+    "qwen2.5-0.5b": _QWEN(
+        num_layers=24, d_model=896, num_heads=14, num_kv_heads=2, d_ff=4864, max_length=32_768,
+        qkv_bias=True,
+    ),
+    "qwen3-0.6b": _QWEN(
+        num_layers=28, d_model=1024, num_heads=16, num_kv_heads=8, head_dim=128, d_ff=3072,
+        max_length=40_960, qk_norm=True,
+    ),
+    "gemma2-2b": _GEMMA(
+        vocab_size=256_000, num_layers=26, d_model=2304, num_heads=8, num_kv_heads=4, d_ff=9216,
+        max_length=8192, attention_pattern="lg", window=4096,
+        attention_softcap=50.0, logit_softcap=30.0,
+    ),
+    "gemma3-1b": _GEMMA(
+        vocab_size=262_144, num_layers=26, d_model=1152, num_heads=4, num_kv_heads=1, d_ff=6912,
+        max_length=32_768, attention_pattern="lllllg", window=512, qk_norm=True,
+        rope_theta=1e6, rope_local_theta=10_000.0,
+    ),
+    "phi3-mini": _LLAMA2(
+        vocab_size=32_064, num_layers=32, d_model=3072, num_heads=32, d_ff=8192,
+        attention_pattern="l", window=2047,
     ),
 }  # fmt: skip
 PRESETS = tuple(_SIZES)

@@ -35,6 +35,18 @@ TOTALS = {  # as published; exact where a checkpoint is public
     "llama-33b": 32_528_943_616,
     "llama-65b": 65_285_660_672,
     "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "opt-125m": 125_239_296 - 2 * 768,  # two of its positions are never used, and not kept here
+    "opt-1.3b": 1_315_758_080 - 2 * 2048,
+    "pythia-160m": 162_322_944,
+    "pythia-1.4b": 1_414_647_808,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952,
+    "phi3-mini": 3_821_079_552,
 }
 
 

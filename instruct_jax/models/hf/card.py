@@ -56,8 +56,10 @@ def model_card(
         "## Limitations",
         _limitations(kind, stage),
         "## Licences",
-        "The licence of these weights follows from the licences of the data above and of the model "
-        "they started from; this card does not know them. instruct_jax itself is Apache-2.0.",
+        _list((f"`{key}`: {value}" for key, value in _flat(record.get("licences"))),
+              "The record names no licence of the data."),
+        "The licence of these weights follows from those of the data and of the model they started "
+        "from. instruct_jax itself is Apache-2.0.",
     ]  # fmt: skip
     return "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
 

@@ -207,23 +207,25 @@ def family_of(config: TransformerConfig, name: str | None = None) -> str:
     if name is not None and name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1) or FAMILIES
         raise ValueError(f"no family is called {name!r}; there are {', '.join(near)}")
-    differences = {}
+    unsaid: dict[str, list[str]] = {}
+    unreadable: dict[str, str] = {}
     for candidate in [name] if name else FAMILIES:
+        family = FAMILIES[candidate]
         try:
-            back = read_config(FAMILIES[candidate], write_config(FAMILIES[candidate], config))
+            back = resolved(read_config(family, write_config(family, config)))
         except (TypeError, ValueError) as error:
-            differences[candidate] = [str(error)]
+            unreadable[candidate] = str(error)
             continue
-        before, after = (dataclasses.asdict(resolved(c)) for c in (config, back))
-        differences[candidate] = [
-            f"{field}={before[field]!r}" for field in before if before[field] != after[field]
-        ]
-        if not differences[candidate]:
+        after, before = dataclasses.asdict(back), dataclasses.asdict(resolved(config))
+        lost = [f"{field}={before[field]!r}" for field in before if before[field] != after[field]]
+        if not lost:
             return candidate
-    nearest = min(differences, key=lambda candidate: len(differences[candidate]))
-    raise ValueError(
-        f"no family of transformers has this configuration; {nearest} is nearest and cannot say "
-        f"{', '.join(differences[nearest])}"
-        if name is None
-        else f"{name} cannot say {', '.join(differences[nearest])}"
-    )
+        unsaid[candidate] = lost
+    if name is not None:
+        reasons = unsaid.get(name) or [unreadable[name]]
+        raise ValueError(f"{name} cannot say {', '.join(reasons)}")
+    told = ""
+    if unsaid:
+        nearest = min(unsaid, key=lambda candidate: len(unsaid[candidate]))
+        told = f"; {nearest} is nearest, and cannot say {', '.join(unsaid[nearest])}"
+    raise ValueError(f"no family of transformers has this configuration{told}")
