@@ -33,7 +33,8 @@ from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 
 @dataclass(frozen=True)
 class Config:
-    """`tokenizer` is for folders without one; `family` is a model_type (None: the first that fits).
+    """`tokenizer` is for folders without one; `family` is a model_type (None: the one that came in,
+    or the first that fits).
 
     `template` names the prompt template that becomes the chat template (None: the run's own, or
     what came in with the model). `ignore_code` reads a folder although its config.json names code
@@ -110,7 +111,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         tokenizer=trained.tokenizer,
         chat_template=_chat_template(config, source, record),
         card=card,
-        family=config.family,
+        family=config.family or about.get("notes", {}).get("model_type"),
         dtype=config.dtype,
         shard_bytes=int(config.shard_gb * 1e9),
     )

@@ -218,7 +218,7 @@ def test_the_chat_template_renders_as_the_prompt_template_does(template):
     expected = "".join(
         text + ("<eos>" if is_response else "") for text, is_response in template.segments(dialogue)
     )
-    assert render(messages=messages, eos_token="<eos>").removesuffix("\n") == expected
+    assert render(messages=messages, eos_token="<eos>") == expected
 
 
 def test_the_card_says_what_the_record_says_and_no_more():
