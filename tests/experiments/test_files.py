@@ -1,6 +1,7 @@
 """Every script on a user's own files: what each writes, and that a second run changes nothing."""
 
 import hashlib
+import importlib
 import json
 
 import pytest
@@ -101,6 +102,22 @@ def test_critic_free_runs_log_their_groups_and_no_values(pipeline, config):
     assert "score_sd_in_group" in logged
     assert not {"value_loss", "explained_variance"} & logged
     assert load_trained(pipeline[0] / config / "model").stage == "ppo"
+
+
+def test_runs_are_drawn_over_each_other(pipeline, tmp_path, capsys):
+    plot = importlib.import_module("experiments.plot")
+    runs = [str(pipeline[0] / name) for name in ("ppo", "grpo")]
+    assert {"score", "kl", "eos_rate"} <= set(plot.read_curves(pipeline[0] / "ppo"))
+    plot.main([*runs, f"--to={tmp_path / 'a.png'}"])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        ([*runs, "--metrics=scroe"], "no run has logged scroe; there are "),
+        ([str(tmp_path)], "no *.jsonl with steps here"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            plot.main([*arguments, f"--to={tmp_path / 'b.png'}"])
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_ppo_saves_its_average_and_shows_samples(pipeline):
