@@ -26,7 +26,7 @@ from instruct_jax.cli.config import REPOSITORY, leaves
 from instruct_jax.errors import ConfigError
 
 RECORD = "config.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "qwix", "numpy", "tokenizers")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The only Flax code: decoders as pure functions of nested parameter dicts."""
 
+from instruct_jax.models.adapters import LoraConfig, adapt, merge, unmerge
 from instruct_jax.models.families import PRESETS, parameter_count, preset
-from instruct_jax.models.hf import load_pretrained
+from instruct_jax.models.hf import inspect_pretrained, load_pretrained, save_pretrained
 from instruct_jax.models.llama2c import load_llama2c
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
@@ -25,19 +26,25 @@ __all__ = [
     "PRESETS",
     "Cache",
     "LanguageModel",
+    "LoraConfig",
     "Model",
     "ScalarModel",
     "TransformerConfig",
+    "adapt",
     "final_scores",
     "init_cache",
+    "inspect_pretrained",
     "language_model",
     "load_llama2c",
     "load_pretrained",
+    "merge",
     "parameter_count",
     "preset",
     "response_values",
+    "save_pretrained",
     "scalar_from_language",
     "scalar_model",
     "token_positions",
+    "unmerge",
     "unstack_layers",
 ]

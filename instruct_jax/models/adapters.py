@@ -182,8 +182,8 @@ def adapter_rules(rules: PartitionRules) -> PartitionRules:
 
 
 def _shifted(params: Params, adapter: Params, config: LoraConfig, *, sign: float) -> Params:
-    leaves = flatten_dict(adapter, sep="/")
-    flat = flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flatten_dict(adapter, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     changed = {}
     for path, a in leaves.items():
         if path.endswith(_A):

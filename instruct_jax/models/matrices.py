@@ -32,9 +32,10 @@ def matrices(params: Params, targets: Sequence[str] = MATRICES) -> dict[str, Any
 
     Raises ConfigError for a pattern that finds none.
     """
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
     found = {
         path: leaf
-        for path, leaf in flatten_dict(params, sep="/").items()
+        for path, leaf in leaves.items()
         if re.search(MATRICES[0], path) and leaf.ndim == 3
     }
     for pattern in targets:

@@ -294,9 +294,15 @@ def response_values(values: jax.Array, *, prompt_length: int) -> jax.Array:
 
 
 def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
-    # Norms and biases stay fp32; in the stack everything has one axis more.
+    # Norms and biases stay fp32, quantised weights as they are; in the stack everything has one
+    # axis more.
     axes = 3 if name == "layers" else 2
-    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim == axes else w, tree)
+
+    def cast(w: jax.Array) -> jax.Array:
+        whole = w.ndim != axes or not jnp.issubdtype(w.dtype, jnp.floating)
+        return w if whole else w.astype(dtype)
+
+    return jax.tree.map(cast, tree)
 
 
 def _call(

@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import adaptive_kl_update, masked_whiten
 from instruct_jax.models.adapters import adapt
-from instruct_jax.models.transformer import Model, unstack_layers
+from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
 from instruct_jax.stages.ppo_config import PPOConfig
@@ -238,12 +238,9 @@ def make_iteration(
         state: PPOState, batch: dict[str, Any], key: jax.Array
     ) -> tuple[PPOState, dict[str, jax.Array]]:
         rollout_key, update_key = jax.random.split(key)
-        params = frozen.policy_params(state)
-        if config.lora.base is not None:  # of a stack the sampler would cast the integers too
-            params = unstack_layers(params)
         rollout = generate(
             policy,
-            params,
+            frozen.policy_params(state),
             jax.device_put(batch["prompts"], rows),
             jax.device_put(batch["prompt_mask"], rows),
             jax.device_put(jax.random.split(rollout_key, config.rollout_batch), rows),

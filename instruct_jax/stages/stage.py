@@ -24,7 +24,7 @@ from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import LoraConfig, adapter_rules, merge, split
 from instruct_jax.models.families import preset
-from instruct_jax.models.hf import load_pretrained
+from instruct_jax.models.hf import inspect_pretrained, load_pretrained
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
@@ -239,8 +239,9 @@ def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedMo
     if (directory / "model.json").is_file():
         trained = _load_own(directory)
     elif (directory / "config.json").is_file():
+        found = inspect_pretrained(directory)
         config, params = load_pretrained(directory)
-        trained = TrainedModel("language", config, params, load_tokenizer(directory), "imported")
+        trained = TrainedModel(found.kind, config, params, load_tokenizer(directory), "imported")
     else:
         raise ConfigError(
             f"{directory}: neither model.json nor config.json here; give the `model` folder that a "

@@ -61,7 +61,8 @@ def parameter_shapes(config: TransformerConfig, kind: str) -> tuple[Params, Shap
     """The parameters of a "language" or "scalar" model: as a tree, and by path."""
     model = (language_model if kind == "language" else scalar_model)(config)
     tree: Any = jax.eval_shape(model.init, jax.random.key(0))
-    return tree, flatten_dict(tree, sep="/")
+    shapes: Any = flatten_dict(tree, sep="/")
+    return tree, shapes
 
 
 def pieces(
