@@ -24,7 +24,7 @@ Qwix is used for is the base: quantised matrices and products with them (`quanti
 import dataclasses
 import functools
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
