@@ -71,6 +71,11 @@ def export(flags: argparse.Namespace, directory: Path) -> None:
         raise CheckpointError(f"{directory}: step {step}: {reason}")
     state = load_item(directory / str(step), "state")
     params = _parameters(state, flags.part, directory)
+    if "embedder" not in params:
+        raise ConfigError(
+            f"{directory}: step {step} holds an adapter, not a model; its run leaves one in "
+            f"{flags.workdir / 'adapter'}, and the merged model in {flags.workdir / 'model'}"
+        )
     like = load_trained(flags.like or _like(flags.workdir))
     kind = "scalar" if "head" in params else "language"
     model = like._replace(kind=kind, params=params, stage=f"{like.stage} at step {step}")
