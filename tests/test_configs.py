@@ -267,14 +267,17 @@ def test_instruction_tuning_follows_peng():
 
 
 def test_the_embedded_world_fits_together():
-    """Stages of one pipeline agree on lengths, tables and mixes."""
+    """Stages of one pipeline agree on lengths, tables and mixes; no prompt is too long for one."""
     pretrain = opened("pretrain", "toyworld")
     sft, init = opened("sft", "toyworld").sft, opened("sft", "toyworld_rlhf_init").sft
     reward = opened("reward_model", "toyworld").reward_model
     ppo, ptx = opened("ppo", "toyworld"), opened("ppo", "toyworld_ptx")
-    for stage in (sft, init, reward, ppo.ppo, ptx.ppo):
+    direct = opened("preference", "toyworld").preference
+    free = [opened(name, "toyworld").ppo for name in ("grpo", "rloo")]
+    asked = [opened(name, "toyworld") for name in ("collect", "evaluate")]
+    for stage in (sft, init, reward, direct, ppo.ppo, ptx.ppo, *free, *asked):
         assert stage.prompt_length + stage.response_length <= pretrain.pretrain.length
-        assert (stage.prompt_length, stage.response_length) == (40, 24)
+        assert (stage.prompt_length, stage.response_length) == (56, 24)
     assert ppo.ptx_length <= pretrain.pretrain.length
     assert (init.epochs, init.pretrain_fraction) == (sft.epochs, 0.1)
     assert ppo.ppo == dataclasses.replace(ptx.ppo, ptx_coef=0.0), "the mix is the only difference"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.stages import experience as experiences
-from instruct_jax.stages import ppo
+from instruct_jax.stages import ppo_losses
 from instruct_jax.stages.pretrain import language_loss
 from tests.stages import lab as labs
 from tests.stages.lab import CONFIG, EOS, KEY, PROMPT, RESPONSE, ROWS, SHAPE
@@ -43,7 +43,7 @@ def terminal_rewards(lab, rollout):
 
 def ratio_errors(lab, batch):
     """|ratio - 1| of every valid token, from the loss that is trained."""
-    loss = ppo.policy_loss(lab.config, lab.policy)
+    loss = ppo_losses.policy_loss(lab.config, lab.policy)
     spots = (
         jnp.eye(batch.where.size, dtype=bool).reshape(-1, *batch.where.shape) & batch.where[None]
     )
@@ -126,9 +126,9 @@ def test_the_loss_divides_by_the_temperature_too(monkeypatch):
     """T4: without it the ratio is not 1."""
     lab = labs.make_lab(COOL)
     experience, _ = labs.score(lab, labs.sample(lab))
-    original = ppo.token_log_probs
+    original = ppo_losses.token_log_probs
     monkeypatch.setattr(
-        ppo, "token_log_probs", lambda x, y, *, temperature: original(x, y, temperature=1.0)
+        ppo_losses, "token_log_probs", lambda x, y, *, temperature: original(x, y, temperature=1.0)
     )
     assert ratio_errors(lab, labs.first(experience)).mean() > 1e-2
 
@@ -147,7 +147,7 @@ def test_dropout_is_off_in_rollout_scoring_and_loss(start):
     assert labs.same_bits(*steps) and labs.same_bits(steps[0], labs.step(lab, batch))
     text, params = labs.ptx_rows(rows=4), lab.state.policy.params
     for loss, drops in (
-        (ppo.ptx_loss(CONFIG, other.policy), False),
+        (ppo_losses.ptx_loss(CONFIG, other.policy), False),
         (language_loss(other.policy, dropout=True), True),
     ):
         total = jax.jit(lambda key, loss=loss: loss(params, text, key)[0])

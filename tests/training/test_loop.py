@@ -97,6 +97,15 @@ def test_a_signal_saves_the_step_and_exits_with_code_0(tmp_path, uninterrupted, 
     assert fingerprint(run(tmp_path, STEPS)) == uninterrupted[1]
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Ctrl-C as on a terminal; what a shell runs in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_second_signal_ends_the_run_at_once():
     with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
