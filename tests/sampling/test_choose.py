@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.sampling import draw, truncate
+from instruct_jax.sampling import Sampling, draw, truncate
 
 LOGITS = np.array([1.3, -0.4, 0.0, 2.1, -2.0, 0.7, -1.1, 0.2], np.float32)
 # Chi-square, 7 degrees of freedom: P(X > 24.32) = 1e-3.
@@ -68,3 +68,29 @@ def test_top_p_looks_at_what_top_k_left():
     kept = np.asarray(truncate(logits, top_k=2, top_p=0.3))[0] > -1e8
     assert kept[0] and not kept[1]
     assert kept.sum() == 1
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3, 0.9, 1.0])
+def test_min_p_keeps_what_is_probable_beside_the_first(min_p):
+    probs = np.exp(LOGITS.astype(np.float64))
+    kept = np.asarray(truncate(jnp.asarray(LOGITS)[None], min_p=min_p))[0] > -1e8
+    assert set(np.flatnonzero(kept)) == set(np.flatnonzero(probs >= min_p * probs.max()))
+
+
+def test_what_ended_a_response_is_told_from_its_budget():
+    sampling = Sampling(stop_ids=(9, 4), stop_sequences=((1, 2), (3, 1, 2), (4, 5)))
+    endings = {(3, 9): 1, (7, 1, 2): 2, (3, 1, 2): 3, (2,): 0, (1, 2, 3): 0, (): 0, (4, 5): 2}
+    assert {response: sampling.ending(response) for response in endings} == endings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(temperature=float("nan")), "temperature must be >= 0"),
+        (dict(min_p=1.5), r"min_p must be in \[0, 1\], got 1.5"),
+        (dict(stop_sequences=((3,), ())), "a stop sequence is empty"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(stop_ids=(0,), **settings)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from instruct_jax.sampling import complete, pad_prompts
+from instruct_jax.sampling import complete
 from instruct_jax.training.mesh import make_mesh
 
 LETTERS = "abcdefghij"
@@ -70,11 +70,3 @@ def test_a_prompt_that_is_empty_or_too_long_is_refused(alphabet):
     with pytest.raises(ValueError, match="prompt 2 has 5 tokens"):
         complete(*alphabet, Letters(), ["a", "b", "abcde"], **settings, prompt_length=4)
     assert complete(*alphabet, Letters(), [], **settings) == []
-
-
-def test_prompts_are_padded_on_the_left():
-    tokens, mask = pad_prompts([[1, 2], [3]], pad_id=9, width=3)
-    assert tokens.tolist() == [[9, 1, 2], [9, 9, 3]]
-    assert np.array_equal(mask, tokens != 9)
-    assert pad_prompts([[1] * 17], pad_id=9)[0].shape == (1, 32)
-    assert pad_prompts([[1] * 17], pad_id=9, room=20)[0].shape == (1, 20)
