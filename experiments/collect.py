@@ -39,7 +39,7 @@ class Config:
     prompt_length: int = 56
     response_length: int = 24
     temperature: float = 1.0
-    batch_size: int = 256
+    batch_size: int = 128
     labelers: int = 40
     seed: int = 0
 

@@ -36,7 +36,7 @@ class Config:
     prompts: int = 256
     prompt_length: int = 56
     response_length: int = 24
-    batch_size: int = 256
+    batch_size: int = 128
     seed: int = 0
 
 

@@ -157,7 +157,11 @@ def reward_adapter(seed=3):
 
 @pytest.mark.parametrize(
     ("shared", "base"),
-    [(False, None), (True, None), (True, "int8")],
+    [
+        pytest.param(False, None, marks=pytest.mark.slow),
+        (True, None),
+        pytest.param(True, "int8", marks=pytest.mark.slow),
+    ],
     ids=["own trunk", "one trunk", "one trunk in int8"],
 )
 def test_ppo_trains_adapters_and_the_reference_is_the_policy_without_its_own(

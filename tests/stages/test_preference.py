@@ -296,7 +296,9 @@ def test_a_live_reference_trains_as_a_precomputed_one(kind, tmp_path):
     assert np.abs(labs.flat(trained[0]) - labs.flat(labs.policy_params())).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize(
+    "kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("kto", "simpo"))]
+)
 def test_it_learns_what_is_preferred_and_it_holds_on_new_prompts(kind, tmp_path):
     """Completions with more low words are better; on eight devices."""
 
