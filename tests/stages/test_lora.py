@@ -106,6 +106,7 @@ def test_a_stage_with_an_adapter_resumes_where_it_stopped(trained, tmp_path):
     assert labs.same_bits(fitted(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_over_quantised_weights(tmp_path):
     """QLoRA: whole parameters come back, the quantised base expanded."""
     config = dataclasses.replace(FIT, lora=dataclasses.replace(LORA, base="nf4"))

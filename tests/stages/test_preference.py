@@ -162,7 +162,7 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
     assert np.abs(gradient).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_all_pairs_of_a_prompt_at_once_are_the_mean_of_each_alone(kind):
     """One prompt is one element (RM-2): K forwards give the gradient of all its pairs."""
     config = config_of(kind)
@@ -193,7 +193,7 @@ def test_a_prompt_whose_completions_tie_weighs_nothing():
     np.testing.assert_allclose(both[0][1], both[1][1], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing(kind):
     config = config_of(kind)
     batch = batch_of(config, comparisons(8))
@@ -278,7 +278,7 @@ def test_kto_on_one_prompt_is_refused():
 # --- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_a_live_reference_trains_as_a_precomputed_one(kind, tmp_path):
     rows = comparisons(16)
     trained = [
