@@ -39,7 +39,7 @@ from instruct_jax.models.transformer import Model, language_model, unstack_layer
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.stages import distill
 from instruct_jax.stages.distill import DistillConfig
-from instruct_jax.stages.reward_model import score_rows
+from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, in_batches, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -308,14 +308,13 @@ def _rewards(
     prompts: Sequence[Prompt],
     answers: Sequence[Completion],
 ) -> np.ndarray:
-    rows = [Demonstration(p.text, a.text) for p, a in zip(prompts, answers, strict=True)]
-    encoded = encode_demonstrations(
-        rows,
-        reward.tokenizer,
+    return score_answers(
+        reward,
+        [row.text for row in prompts],
+        [answer.text for answer in answers],
         prompt_length=config.prompt_length,
         response_length=config.response_length,
     )
-    return score_rows(reward.model, reward.params, encoded["tokens"], encoded["mask"])
 
 
 def _summary(measured: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

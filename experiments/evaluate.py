@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations, encode_documents
-from instruct_jax.data.rows import Demonstration, Prompt
+from instruct_jax.data.loader import encode_documents
+from instruct_jax.data.rows import Prompt
 from instruct_jax.data.sources import DataConfig, ToySource, open_source
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.errors import ConfigError
@@ -27,7 +27,7 @@ from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import Question, held_out_loss, task_accuracy
 from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
 from instruct_jax.sampling.complete import Completion, complete
-from instruct_jax.stages.reward_model import score_rows
+from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
 
 
@@ -187,16 +187,13 @@ def _rewards(
     prompts: Sequence[Prompt],
     answers: Sequence[Completion],
 ) -> dict[str, float]:
-    rows = [
-        Demonstration(row.text, answer.text) for row, answer in zip(prompts, answers, strict=True)
-    ]
-    encoded = encode_demonstrations(
-        rows,
-        reward.tokenizer,
+    scores = score_answers(
+        reward,
+        [row.text for row in prompts],
+        [answer.text for answer in answers],
         prompt_length=config.prompt_length,
         response_length=config.response_length,
     )
-    scores = score_rows(reward.model, reward.params, encoded["tokens"], encoded["mask"])
     return bootstrap_mean(scores)._asdict()
 
 

@@ -16,12 +16,10 @@ from pathlib import Path
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations
-from instruct_jax.data.rows import Demonstration
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.sampling.complete import complete
-from instruct_jax.stages.reward_model import score_rows
+from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
 from instruct_jax.stages.stage import load_trained
 
@@ -65,13 +63,13 @@ def main(config: Config, run: cli.Run) -> Path:
             prompt_length=config.prompt_length,
             batch_size=config.batch_size,
         )
-        rows = encode_demonstrations(
-            [Demonstration(p, answer.text) for p, answer in zip(prompts, answers, strict=True)],
-            reward.tokenizer,
+        scored = score_answers(
+            reward,
+            prompts,
+            [answer.text for answer in answers],
             prompt_length=config.prompt_length,
             response_length=config.response_length,
         )
-        scored = score_rows(reward.model, reward.params, rows["tokens"], rows["mask"])
         scores[epoch] = float(scored.mean())
         losses[epoch] = json.loads((folder / "model.json").read_text())["notes"]["valid_loss"]
     best = select_epoch(scores, losses=losses, path=run.workdir / "selection.json")

@@ -11,7 +11,7 @@ demonstrations score 0 on average (RM-4). The bias is a parameter like any other
 checkpoint, and the value model, which starts as a copy of the reward model, starts with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.branches import branch_rows
-from instruct_jax.data.loader import Batches
+from instruct_jax.data.loader import Batches, encode_demonstrations
+from instruct_jax.data.rows import Demonstration
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model, final_scores
-from instruct_jax.stages.stage import FitConfig, fit, in_batches
+from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]
@@ -104,6 +105,27 @@ def score_rows(
     """
     score = jax.jit(lambda p, t, m: sequence_scores(model, p, t, m))
     return in_batches(lambda t, m: score(params, t, m), batch_size, tokens, mask)
+
+
+def score_answers(
+    reward: TrainedModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    prompt_length: int,
+    response_length: int,
+) -> np.ndarray:
+    """Scores float32[N] of answers as text, each to its prompt; what fits the lengths is read.
+
+    Raises ValueError where a prompt does not fit, since its score would be missing.
+    """
+    pairs = [Demonstration(p, answer) for p, answer in zip(prompts, answers, strict=True)]
+    rows = encode_demonstrations(
+        pairs, reward.tokenizer, prompt_length=prompt_length, response_length=response_length
+    )
+    if len(rows["tokens"]) != len(pairs):
+        raise ValueError(f"a prompt has more than prompt_length {prompt_length} tokens")
+    return score_rows(reward.model, reward.params, rows["tokens"], rows["mask"])
 
 
 def normalise(
