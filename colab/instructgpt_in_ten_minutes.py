@@ -47,12 +47,10 @@ if importlib.util.find_spec("instruct_jax") is None:
 # %%
 import os
 
-# Without an accelerator, two cores are two devices of a data-parallel mesh. On a busy machine they
-# may wait for each other longer than the 40 s after which XLA would end the process.
-CPU_FLAGS = (
-    "--xla_force_host_platform_device_count=2",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-)
+from instruct_jax.cli import HOST_DEVICE_FLAGS
+
+# Without an accelerator, two cores are two devices of a data-parallel mesh.
+CPU_FLAGS = ("--xla_force_host_platform_device_count=2", *HOST_DEVICE_FLAGS)
 os.environ.setdefault("XLA_FLAGS", " ".join(CPU_FLAGS))
 
 import dataclasses

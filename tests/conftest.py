@@ -9,6 +9,8 @@ jax, and is inherited by the processes that tests start.
 import os
 from pathlib import Path
 
+from instruct_jax.cli import HOST_DEVICE_FLAGS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
@@ -19,8 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
         f"--xla_force_host_platform_device_count={DEVICES}",
-        # Eight threads that meet on a busy machine may be late; by default 40 s kill the process.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        *HOST_DEVICE_FLAGS,
     ]
 )
 # Most of the suite's time is compilation; a second run reads it from here (pytest --cache-clear).

@@ -10,6 +10,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from instruct_jax.cli import HOST_DEVICE_FLAGS
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "colab").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -17,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 SECONDS_PER_CELL = 600  # of a machine that is busy with the rest of the suite
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=2",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    *HOST_DEVICE_FLAGS,
     # Next to nothing is computed: compiling is what takes the time.
     "--xla_backend_optimization_level=0",
 )

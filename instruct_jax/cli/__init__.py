@@ -20,6 +20,7 @@ from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, RunError
 
 __all__ = [
+    "HOST_DEVICE_FLAGS",
     "Run",
     "describe",
     "from_config",
@@ -30,6 +31,15 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
+
+# XLA flags for a CPU that stands for several devices, which must meet in every collective.
+HOST_DEVICE_FLAGS = (
+    # The default schedule runs a collective beside a loop that holds others, in an order that
+    # differs between devices; with few threads each then waits for another, for ever.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # On a busy machine threads come late; by default 40 s of waiting end the process.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 
 
 def run(
@@ -112,6 +122,7 @@ def _configure_jax(host_devices: int | None) -> None:
     import jax  # a mistake on the command line should not wait for it
 
     if host_devices is not None:
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *HOST_DEVICE_FLAGS])
         jax.config.update("jax_num_cpu_devices", host_devices)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path.home() / ".cache" / "instruct_jax" / "xla"
