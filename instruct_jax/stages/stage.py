@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -130,6 +131,26 @@ class BatchSource(Protocol):
         ...
 
 
+def make_optimizer(config: FitConfig, *, steps: int) -> optax.GradientTransformation:
+    """AdamW over a cosine of `steps` updates."""
+    schedule = cosine_schedule(
+        config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
+    )
+    return adamw(schedule, **dataclasses.asdict(config.adam))
+
+
+def make_step(
+    config: FitConfig, loss_fn: LossFn, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step of `fit`: (state, fixed, batch, key) -> (state, metrics), `fixed` not trained."""
+
+    def step(state: TrainState, fixed: Any, batch: Any, key: jax.Array) -> Any:
+        make = make_train_step(with_base(fixed, loss_fn), tx, micro_batches=config.micro_batches)
+        return make(state, batch, key)
+
+    return step
+
+
 def fit(
     config: FitConfig,
     loss_fn: LossFn,
@@ -154,18 +175,11 @@ def fit(
     divide the batch.
     """
     check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
-    schedule = cosine_schedule(
-        config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
-    )
-    tx = adamw(schedule, **dataclasses.asdict(config.adam))
+    tx = make_optimizer(config, steps=steps)
     key, lora = jax.random.key(config.seed), config.lora
     base, trained = split(jax.random.fold_in(key, ADAPTER), params, lora)
     state = shard_state(init_state(trained, tx), mesh, RULES)
     base, beside = place_params(base, mesh), place_params(frozen or {}, mesh)
-
-    def step(state: TrainState, fixed: Any, batch: Any, key: jax.Array) -> Any:
-        make = make_train_step(with_base(fixed, loss_fn), tx, micro_batches=config.micro_batches)
-        return make(state, batch, key)
 
     def plain(step: int, state: TrainState) -> dict[str, float]:
         assert evaluate is not None
@@ -178,7 +192,7 @@ def fit(
         MetricLogger(workdir, name, total=steps) as logger,
     ):
         state = run_loop(
-            compile_step(step, mesh, state, join(base, beside)),
+            compile_step(make_step(config, loss_fn, tx), mesh, state, join(base, beside)),
             state,
             batch_at=batch_at,
             steps=steps,
