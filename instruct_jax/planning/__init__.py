@@ -1,0 +1,1 @@
+"""Above the stages: what their programs cost at least, how long they take, where they fit."""
