@@ -17,7 +17,7 @@ import difflib
 import functools
 import math
 
-from instruct_jax.models.layers import TransformerConfig
+from instruct_jax.models.config import TransformerConfig
 
 _GPT = functools.partial(TransformerConfig, vocab_size=50_257)
 _LLAMA = functools.partial(

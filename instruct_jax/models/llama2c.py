@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from instruct_jax.errors import UserError
-from instruct_jax.models.layers import TransformerConfig
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.transformer import Params
 
 _HEADER = struct.Struct("<7i")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.layers import (
     MASKED,
     Block,
@@ -28,7 +29,6 @@ from instruct_jax.models.layers import (
     Embedder,
     Matrix,
     Norm,
-    TransformerConfig,
     make_context,
     soft_cap,
 )
@@ -81,6 +81,8 @@ class Model(NamedTuple):
     """The same arguments -> dtype[B, T, D], after the last norm"""
     readout: Callable[[Params, jax.Array], jax.Array]
     """(params, [..., D]) -> f32[..., V], or f32[...] (scalar)"""
+    head: Callable[[Params], jax.Array]
+    """params -> [D, V], the matrix of a language model's `readout`, before its soft cap"""
     decode: Callable[..., tuple[jax.Array, Cache]]
     """(params, tokens, cache, *, mask, last_only) -> (f32[B, T or 1, V], cache)"""
 
@@ -156,10 +158,13 @@ class LanguageModel(_Trunk):
         if not c.tie_embeddings:
             self.unembedding = Matrix((c.d_model, c.vocab_rows), c.init_std)
 
+    def kernel(self) -> jax.Array:
+        """[D, V], the matrix of the read-out."""
+        return self.embedder.tokens.T if self.config.tie_embeddings else self.unembedding()
+
     def readout(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> f32[..., V]; products in `dtype`, sums in fp32."""
-        c = self.config
-        kernel = self.embedder.tokens.T if c.tie_embeddings else self.unembedding()
+        c, kernel = self.config, self.kernel()
         logits = jnp.einsum(
             "...d,dv->...v", hidden, kernel.astype(c.dtype), preferred_element_type=jnp.float32
         )
@@ -218,17 +223,22 @@ def language_model(config: TransformerConfig) -> Model:
     `decode` reads T more tokens into a cache: T = P on an empty cache is the prefill, T = 1 a step.
     Its `params` may come from `unstack_layers`. `last_only` reads out the last token alone.
     """
-    return _model(LanguageModel(config), functools.partial(_decode, LanguageModel(config)))
+    module = LanguageModel(config)
+    head = functools.partial(_call, module, "kernel")
+    return _model(module, head, functools.partial(_decode, module))
 
 
 @functools.cache
 def scalar_model(config: TransformerConfig) -> Model:
-    """The reward or value model of `config`; `decode` raises TypeError."""
+    """The reward or value model of `config`; `decode` and `head` raise TypeError."""
 
     def decode(*args: Any, **kwargs: Any) -> tuple[jax.Array, Cache]:
         raise TypeError("a scalar model has no next token to decode; score whole rows with apply")
 
-    return _model(ScalarModel(config), decode)
+    def head(params: Params) -> jax.Array:
+        raise TypeError("a scalar model has no vocabulary to read out")
+
+    return _model(ScalarModel(config), head, decode)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
@@ -316,7 +326,11 @@ def _call(
     return module.apply({"params": params}, *args, rngs=rngs, method=method)
 
 
-def _model(module: _Trunk, decode: Callable[..., tuple[jax.Array, Cache]]) -> Model:
+def _model(
+    module: _Trunk,
+    head: Callable[[Params], jax.Array],
+    decode: Callable[..., tuple[jax.Array, Cache]],
+) -> Model:
     def init(key: jax.Array) -> Params:
         return module.init({"params": key}, jnp.zeros((1, 1), jnp.int32))["params"]
 
@@ -339,7 +353,8 @@ def _model(module: _Trunk, decode: Callable[..., tuple[jax.Array, Cache]]) -> Mo
     def readout(params: Params, hidden: jax.Array) -> jax.Array:
         return _call(module, "readout", params, hidden)
 
-    return Model(module.config, jax.jit(init), run("__call__"), run("hidden"), readout, decode)
+    init = jax.jit(init)
+    return Model(module.config, init, run("__call__"), run("hidden"), readout, head, decode)
 
 
 def _decode(

@@ -6,8 +6,8 @@ Nothing is asserted that the record does not hold: where it is silent, the card 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.families import parameter_count
-from instruct_jax.models.layers import TransformerConfig
 
 _STAGES = {
     "pretrain": "a pretrained language model; it continues texts and was not taught to answer",

@@ -22,9 +22,9 @@ import dataclasses
 import difflib
 from typing import Any
 
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf import options, tensors
 from instruct_jax.models.hf.schema import Family, Key, read_config, resolved, write_config
-from instruct_jax.models.layers import TransformerConfig
 
 _GELUS = {
     "gelu_new": "gelu",

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.schema import Family, Tensor
-from instruct_jax.models.layers import TransformerConfig
 from instruct_jax.models.transformer import Params, language_model, scalar_model
 
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -6,9 +6,9 @@ Each pair of functions is a family's `more`: theirs -> our fields, our configura
 from collections.abc import Callable
 from typing import Any
 
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.schema import REQUIRED, Key, Raw, period
 from instruct_jax.models.hf.schema import number as number_of
-from instruct_jax.models.layers import TransformerConfig
 
 
 def read_rope(

@@ -16,12 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.errors import UserError
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.families import parameter_count
 from instruct_jax.models.hf.container import FLOATS, Stored, open_weights, read_header
 from instruct_jax.models.hf.folder import find_folder, read_raw_config
 from instruct_jax.models.hf.layout import Piece, clip, parameter_shapes, pieces, sizes
 from instruct_jax.models.hf.schema import Family, Raw, read_config
-from instruct_jax.models.layers import TransformerConfig
 from instruct_jax.models.transformer import Params
 
 HEAD_FILE = "scalar_head.safetensors"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from instruct_jax.models.layers import TransformerConfig
+from instruct_jax.models.config import TransformerConfig
 
 Raw = dict[str, Any]
 REQUIRED: Any = object()

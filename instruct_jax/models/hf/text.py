@@ -11,7 +11,7 @@ from typing import Any
 from instruct_jax.data.templates import Template
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
-from instruct_jax.models.layers import TransformerConfig
+from instruct_jax.models.config import TransformerConfig
 
 CHAT_FILE = "chat_template.jinja"
 

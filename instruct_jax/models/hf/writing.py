@@ -25,13 +25,13 @@ from flax.traverse_util import flatten_dict
 from instruct_jax import __version__
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
+from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.container import FLOATS, ToWrite, write_file, write_weights
 from instruct_jax.models.hf.families import FAMILIES, family_of
 from instruct_jax.models.hf.layout import Piece, pieces
 from instruct_jax.models.hf.reading import DTYPES, HEAD_FILE
 from instruct_jax.models.hf.schema import write_config
 from instruct_jax.models.hf.text import write_tokenizer
-from instruct_jax.models.layers import TransformerConfig
 from instruct_jax.models.transformer import Params
 
 SHARD_BYTES = 5_000_000_000
