@@ -34,9 +34,6 @@ Config = TypeVar("Config")
 
 # XLA flags for a CPU that stands for several devices, which must meet in every collective.
 HOST_DEVICE_FLAGS = (
-    # The default schedule runs a collective beside a loop that holds others, in an order that
-    # differs between devices; with few threads each then waits for another, for ever.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     # On a busy machine threads come late; by default 40 s of waiting end the process.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )

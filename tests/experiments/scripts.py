@@ -42,7 +42,12 @@ def write_model(folder: Path, *, reads: Tokenizer | None = None) -> Path:
     """A random language model of two layers."""
     reads = tokenizer() if reads is None else reads
     shape = TransformerConfig(
-        vocab_size=reads.vocab_size, num_layers=2, d_model=32, num_heads=2, max_length=64
+        vocab_size=reads.vocab_size,
+        num_layers=2,
+        d_model=32,
+        num_heads=2,
+        max_length=64,
+        scan_unroll=2,
     )
     params = language_model(shape).init(jax.random.key(0))
     return save_trained(folder, TrainedModel("language", shape, params, reads, "pretrain"))

@@ -40,6 +40,7 @@ SHAPE = TransformerConfig(
     max_length=96,
     vocab_multiple=32,
     init_std=0.2,
+    scan_unroll=2,
 )
 # Plain descent at rate 1, with a counter: an update is minus the gradient.
 DESCENT = optax.sgd(lambda count: 1.0)
