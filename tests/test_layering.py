@@ -58,6 +58,8 @@ RUNS_CODE_MODULES = {
 }  # fmt: skip
 RUNS_CODE_CALLS = {"__import__", "compile", "eval", "exec"}
 RUNS_CODE_OPTIONS = {"allow_pickle", "trust_remote_code"}
+# Runs in another interpreter, to be measured against; all it loads is what the benchmark wrote.
+MAY_IMPORT = {"experiments.benchmark_peers": {"torch"}}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -139,7 +141,7 @@ def code_runners(source: str, *, module: str) -> list[str]:
         elif isinstance(node, ast.Constant) and node.value in RUNS_CODE_OPTIONS:
             report(node, str(node.value))
         for name in names:
-            if name.split(".")[0] in RUNS_CODE_MODULES:
+            if name.split(".")[0] in RUNS_CODE_MODULES - MAY_IMPORT.get(module, set()):
                 report(node, f"import {name}")
     return problems
 

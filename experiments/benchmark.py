@@ -1,0 +1,211 @@
+"""Measures how fast every phase runs, how far that is from the hardware's limit, and from a peer.
+
+    python experiments/benchmark.py --config=configs/benchmark.py:mini --workdir=runs/benchmark
+    python experiments/benchmark.py --config=configs/benchmark.py:sweep --workdir=runs/sweep
+    python experiments/benchmark.py --config=configs/benchmark.py:ppo_trl --workdir=runs/ppo_trl \\
+        --config.peer_python=/path/to/venv/bin/python
+
+The phases are the stages' own programs at the shape of the preset (instruct_jax/planning/). Seconds
+are medians of `repeats` runs, compilation apart. The roofline fraction is the time limit of
+instruct_jax/planning/costs.py, on real tokens, over the time measured; the limit's FLOP/s and
+bytes/s are those of a large matrix product and a large copy in the same run. MFU and MBU are shares
+of the vendor's peaks where the device is known, else of the measured ones.
+
+With `--config.peer=trl` the same work is done by TRL and transformers in another process, turn by
+turn with ours, and the ratio of the speeds is printed. With `--config.profile=true` a
+jax.profiler trace of one run of each phase is left in WORKDIR/profile.
+
+Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from instruct_jax import cli
+from instruct_jax.data.loader import (
+    encode_comparisons,
+    encode_demonstrations,
+    encode_documents,
+    encode_prompts,
+)
+from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
+from instruct_jax.errors import ConfigError
+from instruct_jax.evaluation.roofline import (
+    peer_table,
+    phase_table,
+    sweep_table,
+    write_roofline,
+    write_sweeps,
+)
+from instruct_jax.planning import peers
+from instruct_jax.planning.measure import (
+    Machine,
+    describe_machine,
+    environment,
+    measure,
+    measure_machine,
+    seconds_of,
+)
+from instruct_jax.planning.shapes import Rows, Shape, random_models, synthetic_rows
+from instruct_jax.planning.workloads import BUILDERS, PHASES
+from instruct_jax.training.mesh import make_mesh
+
+
+@dataclass(frozen=True)
+class Config:
+    """`data` with a `tokenizer` gives real rows to the phases that have any; else random tokens.
+
+    `sweep` is a list of (field of the shape, its values), each measured with the rest as it is.
+    """
+
+    shape: Shape = Shape()
+    phases: tuple[str, ...] = PHASES
+    repeats: int = 5
+    data: DataConfig | None = None
+    tokenizer: str | None = None
+    sweep: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    profile: bool = False
+    peer: Literal["none", "trl"] = "none"
+    # The interpreter that has the peer; None is this one.
+    peer_python: str | None = None
+
+    def __post_init__(self) -> None:
+        """ConfigError for an unknown phase, or half of what real rows need."""
+        for phase in self.phases:
+            if phase not in BUILDERS:
+                raise ConfigError(f"config.phases: no phase {phase!r}; there are {PHASES}")
+        if (self.data is None) != (self.tokenizer is None):
+            raise ConfigError("real rows need both config.data and config.tokenizer")
+        fields = {field.name for field in dataclasses.fields(Shape)}
+        for field, _ in self.sweep:
+            if field not in fields:
+                raise ConfigError(f"config.sweep: the shape has no field {field!r}")
+        if self.repeats < 1:
+            raise ConfigError(f"config.repeats={self.repeats}: expected 1 or more")
+
+
+def main(config: Config, run: cli.Run) -> Path:
+    """Measures, prints the tables and returns the JSON file."""
+    machine = measure_machine((config.shape.dtype,))
+    report: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "environment": environment(),
+        "machine": describe_machine(machine),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": json.loads((run.workdir / "config.json").read_text()).get("commit"),
+    }
+    flops, bandwidth = machine.flops[config.shape.dtype], machine.bandwidth
+    print(f"machine: {flops / 1e9:,.0f} GFLOP/s {config.shape.dtype}, {bandwidth / 1e9:,.1f} GB/s")
+    texts = []
+    if config.peer != "none":
+        report["peers"] = compare_peers(config, run)
+        texts.append(peer_table(report["peers"]))
+    elif config.sweep:
+        report["sweep"] = run_sweep(config, machine, run)
+        texts.append(sweep_table(report["sweep"]))
+        write_sweeps(run.workdir / "sweep.png", report["sweep"])
+    else:
+        report["phases"] = run_phases(config, config.shape, machine, run)
+        texts.append(phase_table(report["phases"]))
+        title = f"{report['environment']['device']}, {config.shape.dtype}"
+        picture = run.workdir / "roofline.png"
+        write_roofline(picture, report["phases"], flops=flops, bandwidth=bandwidth, title=title)
+    out = run.workdir / "benchmark.json"
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    (run.workdir / "benchmark.md").write_text("\n".join(texts))
+    print("\n" + "\n".join(texts))
+    return out
+
+
+def run_phases(
+    config: Config, shape: Shape, machine: Machine, run: cli.Run
+) -> list[dict[str, Any]]:
+    """Every phase, one after another."""
+    rows, _ = load_rows(config, shape)
+    models, mesh, results = random_models(shape, eos_id=rows.eos_id), make_mesh(run.mesh), []
+    with jax.set_mesh(mesh):
+        for phase in config.phases:
+            workload = BUILDERS[phase](shape, rows, models, mesh)
+            result = measure(workload, machine, repeats=config.repeats)
+            print(
+                f"{phase:13} {result.seconds:9.4f} s {result.tokens_per_second:12,.0f} tokens/s"
+                f"   roofline {result.roofline:.2f}",
+                flush=True,
+            )
+            if config.profile:
+                with jax.profiler.trace(str(run.workdir / "profile" / phase)):
+                    seconds_of(workload.run)
+            results.append(dataclasses.asdict(result))
+    return results
+
+
+def run_sweep(config: Config, machine: Machine, run: cli.Run) -> list[dict[str, Any]]:
+    """The phases at every value of every swept field."""
+    points = []
+    for field, values in config.sweep:
+        for value in values:
+            shape = config.shape.grown(field, value)
+            for row in run_phases(config, shape, machine, run):
+                points.append({"field": field, "value": value, **row})
+    return points
+
+
+def compare_peers(config: Config, run: cli.Run) -> list[dict[str, Any]]:
+    """Every phase against the peer."""
+    rows, tokenizer = load_rows(config, config.shape)
+    models = random_models(config.shape, eos_id=rows.eos_id)
+    mesh, results = make_mesh(run.mesh), []
+    folder = run.workdir / "peer"
+    peers.write_inputs(folder, config.shape, rows, models, tokenizer)
+    with jax.set_mesh(mesh):
+        for phase in config.phases:
+            for case in peers.cases(phase, config.shape, rows, models, mesh):
+                comparison = peers.compare(
+                    case,
+                    python=config.peer_python or peers.default_python(),
+                    script=peers.default_script(),
+                    folder=folder,
+                    repeats=config.repeats,
+                )
+                print(
+                    f"{phase} against {comparison.peer}: {comparison.ours:,.1f} and "
+                    f"{comparison.theirs:,.1f} {comparison.unit}/s, ratio {comparison.ratio:.2f}",
+                    flush=True,
+                )
+                results.append(dataclasses.asdict(comparison))
+    return results
+
+
+def load_rows(config: Config, shape: Shape) -> tuple[Rows, Tokenizer | None]:
+    """Random rows, with real ones in the place of those that `config.data` has."""
+    if config.data is None or config.tokenizer is None:
+        return synthetic_rows(shape), None
+    tokenizer = load_tokenizer(config.tokenizer)
+    if shape.policy_config().vocab_size != tokenizer.vocab_size:
+        raise ConfigError(f"config.shape.vocab_size: the tokenizer has {tokenizer.vocab_size}")
+    rows, source = synthetic_rows(shape), open_source(config.data)
+    lengths = {"prompt_length": shape.prompt, "response_length": shape.response}
+    if config.data.demonstrations:
+        encoded = encode_demonstrations(source.demonstrations("train"), tokenizer, **lengths)
+        prompts = encode_prompts(source.prompts("train"), tokenizer, prompt_length=shape.prompt)
+        rows = rows._replace(demonstrations=encoded, prompts=prompts)
+    if config.data.comparisons:
+        encoded = encode_comparisons(
+            source.comparisons("train"), tokenizer, completions=shape.completions, **lengths
+        )
+        rows = rows._replace(comparisons=encoded)
+    if config.data.documents:
+        text = encode_documents(source.documents("train"), tokenizer, length=shape.text_length)
+        rows = rows._replace(text=text["tokens"][: shape.text_rows])
+    return rows._replace(eos_id=tokenizer.eos_id), tokenizer
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default="configs/benchmark.py")

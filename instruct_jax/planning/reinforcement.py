@@ -1,0 +1,207 @@
+"""The programs of PPO at a shape, set up as `ppo.train` does: scoring, updates, an iteration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.models.transformer import language_model, scalar_model
+from instruct_jax.planning import costs
+from instruct_jax.planning.measure import Account, Workload, compiled, seconds_of
+from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
+from instruct_jax.sampling.sampler import generate
+from instruct_jax.stages import ppo
+from instruct_jax.stages.experience import Frozen, PPOState
+from instruct_jax.stages.ppo_losses import ptx_loss
+from instruct_jax.stages.pretrain import language_rows
+from instruct_jax.stages.stage import RULES, place_params, with_base
+from instruct_jax.stages.trunks import frozen_models, initial_state, optimizers
+from instruct_jax.training.mesh import batch_sharding, replicated
+from instruct_jax.training.state import accumulate_gradients, shard_state
+
+
+class Reinforcement:
+    """The models, the state and the programs of PPO at a shape, set up as `ppo.train` does."""
+
+    def __init__(self, shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> None:
+        self.shape, self.rows, self.mesh = shape, rows, mesh
+        self.config = shape.ppo_config()
+        self.policy = language_model(shape.policy_config())
+        self.scalar = scalar_model(shape.scalar_config())
+        self.txs = optimizers(self.config)
+        frozen = frozen_models(self.config, models.policy, models.reward)
+        self.frozen = Frozen(*(place_params(p, mesh) for p in frozen))
+        state = initial_state(self.config, models.policy, models.reward, self.txs)
+        assert state.value is not None
+        self.state = PPOState(
+            shard_state(state.policy, mesh, RULES),
+            shard_state(state.value, mesh, RULES),
+            jax.device_put(state.kl_coef, replicated(mesh)),
+        )
+        self.key = jax.random.key(shape.seed)
+
+    def programs(self) -> tuple[Any, Any]:
+        """The scoring and the update program."""
+        return ppo.programs(
+            self.config,
+            self.policy,
+            self.scalar,
+            self.txs,
+            self.state,
+            eos_id=self.rows.eos_id,
+            mesh=self.mesh,
+        )
+
+    def sample(self) -> Any:
+        """A rollout of the policy."""
+        inputs = first_prompts(self.shape, self.rows, self.mesh)
+        return generate(
+            self.policy,
+            self.frozen.policy_params(self.state),
+            *inputs,
+            max_new_tokens=self.shape.response,
+            eos_id=self.rows.eos_id,
+        )
+
+    def ptx(self) -> dict[str, np.ndarray] | None:
+        """Rows of text for every update, [updates, rows, T]."""
+        if not self.shape.ptx_ratio:
+            return None
+        count = self.config.updates * self.config.minibatch * self.shape.ptx_ratio
+        text = np.resize(self.rows.text, (count, self.rows.text.shape[1]))
+        return language_rows(text.reshape(self.config.updates, -1, text.shape[1]))
+
+    def text_tokens(self) -> int:
+        """Tokens of text in an iteration."""
+        mix = self.ptx()
+        return 0 if mix is None else mix["tokens"].size
+
+    def update_pieces(self, lengths: np.ndarray) -> tuple[costs.Cost, ...]:
+        """What all updates of an iteration cost, the mix included."""
+        times = {"updates": self.config.updates, "epochs": self.config.inner_epochs}
+        pieces = (
+            costs.train(self.policy.config, lengths, **times),
+            costs.train(self.scalar.config, lengths, kind="scalar", **times),
+        )
+        mix = self.ptx()
+        if mix is None:
+            return pieces
+        updates, count, length = mix["tokens"].shape
+        return *pieces, costs.ptx(self.policy.config, [length] * count) * updates
+
+    def account(
+        self, mask: Any, response_mask: Any, phases: Callable[..., tuple[costs.Cost, ...]]
+    ) -> Account:
+        """Of `phases(prompt lengths, response lengths)`, in tokens of prompt and response."""
+        lengths = np.asarray(response_mask.sum(1))
+        prompts = np.asarray(mask.sum(1)) - lengths
+        pieces = phases(prompts, lengths)
+        real = int(mask.sum())
+        return Account(pieces, real, self.shape.rows, real, mask.size)
+
+
+def score(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
+    """Log-probs, rewards, values and advantages of a rollout."""
+    work = Reinforcement(shape, rows, models, mesh)
+    sampled = work.sample()
+    program = compiled(work.programs()[0], work.state, work.frozen, sampled)
+    account = work.account(
+        sampled.mask,
+        sampled.response_mask,
+        lambda p, r: (costs.score(work.policy.config, work.scalar.config, p + r),),
+    )
+    run = lambda: program.call(work.state, work.frozen, sampled)  # noqa: E731
+    return Workload("score", run, lambda _: account, program.seconds, program.memory, shape.dtype)
+
+
+def ppo_update(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
+    """All updates of an iteration, with the mix where `ptx_ratio` is given."""
+    work = Reinforcement(shape, rows, models, mesh)
+    score_program, update = work.programs()
+    experience, metrics = score_program(work.state, work.frozen, work.sample())
+    inputs = (work.frozen, experience, work.ptx(), metrics["kl"], work.key)
+    program = compiled(update, work.state, *inputs, donate=(0,))
+
+    def run() -> Any:
+        work.state, updated = program.call(work.state, *inputs)
+        return updated
+
+    account = work.account(
+        experience.mask, experience.where, lambda p, r: work.update_pieces(p + r)
+    )
+    tokens = account.tokens * shape.inner_epochs + work.text_tokens()
+    account = account._replace(tokens=tokens)
+    return Workload(
+        "ppo_update", run, lambda _: account, program.seconds, program.memory, shape.dtype
+    )
+
+
+def ptx(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
+    """The gradient of the pretraining loss on the text of one update."""
+    work = Reinforcement(shape, rows, models, mesh)
+    config = work.policy.config
+    mix = work.ptx()
+    text = rows.text if mix is None else mix["tokens"][0]
+    batch = jax.device_put(language_rows(text), batch_sharding(mesh))
+    loss = with_base(work.frozen.reference, ptx_loss(work.config, work.policy))
+
+    def gradient(params: Any, batch: Any) -> Any:
+        return accumulate_gradients(
+            loss, params, batch, work.key, micro_batches=shape.micro_batches
+        ).grads
+
+    program = compiled(gradient, work.state.policy.params, batch)
+    count, length = text.shape
+    tokens = count * length
+    account = Account((costs.ptx(config, [length] * count),), tokens, count, tokens, tokens)
+    run = lambda: program.call(work.state.policy.params, batch)  # noqa: E731
+    return Workload("ptx", run, lambda _: account, program.seconds, program.memory, shape.dtype)
+
+
+def iteration(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
+    """Rollout, scoring and all updates, as the training loop calls them."""
+    work = Reinforcement(shape, rows, models, mesh)
+    step = ppo.make_iteration(
+        work.config,
+        work.policy,
+        work.scalar,
+        *work.txs,
+        work.frozen,
+        work.state,
+        eos_id=rows.eos_id,
+        mesh=mesh,
+    )
+    first = {name: x[: shape.rows] for name, x in rows.prompts.items()}
+    batch: dict[str, Any] = {"prompts": first["tokens"], "prompt_mask": first["mask"]}
+    if (mix := work.ptx()) is not None:
+        batch["ptx"] = mix
+    steps = 0
+
+    def run() -> Any:
+        nonlocal steps
+        key = jax.random.fold_in(work.key, steps)
+        work.state, metrics = step(work.state, batch, key)
+        steps += 1
+        return metrics
+
+    def account(metrics: Any) -> Account:
+        # The metrics give the sum of the response lengths; the rows of a rollout of the same
+        # distribution stand for how it was spread.
+        sampled = work.sample()
+        mask, responses = sampled.mask, sampled.response_mask
+        pieces = work.account(
+            mask,
+            responses,
+            lambda p, r: (
+                *costs.generate(work.policy.config, p, r),
+                costs.score(work.policy.config, work.scalar.config, p + r),
+                *work.update_pieces(p + r),
+            ),
+        )
+        drawn = int(metrics["tokens"])
+        return pieces._replace(tokens=drawn, real=int(first["mask"].sum()) + drawn)
+
+    seconds, _ = seconds_of(run)
+    return Workload("iteration", run, account, seconds, None, shape.dtype)

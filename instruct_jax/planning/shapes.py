@@ -1,0 +1,222 @@
+"""The sizes of a benchmark, its rows and its random weights.
+
+Where `mean_response` is given, the end token is made as probable as a mean length of that many
+tokens needs, so that skewed lengths come out of the sampler itself.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instruct_jax.errors import ConfigError
+from instruct_jax.models.families import preset
+from instruct_jax.models.transformer import (
+    TransformerConfig,
+    language_model,
+    scalar_from_language,
+    scalar_model,
+)
+from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.training.mesh import batch_sharding
+
+END = 0
+# Prompts for each row of a batch: those of the engine.
+QUEUE = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the models and of the batches; None keeps the preset's value.
+
+    `scalar` is the size of the reward and the value model, by default the policy's. A batch has
+    `rows` prompts of `prompt` tokens with responses of up to `response`; text comes in `text_rows`
+    rows of `text_length`. `completions` are ranked for each of `ranked` prompts. With `ptx_ratio`
+    so many rows of text join every episode.
+    """
+
+    model: str = "small"
+    scalar: str | None = None
+    vocab_size: int | None = None
+    num_layers: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    max_length: int | None = None
+    dtype: str = "float32"
+    remat: bool = False
+    rows: int = 32
+    prompt: int = 64
+    response: int = 64
+    mean_response: int | None = None
+    text_rows: int = 32
+    text_length: int = 128
+    ranked: int = 8
+    completions: int = 4
+    pack_length: int | None = 512
+    minibatch: int = 32
+    inner_epochs: int = 1
+    micro_batches: int = 1
+    ptx_ratio: int = 0
+    seed: int = 0
+
+    def policy_config(self) -> TransformerConfig:
+        """The language model. Raises ConfigError for sizes that make no model."""
+        return self._config(self.model, language=True)
+
+    def scalar_config(self) -> TransformerConfig:
+        """The reward and the value model."""
+        return self._config(self.scalar or self.model, language=self.scalar is None)
+
+    def grown(self, field: str, value: int) -> "Shape":
+        """This shape with `field` of another value, and what grows with it.
+
+        More `rows` are more rows everywhere, a `text_length` is also that of prompt and response
+        together, and a wider `d_model` has more heads of the same size.
+        """
+        together: dict[str, dict[str, Any]] = {
+            "rows": {"minibatch": value, "text_rows": value},
+            "text_length": {
+                "prompt": value // 2,
+                "response": value - value // 2,
+                "max_length": value,
+            },
+            "d_model": {"num_heads": max(value // 32, 1)},
+        }
+        changes: dict[str, Any] = {field: value, **together.get(field, {})}
+        return dataclasses.replace(self, **changes)
+
+    def _config(self, name: str, *, language: bool) -> TransformerConfig:
+        changes: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat}
+        names = ["vocab_size", "max_length"]
+        names += ["num_layers", "d_model", "num_heads"] if language else []
+        changes |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        try:
+            return dataclasses.replace(preset(name), **changes)
+        except ValueError as error:
+            raise ConfigError(f"config.shape: {error}") from error
+
+    def ppo_config(self) -> PPOConfig:
+        """The settings of an iteration of this shape."""
+        return PPOConfig(
+            episodes=self.rows,
+            rollout_batch=self.rows,
+            minibatch=self.minibatch,
+            inner_epochs=self.inner_epochs,
+            micro_batches=self.micro_batches,
+            prompt_length=self.prompt,
+            response_length=self.response,
+            ptx_coef=27.8 if self.ptx_ratio else 0.0,
+            ptx_ratio=max(self.ptx_ratio, 1),
+            seed=self.seed,
+        )
+
+
+class Rows(NamedTuple):
+    """What the phases read: the arrays that the loaders make, synthetic or of real rows."""
+
+    text: np.ndarray  # int32[N, T]
+    demonstrations: dict[str, np.ndarray]
+    comparisons: dict[str, np.ndarray]
+    prompts: dict[str, np.ndarray]  # left-padded
+    eos_id: int = END
+
+
+def synthetic_rows(shape: Shape) -> Rows:
+    """Random tokens: full rows, or with `mean_response` geometric lengths of responses."""
+    rng = np.random.default_rng(shape.seed)
+    config = shape.policy_config()
+    draw = partial(rng.integers, END + 1, config.vocab_size, dtype=np.int32)
+    p, width, k = shape.prompt, shape.prompt + shape.response, shape.completions
+
+    def padded(count: int) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.full(count, shape.response)
+        if shape.mean_response is not None:
+            lengths = np.minimum(rng.geometric(1 / shape.mean_response, count), shape.response)
+        mask = np.arange(width)[None] < p + lengths[:, None]
+        return np.where(mask, draw((count, width)), config.pad_id).astype(np.int32), mask
+
+    tokens, mask = padded(4 * shape.rows)
+    demonstrations = {
+        "tokens": tokens,
+        "mask": mask,
+        "loss_mask": mask & (np.arange(width) >= p)[None],
+    }
+    ranked, ranked_mask = (x.reshape(-1, k, width) for x in padded(shape.ranked * k))
+    ranked[:, :, :p] = ranked[:, :1, :p]
+    comparisons = {
+        "tokens": ranked,
+        "mask": ranked_mask,
+        "ranks": np.tile(np.arange(k, dtype=np.int32), (shape.ranked, 1)),
+        "where": np.ones((shape.ranked, k), bool),
+        "prompt_lengths": np.full(shape.ranked, p, np.int32),
+    }
+    prompts = {
+        "tokens": draw((QUEUE * shape.rows, p)),
+        "mask": np.ones((QUEUE * shape.rows, p), bool),
+    }
+    return Rows(draw((shape.text_rows, shape.text_length)), demonstrations, comparisons, prompts)
+
+
+class Models(NamedTuple):
+    """Parameters of the policy and of the reward model, on the host's default device."""
+
+    policy: Any
+    reward: Any
+
+
+def random_models(shape: Shape, *, eos_id: int = END) -> Models:
+    """Both models with random weights, and the end token as probable as `shape` says."""
+    policy, scalar = shape.policy_config(), shape.scalar_config()
+    keys = jax.random.split(jax.random.key(shape.seed), 3)
+    params = language_model(policy).init(keys[0])
+    if scalar == policy:
+        reward = scalar_from_language(params, keys[1], scalar)
+    else:
+        reward = scalar_model(scalar).init(keys[1])
+    if shape.mean_response is not None:
+        params = with_mean_length(params, policy, shape.mean_response, eos_id=eos_id, key=keys[2])
+    return Models(params, reward)
+
+
+def with_mean_length(
+    params: Any, config: TransformerConfig, mean: int, *, eos_id: int, key: jax.Array
+) -> Any:
+    """The same model, ending with probability of about 1 / mean at every token.
+
+    The last norm's bias gets a direction u that only the end token's row of the table points in, so
+    that token's logit is nearly constant. Raises ConfigError for a model without that bias.
+    """
+    bias = params["final_norm"].get("bias")
+    if bias is None or not config.tie_embeddings:
+        raise ConfigError("config.shape.mean_response needs a model with LayerNorm and tied tables")
+    u = jax.random.normal(key, (config.d_model,), jnp.float32)
+    u = u / jnp.linalg.norm(u)
+    table = params["embedder"]["tokens"]
+    table = table - jnp.outer(table @ u, u)
+    small = jnp.float32(0.02)
+    table = table.at[eos_id].set(small * u)
+
+    def with_bias(logit: jax.Array) -> Any:
+        return {
+            **params,
+            "embedder": {**params["embedder"], "tokens": table},
+            "final_norm": {**params["final_norm"], "bias": bias + logit / small * u},
+        }
+
+    tokens = jax.random.randint(key, (4, 32), 1, config.vocab_size)
+    logits = jax.jit(language_model(config).apply)(with_bias(jnp.float32(0.0)), tokens)
+    others = jax.nn.logsumexp(logits.at[..., eos_id].set(-jnp.inf), axis=-1).mean()
+    return with_bias(others - jnp.log(jnp.float32(mean - 1)))
+
+
+def first_prompts(shape: Shape, rows: Rows, mesh: Mesh) -> tuple[Any, ...]:
+    """Tokens, mask and keys of one batch of prompts, on the devices."""
+    spread = batch_sharding(mesh)
+    keys = jax.random.split(jax.random.key(shape.seed), shape.rows)
+    first = (rows.prompts[name][: shape.rows] for name in ("tokens", "mask"))
+    return tuple(jax.device_put(x, spread) for x in (*first, keys))

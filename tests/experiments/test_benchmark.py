@@ -1,0 +1,106 @@
+"""The benchmark as a user runs it: the record, the tables, and the mistakes."""
+
+import json
+import os
+from importlib.util import find_spec
+
+import pytest
+
+from experiments import benchmark
+from instruct_jax import cli
+from instruct_jax.planning.workloads import PHASES
+
+DEBUG = "--config=configs/benchmark.py:debug"
+NUMBERS = (
+    "seconds", "compile_seconds", "tokens_per_second", "sequences_per_second", "mfu", "mbu",
+    "limit_seconds", "roofline", "real_tokens", "padded_tokens", "flops", "bytes",
+)  # fmt: skip
+
+
+def run(workdir, *extra):
+    argv = [DEBUG, f"--workdir={workdir}", "--mesh=data:1", *extra]
+    cli.run(benchmark.main, benchmark.Config, default=DEBUG, argv=argv)
+    return json.loads((workdir / "benchmark.json").read_text())
+
+
+def check(report, workdir, phases):
+    rows = report["phases"]
+    assert [row["phase"] for row in rows] == list(phases)
+    for row in rows:
+        assert all(row[name] > 0 for name in NUMBERS), row
+        assert row["real_tokens"] <= row["padded_tokens"]
+        assert len(row["runs"]) == 2
+    assert report["environment"]["device"] == "cpu"
+    assert report["environment"]["versions"]["jax"]
+    assert report["machine"]["flops"]["float32"] > 1e8
+    table = (workdir / "benchmark.md").read_text()
+    assert all(f"| {phase} |" in table for phase in phases)
+    assert (workdir / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_leaves_figures_a_table_a_picture_and_a_trace(tmp_path):
+    phases = ("reward_model", "rollout")
+    report = run(tmp_path, f"--config.phases={phases}", "--config.profile=True")
+    check(report, tmp_path, phases)
+    assert report["phases"][0]["memory"]["peak"] > 0
+    assert report["phases"][1]["occupancy"] == 1.0
+    assert list((tmp_path / "profile" / "rollout").rglob("*.xplane.pb"))
+
+
+def test_a_sweep_has_every_point_and_its_picture(tmp_path):
+    sweep = "--config.sweep=(('rows',(2,4)),)"
+    report = run(tmp_path, sweep, "--config.phases=('rollout',)", "--config.repeats=1")
+    assert [(row["field"], row["value"]) for row in report["sweep"]] == [("rows", 2), ("rows", 4)]
+    few, many = report["sweep"]
+    assert many["flops"] == pytest.approx(2 * few["flops"])
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_every_phase_is_measured(tmp_path):
+    check(run(tmp_path), tmp_path, PHASES)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.phases=('rolout',)", "no phase 'rolout'"),
+        ("--config.sweep=(('rose',(1,)),)", "no field 'rose'"),
+        ("--config.shape.model=small_", "config.shape"),
+        ("--config.tokenizer=tokenizer.json", "both config.data and config.tokenizer"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path, capsys, flag, words):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", flag)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed here")
+def test_a_peer_that_is_not_installed_is_told_with_the_remedy(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--config.peer=trl", "--config.phases=('rollout',)")
+    assert stop.value.code == 2
+    assert "has no torch; name an interpreter" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_peer_phase_has_a_ratio(tmp_path):
+    """Needs an interpreter with TRL 1.12, torch and transformers: INSTRUCT_JAX_PEER_PYTHON."""
+    python = os.environ.get("INSTRUCT_JAX_PEER_PYTHON")
+    if python is None:
+        pytest.skip("INSTRUCT_JAX_PEER_PYTHON names no interpreter with TRL")
+    phases = ("rollout", "sft", "reward_model", "iteration")
+    report = run(
+        tmp_path,
+        f"--config.phases={phases}",
+        "--config.peer=trl",
+        f"--config.peer_python={python}",
+    )
+    rows = report["peers"]
+    assert [row["phase"] for row in rows] == ["rollout", "sft", "sft", "reward_model", "iteration"]
+    assert all(row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) for row in rows)
+    assert all(row["versions"]["torch"] for row in rows)
