@@ -95,10 +95,11 @@ def main(config: Config, run: cli.Run) -> Path:
             prompt_length=config.ppo.prompt_length,
             batch_size=PROBES,
         )
-        with (run.workdir / "samples.jsonl").open("a") as file:
-            for prompt, answer in zip(probes, answers, strict=True):
-                row = {"step": step, "prompt": prompt, "response": answer.text}
-                file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
+        if run.writes:
+            with (run.workdir / "samples.jsonl").open("a") as file:
+                for prompt, answer in zip(probes, answers, strict=True):
+                    row = {"step": step, "prompt": prompt, "response": answer.text}
+                    file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
         return {"valid_pretrain_loss": held_out_loss(policy, params, held_out)}
 
     state = ppo.train(

@@ -77,7 +77,8 @@ def main(config: Config, run: cli.Run) -> Path:
         kind="scalar", config=model_config, params=params, stage="reward_model"
     )
     report = judge_reward_model(trained, train_rows, valid_rows, standard, comparisons)
-    (run.workdir / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
+    if run.writes:
+        (run.workdir / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
     notes = {"accuracy": report["accuracy"], "length_only": report["length_only"]}
     return save_trained(run.workdir / "model", trained, notes=notes)
 

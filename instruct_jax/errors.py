@@ -4,6 +4,7 @@
 2: a mistake in the configuration or the data (`UserError`), told in one line, nothing written
 3: too many non-finite updates in a row (`NonFiniteError`); the last good state is saved
 4: a checkpoint that cannot be used (`CheckpointError`)
+5: a file of the run that cannot be written (`StorageError`); the last saved step stands
 """
 
 
@@ -11,6 +12,8 @@ class RunError(Exception):
     """The base of the errors that a script turns into one line and an exit code."""
 
     exit_code = 1
+    # Whether every process of a run raises it, so that they can leave in good order.
+    everywhere = False
 
 
 class UserError(RunError):
@@ -27,9 +30,16 @@ class NonFiniteError(RunError):
     """Training stopped because its updates stayed non-finite; no parameter was touched by them."""
 
     exit_code = 3
+    everywhere = True
 
 
 class CheckpointError(RunError):
     """A checkpoint that is damaged, or does not hold what is asked of it."""
 
     exit_code = 4
+
+
+class StorageError(RunError):
+    """The disk is full, or a directory may not be written to; what was saved before stands."""
+
+    exit_code = 5

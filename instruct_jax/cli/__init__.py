@@ -7,17 +7,22 @@ written, and told in one line on stderr with exit code 2 (the other codes: instr
 """
 
 import argparse
+import errno
 import inspect
+import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from instruct_jax.cli import processes
 from instruct_jax.cli.config import field_help, from_config, load_config, resolve, suggest
 from instruct_jax.cli.workdir import Run, describe, open_workdir
-from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.errors import ConfigError, RunError, StorageError
 
 __all__ = [
     "HOST_DEVICE_FLAGS",
@@ -50,7 +55,9 @@ def run(
 
     `config_class` is a frozen dataclass, `default` the "FILE:NAME" of its usual values. Writes
     workdir/config.json before `main`: the resolved configuration, versions, commit and command.
-    Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or ~/.cache/instruct_jax/xla.
+    Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or ~/.cache/instruct_jax/xla. Where the
+    environment says that there are several processes (processes.py) they meet first, and the first
+    of them alone writes.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -61,12 +68,41 @@ def run(
             return
         workdir = flags.workdir or Path("runs", Path(flags.config.partition(":")[0]).stem)
         record = describe(config, flags.config, flags.mesh, argv)
-        with open_workdir(workdir, config, record, overwrite=flags.overwrite):
+        several = processes.announced()
+        if several:
             _configure_jax(flags.host_devices)
+            processes.join()
+        with (
+            processes.together(),
+            _storage(workdir),
+            open_workdir(workdir, config, record, overwrite=flags.overwrite),
+        ):
+            if not several:
+                _configure_jax(flags.host_devices)
             main(config, Run(workdir, flags.mesh))
     except RunError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+# What is wrong with a disk or its permissions, and not with the program.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def _storage(workdir: Path) -> Iterator[None]:
+    """Within it a full disk or a missing permission is a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        present = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        raise StorageError(
+            f"{error.filename or workdir}: {error.strerror}; {shutil.disk_usage(present).free:,}"
+            f" bytes are free at {present}: make room, mend the permissions or choose another"
+            " --workdir; what was saved stands"
+        ) from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,6 +154,8 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def _configure_jax(host_devices: int | None) -> None:
     import jax  # a mistake on the command line should not wait for it
 
+    # What Orbax logs with a traceback it also raises, and that is told in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if host_devices is not None:
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *HOST_DEVICE_FLAGS])
         jax.config.update("jax_num_cpu_devices", host_devices)

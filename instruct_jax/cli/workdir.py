@@ -2,7 +2,8 @@
 
 The record holds the resolved configuration, versions, commit and command. A directory belongs to
 one configuration: the same one resumes it, another is refused, so that no run is written over by
-mistake. It belongs to one process at a time.
+mistake. It belongs to one run at a time: to one process, or to the first of several, which writes
+for all.
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from instruct_jax import __version__
+from instruct_jax.cli import processes
 from instruct_jax.cli.config import REPOSITORY, leaves
-from instruct_jax.errors import ConfigError
+from instruct_jax.errors import ConfigError, RunError
 
 RECORD = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "qwix", "numpy", "tokenizers")
@@ -36,8 +38,15 @@ class Run:
     workdir: Path
     mesh: str = "auto"
 
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes the files of the run: the only or first one."""
+        return processes.index() == 0
+
     def record(self, **facts: Any) -> None:
         """Adds JSON values, such as the hashes of the data, to workdir/config.json."""
+        if not self.writes:
+            return
         path = self.workdir / RECORD
         known = json.loads(path.read_text()) if path.exists() else {}
         _write_json(path, known | facts)
@@ -45,7 +54,7 @@ class Run:
     def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
         """Records what the rows come from, and shows the licences that are stated (DATA-21)."""
         for name, licence in licences.items():
-            if licence != "not stated":
+            if licence != "not stated" and self.writes:
                 print(f"data: {name}: licence {licence}", file=sys.stderr, flush=True)
         self.record(data=hashes, licences=licences)
 
@@ -54,12 +63,33 @@ class Run:
 def open_workdir(
     workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool = False
 ) -> Iterator[None]:
-    """Within it `workdir` belongs to this run and to this process; the record is written first.
+    """Within it `workdir` belongs to this run; the record is written first.
 
-    Raises ConfigError where another process works in it (R6), and where it holds anything but an
+    Raises ConfigError where another run works in it (R6), and where it holds anything but an
     earlier part of this run, which `overwrite` deletes. Where a run fails and has written nothing
-    else, the record and the directories made for it are taken back.
+    else, the record and the directories made for it are taken back. Of several processes the first
+    does this for all; where it fails the others leave with its exit code.
     """
+    if processes.index():
+        if not processes.agreed(True):
+            raise SystemExit(ConfigError.exit_code)
+        yield
+        return
+    told = False
+    try:
+        with _opened(workdir, config, record, overwrite=overwrite):
+            told = processes.agreed(True)
+            yield
+    except RunError as error:
+        if not told:
+            error.everywhere = not processes.agreed(False)
+        raise
+
+
+@contextmanager
+def _opened(
+    workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool
+) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is not a directory")
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]

@@ -58,6 +58,7 @@ from instruct_jax.stages.trunks import (
     merged,
     optimizers,
 )
+from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
@@ -241,15 +242,15 @@ def make_iteration(
         rollout = generate(
             policy,
             frozen.policy_params(state),
-            jax.device_put(batch["prompts"], rows),
-            jax.device_put(batch["prompt_mask"], rows),
-            jax.device_put(jax.random.split(rollout_key, config.rollout_batch), rows),
+            hosts.spread(batch["prompts"], rows),
+            hosts.spread(batch["prompt_mask"], rows),
+            hosts.spread(jax.random.split(rollout_key, config.rollout_batch), rows),
             max_new_tokens=config.response_length,
             eos_id=eos_id,
             temperature=config.temperature,
         )
         experience, scored = score(state, frozen, rollout)
-        ptx = jax.device_put(batch["ptx"], ptx_rows) if "ptx" in batch else None
+        ptx = hosts.spread(batch["ptx"], ptx_rows) if "ptx" in batch else None
         state, updated = run_updates(state, frozen, experience, ptx, scored["kl"], update_key)
         return state, scored | updated
 
@@ -320,7 +321,7 @@ def train(
     state = PPOState(
         shard_state(state.policy, mesh, RULES),
         None if state.value is None else shard_state(state.value, mesh, RULES),
-        jax.device_put(state.kl_coef, replicated(mesh)),
+        hosts.place(state.kl_coef, replicated(mesh)),
     )
     iteration = make_iteration(
         config,

@@ -34,9 +34,15 @@ from instruct_jax.models.transformer import (
     language_model,
     scalar_model,
 )
+from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
-from instruct_jax.training.mesh import check_batch_size, tree_paths, tree_shardings
+from instruct_jax.training.mesh import (
+    batch_sharding,
+    check_batch_size,
+    tree_paths,
+    tree_shardings,
+)
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, cosine_schedule
 from instruct_jax.training.state import (
@@ -194,7 +200,7 @@ def fit(
         state = run_loop(
             compile_step(make_step(config, loss_fn, tx), mesh, state, join(base, beside)),
             state,
-            batch_at=batch_at,
+            batch_at=hosts.global_batches(batch_at, batch_sharding(mesh)),
             steps=steps,
             key=key,
             logger=logger,
@@ -232,15 +238,19 @@ def save_trained(
     """
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory / "params", trained.params, {"stage": trained.stage})
-    trained.tokenizer.save(directory)
     about = {
         "kind": trained.kind,
         "stage": trained.stage,
         "config": dataclasses.asdict(trained.config),
         "notes": notes or {},
     }
-    # Written last: a folder with a model.json is complete.
-    (directory / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def describe() -> None:
+        trained.tokenizer.save(directory)
+        # Written last: a folder with a model.json is complete.
+        (directory / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    hosts.first_alone(describe)
     return directory
 
 
@@ -293,7 +303,12 @@ def save_adapter(directory: Path, adapter: Adapter) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
     save_model(directory / "params", adapter.params, about)
-    (directory / "adapter.json").write_text(json.dumps(about, indent=2) + "\n")
+    text = json.dumps(about, indent=2) + "\n"
+    hosts.first_alone(lambda: _write(directory / "adapter.json", text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -313,13 +328,13 @@ def trunk_fingerprint(params: Any) -> str:
     trunk = {name: params[name] for name in sorted(params) if name not in READ_OUTS}
     for path, leaf in tree_paths(trunk):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(hosts.fetch(leaf).tobytes())
     return digest.hexdigest()
 
 
 def place_params(params: Any, mesh: Mesh) -> Any:
     """`params` on `mesh`, sharded by the models' partition rules, in buffers of their own."""
-    return jax.device_put(params, tree_shardings(mesh, RULES, params), may_alias=False)
+    return hosts.place(params, tree_shardings(mesh, RULES, params))
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:
@@ -331,5 +346,5 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> 
     for start in range(0, rows, batch_size):
         index = np.arange(start, start + batch_size)
         index = np.where(index < rows, index, 0)
-        out.append(np.asarray(fn(*(array[index] for array in arrays))))
+        out.append(hosts.fetch(fn(*(array[index] for array in arrays))))
     return np.concatenate(out)[:rows]

@@ -4,13 +4,17 @@ A step is a directory that Orbax renames into place once everything in it is on 
 its manifest (`integrity.py`), without which it is not finished. So a killed run leaves its previous
 step, and a damaged step is seen: opening a directory sets the newest steps aside, into DAMAGED
 beside it, until one is intact. What is restored follows the abstract tree given, not the mesh that
-wrote it: any mesh can take up any checkpoint. Keys of jax.random come back as keys.
+wrote it: any mesh, and any number of processes, can take up any checkpoint. Keys of jax.random come
+back as keys. Several processes save and restore together: each writes and reads its own parts, on a
+file system that all of them see, and the first of them does the rest.
 """
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from instruct_jax.errors import CheckpointError
+from instruct_jax.errors import CheckpointError, StorageError
+from instruct_jax.training import hosts
 from instruct_jax.training.integrity import UNFINISHED, write_manifest
 from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
 
@@ -51,15 +56,17 @@ class Checkpointer:
         if keep_every is not None:
             preserve.append(policies.EveryNSteps(keep_every))
         self.directory = Path(directory).absolute()
-        set_damaged_aside(self.directory)
+        hosts.first_alone(lambda: set_damaged_aside(self.directory))
         preservation: Any = policies.AnyPreservationPolicy(preserve)
-        self._steps = ocp.training.Checkpointer(
-            str(self.directory),
-            preservation_policy=preservation,
-            cleanup_tmp_directories=True,
-        )
+        with _writing(self.directory):
+            self._steps = ocp.training.Checkpointer(
+                str(self.directory),
+                preservation_policy=preservation,
+                cleanup_tmp_directories=True,
+            )
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._manifest: Future[None] | None = None
+        self._bytes = 0
 
     @property
     def steps(self) -> list[int]:
@@ -74,15 +81,19 @@ class Checkpointer:
     def save(self, step: int, items: Items, metadata: Metadata | None = None) -> None:
         """Copies `items` to the host and returns; they are written in the background.
 
-        The caller may donate the arrays at once. A step that exists is left as it is. An error of
-        an earlier background write is raised here, or by `wait`.
+        The caller may donate the arrays at once: the writer holds a copy, or on a CPU a view of a
+        buffer, which the runtime then does not give away. A step that exists is left as it is. An
+        error of an earlier background write is raised here, or by `wait`: a StorageError, after
+        which the step before stands.
         """
         if step in self.steps:
             return
         self._finish()  # an older step is only deleted once this one is finished
-        response = self._steps.save_checkpointables_async(
-            step, items, force=True, custom_metadata=_record(metadata)
-        )
+        self._bytes = sum(x.nbytes for x in jax.tree.leaves(items) if hasattr(x, "nbytes"))
+        with _writing(self.directory / str(step), self._bytes):
+            response = self._steps.save_checkpointables_async(
+                step, _shared(items), force=True, custom_metadata=_record(metadata)
+            )
 
         def complete() -> None:
             if response is not None:
@@ -108,9 +119,13 @@ class Checkpointer:
         )
 
     def wait(self) -> None:
-        """Returns once every save is on disk."""
-        self._steps.wait()
-        self._finish()
+        """Returns once every save is on disk. Raises StorageError where one is not."""
+        try:
+            with _writing(self.directory, self._bytes):
+                self._steps.wait()
+        finally:
+            self._finish()
+        hosts.barrier("checkpoint")
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
@@ -118,12 +133,15 @@ class Checkpointer:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._steps.close()
+            # Waited for above; what it could not write it would tell again.
+            with suppress(Exception):
+                self._steps.close()
 
     def _finish(self) -> None:
         manifest, self._manifest = self._manifest, None
         if manifest is not None:
-            manifest.result()
+            with _writing(self.directory, self._bytes):
+                manifest.result()
 
     def __enter__(self) -> Self:
         return self
@@ -134,7 +152,11 @@ class Checkpointer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None or not hosts.several():
+            self.close()
+            return
+        # The others may be gone: nothing to wait for.
+        self._pool.shutdown(wait=False)
 
 
 def set_damaged_aside(directory: Path) -> dict[int, str]:
@@ -154,7 +176,7 @@ def set_damaged_aside(directory: Path) -> dict[int, str]:
             raise CheckpointError(
                 f"{directory}: no step is intact ({told}); --overwrite starts anew"
             )
-    for step, reason in reasons.items() if jax.process_index() == 0 else ():
+    for step, reason in reasons.items():
         aside = directory.with_name(DAMAGED)
         aside.mkdir(exist_ok=True)
         earlier = sum(1 for _ in aside.glob(f"{step}*"))
@@ -165,14 +187,15 @@ def set_damaged_aside(directory: Path) -> dict[int, str]:
 
 def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
     """Writes the final parameters of a stage, over an earlier model in `directory`."""
-    ocp.save_checkpointables(
-        str(Path(directory).absolute()),
-        {"params": params},
-        overwrite=True,
-        custom_metadata=_record(metadata),
-    )
-    if jax.process_index() == 0:
-        write_manifest(Path(directory))
+    directory = Path(directory).absolute()
+    with _writing(directory, sum(x.nbytes for x in jax.tree.leaves(params))):
+        ocp.save_checkpointables(
+            str(directory),
+            _shared({"params": params}),
+            overwrite=True,
+            custom_metadata=_record(metadata),
+        )
+        hosts.first_alone(lambda: write_manifest(directory))
 
 
 def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metadata]:
@@ -238,12 +261,50 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
 
 
+@contextmanager
+def _writing(path: Path, size: int = 0) -> Iterator[None]:
+    """Turns whatever goes wrong while `size` bytes are written to `path` into a StorageError."""
+    try:
+        yield
+    except (CheckpointError, StorageError):
+        raise
+    except Exception as error:  # of the many layers below; what they say is one line here
+        reason = " ".join(str(error).split())[:300]
+        present = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(present).free
+        raise StorageError(
+            f"{path}: not written ({type(error).__name__}: {reason}); {size:,} bytes are needed,"
+            f" {free:,} are free; the step before it stands: make room, or mend the permissions,"
+            " and run the same command again"
+        ) from error
+
+
 def _on_mesh(leaf: Any) -> bool:
     return isinstance(getattr(leaf, "sharding", None), NamedSharding)
 
 
+def _anywhere() -> Sharding:
+    """Where an array that is on no mesh is read to: one copy for each process."""
+    if not hosts.several():
+        return SingleDeviceSharding(jax.local_devices()[0])
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _shared(items: Items) -> Items:
+    """`items` as arrays of all processes: Orbax writes no array that one process has to itself."""
+    if not hosts.several():
+        return items
+
+    def share(leaf: Any) -> Any:
+        own = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        return hosts.place(leaf, _anywhere()) if own else leaf
+
+    return jax.tree.map(share, items)
+
+
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding if _on_mesh(leaf) else SingleDeviceSharding(jax.local_devices()[0])
+    sharding = leaf.sharding if _on_mesh(leaf) else _anywhere()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -74,7 +74,7 @@ def pinned_steps(directory: Path) -> set[int]:
     path = directory / PINS
     try:
         return {int(step) for step in json.loads(path.read_text())}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: expected a list of steps ({error})") from error

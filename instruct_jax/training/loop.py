@@ -5,7 +5,8 @@ checkpoint goes on bit for bit as if it had not stopped (same versions, devices 
 waits for the device once a log interval; the next batch is prepared in a thread while a step runs.
 
 SIGTERM (a pre-emption) or Ctrl-C lets the step finish, saves and exits with code 0; a second one
-ends the run at once. Orbax would save by itself only under jax.distributed.
+ends the run at once. Of several processes one that gets a signal stops all of them, after the same
+step, the one after it.
 """
 
 import math
@@ -21,6 +22,8 @@ import jax
 
 from instruct_jax.errors import NonFiniteError
 from instruct_jax.training.checkpoint import Checkpointer
+from instruct_jax.training.hosts import AnyProcess
+from instruct_jax.training.ledger import Ledger
 from instruct_jax.training.metrics import MetricLogger
 
 State = TypeVar("State")
@@ -87,60 +90,96 @@ def train(
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
     `apply_gradients`); the state, which they did not touch, is saved first.
     """
-    start, owed = 0, False
+    start, owed, productive = 0, False, 0.0
     if checkpointer is not None and checkpointer.latest_step is not None:
         start = checkpointer.latest_step
         items, metadata = checkpointer.restore({"state": state, "key": key})
         state, key, owed = items["state"], items["key"], metadata["evaluation_owed"]
+        productive = metadata.get("productive_seconds", 0.0)
         logger.note(f"resumed from step {start} of {steps} ({checkpointer.directory})")
     logger.resume(start)
+    ledger = Ledger(
+        logger.path.parent,
+        logger.name,
+        step=start,
+        productive=productive,
+        active=checkpointer is not None and start < steps and jax.process_index() == 0,
+    )
 
     def evaluation_due(done: int) -> bool:
         return evaluate is not None and eval_every > 0 and done % eval_every == 0
 
     def run_evaluation(done: int) -> None:
         if evaluate is not None:
-            logger.write(done, evaluate(done, state))
+            with ledger.aside():
+                logger.write(done, evaluate(done, state))
 
     def save(done: int, *, wait: bool = False, evaluation_owed: bool = False) -> None:
         if checkpointer is not None:
-            items, metadata = {"state": state, "key": key}, {"evaluation_owed": evaluation_owed}
-            checkpointer.save(done, items, metadata)
-            if wait:
-                checkpointer.wait()
+            items = {"state": state, "key": key}
+            metadata = {
+                "evaluation_owed": evaluation_owed,
+                "productive_seconds": round(ledger.productive, 3),
+            }
+            with ledger.aside():
+                checkpointer.save(done, items, metadata)
+                if wait:
+                    checkpointer.wait()
 
-    if owed:
-        run_evaluation(start)
-    interval = _Interval()
-    signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
-    with signals as stop, closing(_ahead(batch_at, range(start, steps))) as batches:
-        for i, batch in batches:
-            state, metrics = step_fn(state, batch, jax.random.fold_in(key, i))
-            interval.add(metrics)
-            done = i + 1
-            if done % log_every == 0 or done == steps:
-                row = interval.end()
-                logger.write(done, row)
-                if row.get("skipped_in_a_row", 0) >= max_skipped:
-                    save(done, wait=True)
-                    raise NonFiniteError(
-                        f"step {done}: {row['skipped_in_a_row']:.0f} steps in a row had a loss or"
-                        " gradient that is not finite; the parameters are as before them"
+    def steps_from(start: int) -> None:
+        nonlocal state
+        if owed:
+            run_evaluation(start)
+        interval = _Interval()
+        signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
+        with signals as stop, closing(_ahead(batch_at, range(start, steps))) as batches:
+            anyone = AnyProcess()
+            for i, batch in batches:
+                state, metrics = step_fn(state, batch, jax.random.fold_in(key, i))
+                interval.add(metrics)
+                done = i + 1
+                row = interval.end() if done % log_every == 0 or done == steps else None
+                ledger.step(done)
+                if row is not None:
+                    logger.write(done, row)
+                    if row.get("skipped_in_a_row", 0) >= max_skipped:
+                        save(done, wait=True)
+                        raise NonFiniteError(
+                            f"step {done}: {row['skipped_in_a_row']:.0f} steps in a row had a loss"
+                            " or gradient that is not finite or too large; the parameters are as"
+                            " before them"
+                        )
+                if anyone.ask(bool(stop)):
+                    save(done, wait=True, evaluation_owed=evaluation_due(done))
+                    name = stop.name or "a signal to another process"
+                    logger.note(
+                        f"stopped by {name} at step {done} of {steps}, saved;"
+                        " the same command goes on from here"
                     )
-            if stop:
-                save(done, wait=True, evaluation_owed=evaluation_due(done))
-                logger.note(
-                    f"stopped by {stop.name} at step {done} of {steps}, saved;"
-                    " the same command goes on from here"
-                )
-                raise SystemExit(0)
-            if evaluation_due(done):
-                run_evaluation(done)
-                interval.restart_clock()
-            if save_every and done % save_every == 0:
-                save(done)
-    save(max(start, steps), wait=True)
+                    raise _Stopped(name)
+                if evaluation_due(done):
+                    run_evaluation(done)
+                    interval.restart_clock()
+                if save_every and done % save_every == 0:
+                    save(done)
+        save(max(start, steps), wait=True)
+
+    reason = "done"
+    try:
+        steps_from(start)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, _Stopped) else type(error).__name__
+        if isinstance(error, _Stopped):
+            raise SystemExit(0) from None
+        raise
+    finally:
+        if account := ledger.close(reason):
+            logger.note(str(account))
     return state
+
+
+class _Stopped(Exception):
+    """By a signal, with everything saved."""
 
 
 def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any], None, None]:

@@ -20,6 +20,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, Sharding
 
+from instruct_jax.training.hosts import place
 from instruct_jax.training.mesh import (
     PartitionRules,
     batch_sharding,
@@ -280,5 +281,5 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> Tra
 
 
 def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
-    """Puts `state` on `mesh`, in buffers of its own."""
-    return jax.device_put(state, state_shardings(state, mesh, rules), may_alias=False)
+    """Puts `state` on `mesh`, in buffers of its own: donating it spares what was given."""
+    return place(state, state_shardings(state, mesh, rules))

@@ -1,4 +1,4 @@
-"""A small run to kill: python -m tests.training.run_tiny WORKDIR STEPS SECONDS_PER_STEP."""
+"""A small run to kill: python -m tests.training.run_tiny WORKDIR STEPS SECONDS_PER_STEP [MESH]."""
 
 import hashlib
 import sys
@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from instruct_jax.cli import processes
+from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train
-from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.mesh import batch_sharding, make_mesh
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw, cosine_schedule
 from instruct_jax.training.state import compile_step, init_state, make_train_step, shard_state
@@ -25,8 +26,8 @@ def noisy_loss(params, batch, key):
 def fingerprint(tree):
     """The sha256 of every bit of `tree`."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
+    for leaf in jax.tree.leaves(hosts.fetch(tree)):
+        digest.update(leaf.tobytes())
     return digest.hexdigest()
 
 
@@ -49,7 +50,7 @@ def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=No
         return train(
             compile_step(step, target, state),
             state,
-            batch_at=slowly,
+            batch_at=hosts.global_batches(slowly, batch_sharding(target)),
             steps=steps,
             key=jax.random.key(7),
             logger=logger,
@@ -58,6 +59,15 @@ def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=No
         )
 
 
+def main(workdir, steps, pause, mesh="data:2,fsdp:2,tensor:2"):
+    """One process of several, or the only one."""
+    if processes.announced():
+        processes.join()
+    sha = fingerprint(run(Path(workdir), int(steps), pause=float(pause), mesh=mesh))
+    if jax.process_index() == 0:
+        print(sha)
+
+
 if __name__ == "__main__":
-    workdir, steps, pause = sys.argv[1:]
-    print(fingerprint(run(workdir, int(steps), pause=float(pause))))
+    with processes.together():
+        main(*sys.argv[1:])

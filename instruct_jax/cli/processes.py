@@ -1,0 +1,129 @@
+"""Several processes that are one run: how they find each other, and how they end.
+
+Every process runs the same command. They are told of each other by SLURM (`srun`), Open MPI
+(`mpirun`), a TPU slice on GCE or GKE or an indexed Kubernetes job, as `jax.distributed` detects
+them; or by three variables, which `experiments/launch.py` sets and any other launcher may:
+
+    INSTRUCT_JAX_COORDINATOR=HOST:PORT   where process 0 listens
+    INSTRUCT_JAX_PROCESSES=N             how many there are
+    INSTRUCT_JAX_PROCESS=I               which one this is, from 0
+
+Where nothing says so there is one process, and nothing here costs it any time. A process that dies
+takes the others with it: a dead one is missed after HEARTBEAT seconds.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from instruct_jax.errors import ConfigError, RunError
+
+COORDINATOR, COUNT, INDEX = (
+    f"INSTRUCT_JAX_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS")
+)
+# Seconds. What hangs for this long is taken for dead; what does not end by itself after the others
+# is left behind.
+HEARTBEAT = 10
+SHUTDOWN = 120
+
+_joined = False
+
+
+def announced(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `environment` says that this may be one process of several."""
+    if any(name in environment for name in (COORDINATOR, COUNT, INDEX)):
+        return True
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in environment for name in slurm):
+        return environment.get("SLURM_NTASKS", "1") != "1"
+    if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        return True
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return True
+    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    # On a TPU machine jax asks its metadata; the chips are what can be seen without jax.
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return chips and find_spec("libtpu") is not None
+
+
+def join() -> None:
+    """Meets the other processes; nothing where jax finds none. ConfigError where it is told badly.
+
+    To be called before anything touches a device.
+    """
+    global _joined
+    import jax
+
+    # It would take SIGTERM for itself; the loop asks all processes instead (training/loop.py).
+    jax.config.update("jax_enable_preemption_service", False)
+    limits = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
+    if not any(name in os.environ for name in (COORDINATOR, COUNT, INDEX)):
+        try:
+            jax.distributed.initialize(**limits)
+        except ValueError:  # no cluster, or one that does not say who is in it
+            return
+    else:
+        coordinator, count, index = _told()
+        if count == 1:
+            return
+        try:
+            jax.distributed.initialize(coordinator, count, index, **limits)
+        except ValueError as error:
+            raise ConfigError(f"{COORDINATOR}={coordinator}: {error}") from error
+    _joined = jax.process_count() > 1
+
+
+def _told() -> tuple[str, int, int]:
+    texts = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    if missing := [name for name, text in texts.items() if not text]:
+        raise ConfigError(f"{', '.join(missing)} not set; experiments/launch.py sets all three")
+    coordinator, count, index = (str(text) for text in texts.values())
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"{INDEX}={index}, {COUNT}={count}: expected 0 <= process < processes")
+    return coordinator, int(count), int(index)
+
+
+def index() -> int:
+    """Which process this is, from 0."""
+    if not _joined:
+        return 0
+    import jax
+
+    return jax.process_index()
+
+
+def agreed(ok: bool) -> bool:
+    """What process 0 gives as `ok`, in all processes; all must ask."""
+    if not _joined:
+        return ok
+    import numpy as np
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return bool(broadcast_one_to_all(np.int32(ok)))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within it, a process that fails alone ends at once, and so do the others.
+
+    A process of several that just left would wait for the others, and they for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _joined or (isinstance(error, RunError) and error.everywhere):
+            raise
+        code = 1
+        if isinstance(error, RunError):
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            code = error.exit_code
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
