@@ -105,10 +105,11 @@ def global_batches(batch_at: Callable[[int], Any], sharding: NamedSharding) -> C
     return lambda step: spread(batch_at(step), sharding)
 
 
-def rows_held(sharding: Sharding, rows: int) -> np.ndarray:
+def rows_held(sharding: NamedSharding, rows: int) -> np.ndarray:
     """The numbers, in order, of those of `rows` rows that lie on devices of this process."""
     held = np.zeros(rows, bool)
-    for index in sharding.addressable_devices_indices_map((rows,)).values():
+    by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    for index in by_row.addressable_devices_indices_map((rows,)).values():
         held[index] = True
     return np.flatnonzero(held)
 
@@ -117,9 +118,10 @@ def _from_own(own: np.ndarray, mine: np.ndarray, rows: int, sharding: NamedShard
     """The [rows, ...] array of which this process has the rows `mine`."""
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        start, stop, _ = (index or (slice(None),))[0].indices(rows)
+        of_rows, *others = index or (slice(None),)
+        start, stop, _ = of_rows.indices(rows)
         first = int(np.searchsorted(mine, start))
-        return own[first : first + stop - start]
+        return own[(slice(first, first + stop - start), *others)]
 
     return jax.make_array_from_callback((rows, *own.shape[1:]), sharding, part)
 

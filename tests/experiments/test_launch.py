@@ -22,30 +22,50 @@ STEPS = 30
 MESH = "data:2,fsdp:2"
 
 
+class Launched:
+    """A launcher at work, its processes' ids, and what it wrote."""
+
+    def __init__(self, command, repository, folder):
+        folder.mkdir()
+        self.out, self.err = folder / "out", folder / "err"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                command, cwd=repository, env=environment(repository), stdout=out, stderr=err
+            )
+        while not self.err.read_text().startswith("launch: processes ") or "\n" not in self.log:
+            assert self.process.poll() is None, self.log
+            time.sleep(0.02)
+        self.pids = [int(word) for word in self.log.splitlines()[0].split()[2:]]
+
+    @property
+    def log(self):
+        return self.err.read_text()
+
+    def wait(self, timeout=200):
+        return self.process.wait(timeout)
+
+    def until(self, condition, what):
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, what + self.log
+            time.sleep(0.05)
+
+
 @pytest.fixture
-def start(repository):
+def start(repository, tmp_path):
     """Starts the launcher with N processes of a command; ends what is left of it."""
     started = []
 
     def call(n, *command, devices=None):
         extra = [] if devices is None else [f"--devices-per-process={devices}"]
-        process = subprocess.Popen(
-            [sys.executable, "experiments/launch.py", "-n", str(n), *extra, "--", *command],
-            cwd=repository,
-            env=environment(repository),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        first = process.stderr.readline()
-        assert first.startswith("launch: processes "), first + process.stderr.read()
-        return process, [int(word) for word in first.split()[2:]]
+        launcher = [sys.executable, "experiments/launch.py", "-n", str(n), *extra, "--", *command]
+        started.append(Launched(launcher, repository, tmp_path / f"launch{len(started)}"))
+        return started[-1]
 
     yield call
-    for process in started:
-        process.kill()
-        process.communicate()
+    for launched in started:
+        launched.process.kill()
+        launched.process.wait()
 
 
 def python(code):
@@ -72,10 +92,9 @@ told = [os.environ[name] for name in names]
 pathlib.Path({str(tmp_path)!r}, told[2]).write_text(" ".join(told))
 print("out", told[2])
 """
-    process, _ = start(3, *python(code), devices=2)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert out == "out 0\n", "one process speaks for all"
+    launched = start(3, *python(code), devices=2)
+    assert launched.wait() == 0
+    assert launched.out.read_text() == "out 0\n", "one process speaks for all"
     told = [(tmp_path / str(i)).read_text().split() for i in range(3)]
     assert len({row[0] for row in told}) == 1 and told[0][0].startswith("localhost:")
     assert [row[1:] for row in told] == [
@@ -89,17 +108,15 @@ def test_one_that_fails_ends_the_others_and_gives_its_code(start):
     code = """
 import os, sys, time
 if os.environ["INSTRUCT_JAX_PROCESS"] == "1":
-    sys.exit("row 3 is malformed") if len(sys.argv) > 1 else sys.exit(4)
+    print("row 3 is malformed", file=sys.stderr)
+    sys.exit(4)
 time.sleep(100)
 """
-    for argument, expected in (((), 4), (("say",), 1)):
-        began = time.monotonic()
-        process, pids = start(3, *python(code), *argument)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == expected and time.monotonic() - began < 15
-        assert f"launch: process 1 ended with code {expected}" in err
-        assert ("[1] row 3 is malformed" in err) == bool(argument)
-        assert not any(map(alive, pids)), "no orphans"
+    began = time.monotonic()
+    launched = start(3, *python(code))
+    assert launched.wait() == 4 and time.monotonic() - began < 15
+    assert "launch: process 1 ended with code 4\n[1] row 3 is malformed\n" in launched.log
+    assert not any(map(alive, launched.pids)), "no orphans"
 
 
 def test_a_signal_reaches_every_process_once(start, tmp_path):
@@ -114,25 +131,23 @@ while not seen: time.sleep(0.01)
 time.sleep(0.3)
 file.write_text(" ".join(seen))
 """
+    files = [tmp_path / "0", tmp_path / "1"]
     for number, name in ((signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")):
-        process, _ = start(2, *python(code))
-        files = [tmp_path / "0", tmp_path / "1"]
-        while not all(file.exists() and file.read_text() == "ready" for file in files):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(timeout=30) == 0
+        launched = start(2, *python(code))
+        launched.until(lambda: all(f.exists() and f.read_text() == "ready" for f in files), "ready")
+        launched.process.send_signal(number)
+        assert launched.wait() == 0
         assert [file.read_text() for file in files] == [name, name]
 
 
 def test_a_launcher_that_is_killed_leaves_no_orphans(start):
-    process, pids = start(2, *python("import time; time.sleep(100)"))
-    process.kill()
-    process.wait()
+    launched = start(2, *python("import time; time.sleep(100)"))
+    launched.process.kill()
+    launched.wait()
     deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    while any(map(alive, launched.pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(alive, pids))
+    assert not any(map(alive, launched.pids))
 
 
 def test_a_command_line_without_a_command_is_refused(capsys):
@@ -189,13 +204,8 @@ def rows(workdir, name="tiny"):
     return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(process, workdir, step):
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if (workdir / "tiny.jsonl").exists() and len(rows(workdir)) >= step:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached: {process.communicate()[1][-3000:]}")
+def reached(workdir, step):
+    return (workdir / "tiny.jsonl").exists() and len(rows(workdir)) >= step
 
 
 def tiny(workdir, *, steps=STEPS, pause=0.0, mesh=MESH):
@@ -207,27 +217,25 @@ def test_two_processes_stop_together_die_together_and_go_on_as_one(start, tmp_pa
     """R2, R3: SIGTERM to one saves one step of both; SIGKILL of one ends the other in 15 s; one
     process takes it up; the losses are those of one process that did it all (1e-5).
     """
-    process, pids = start(2, *tiny(tmp_path, pause=0.1), devices=2)
-    wait_for_step(process, tmp_path, 3)
-    os.kill(pids[1], signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 0, log
-    assert "stopped by a signal to another process at step" in log
-    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+    first = start(2, *tiny(tmp_path / "run", pause=0.1), devices=2)
+    first.until(lambda: reached(tmp_path / "run", 3), "step 3")
+    os.kill(first.pids[1], signal.SIGTERM)
+    assert first.wait() == 0, first.log
+    assert "stopped by a signal to another process at step" in first.log
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         saved = checkpointer.latest_step
-    assert saved == rows(tmp_path)[-1]["step"] < STEPS
+    assert saved == rows(tmp_path / "run")[-1]["step"] < STEPS
 
-    process, pids = start(2, *tiny(tmp_path, pause=0.1), devices=2)
-    wait_for_step(process, tmp_path, saved + 2)
+    second = start(2, *tiny(tmp_path / "run", pause=0.1), devices=2)
+    second.until(lambda: reached(tmp_path / "run", saved + 2), "two more")
     began = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 15
-    assert f"resumed from step {saved}" in log
-    assert not any(map(alive, pids))
+    os.kill(second.pids[1], signal.SIGKILL)
+    assert second.wait() == 128 + signal.SIGKILL and time.monotonic() - began < 15
+    assert f"resumed from step {saved}" in second.log
+    assert not any(map(alive, second.pids))
 
     whole = tmp_path / "whole"
-    for workdir in (tmp_path, whole):
+    for workdir in (tmp_path / "run", whole):
         done = subprocess.run(
             tiny(workdir),
             cwd=repository,
@@ -236,7 +244,7 @@ def test_two_processes_stop_together_die_together_and_go_on_as_one(start, tmp_pa
             text=True,
         )
         assert done.returncode == 0, done.stderr
-    logs = [rows(workdir) for workdir in (tmp_path, whole)]
+    logs = [rows(workdir) for workdir in (tmp_path / "run", whole)]
     assert [row["step"] for row in logs[0]] == list(range(1, STEPS + 1))
     losses = [[row["loss"] for row in log] for log in logs]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -261,7 +269,10 @@ def test_a_rank_that_dies_takes_the_others_with_it_without_a_launcher(tmp_path, 
             )
             for i in range(2)
         ]
-        wait_for_step(running[0], workdir, 3)
+        deadline = time.monotonic() + 200
+        while not reached(workdir, 3):
+            assert running[0].poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
         began = time.monotonic()
         running[victim].kill()
         survivor = running[1 - victim]
@@ -279,10 +290,8 @@ def test_a_stage_trains_on_four_processes_and_goes_on_with_two_and_one(
 
     def run(n, workdir, steps, mesh, devices):
         command = (sys.executable, "-m", "tests.stages.run_stage", stage, str(workdir))
-        process, _ = start(n, *command, str(steps), mesh, devices=devices)
-        out, log = process.communicate(timeout=900)
-        assert process.returncode == 0, log[-3000:]
-        return out
+        launched = start(n, *command, str(steps), mesh, devices=devices)
+        assert launched.wait(900) == 0, launched.log[-3000:]
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     run(4, shared, 2, "data:2,fsdp:2,tensor:2", 2)
