@@ -26,9 +26,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.sharding import (
+    HEADS,
+    POSITIONS,
+    ROWS,
+    WHOLE,
+    constrain,
+    constrain_hidden,
+)
 
 # Finite, so a row with no visible key averages its values instead of dividing zero by zero.
 MASKED = -1e9
@@ -121,7 +128,10 @@ class Attention(nn.Module):
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        if cache is not None:
+        if cache is None:
+            q = constrain(q, ROWS, HEADS, POSITIONS, WHOLE)
+            k, v = (constrain(x, ROWS, HEADS, WHOLE, WHOLE) for x in (k, v))
+        else:
             write = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=context.index, axis=2
             )
@@ -175,7 +185,7 @@ class Block(nn.Module):
         def write(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
             if c.norm_order == "sandwich":
                 y = Norm(c, name=f"{name}_post_norm")(y)
-            x = x + _dropout(self, c.residual_dropout, y)
+            x = constrain_hidden(x + _dropout(self, c.residual_dropout, y))
             return Norm(c, name=f"{name}_norm")(x) if c.norm_order == "post" else x
 
         y, cache = Attention(c, name="attention")(read(x, "attention"), context, cache)
@@ -200,15 +210,17 @@ class Embedder(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int32[B, T] twice -> dtype[B, T, D]."""
         c = self.config
-        # A gather from a table split on D as well makes the partitioner replicate its result.
-        table = _constrain(self.tokens, ("tensor",), ())
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
+        # A gather from a table split on D makes the partitioner replicate its result.
+        table = constrain(self.tokens, ("tensor",), WHOLE)
+        x = constrain_hidden(jnp.take(table, tokens, axis=0, mode="clip")).astype(c.dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if c.positions == "learned":
             # Padding to the right of a full row counts one position too many.
-            x = x + jnp.take(self.positions, positions, axis=0, mode="clip").astype(c.dtype)
-        return _constrain(_dropout(self, c.embedding_dropout, x), ("data", "fsdp"), (), ())
+            table = constrain(self.positions, WHOLE, WHOLE)
+            places = constrain_hidden(jnp.take(table, positions, axis=0, mode="clip"))
+            x = x + places.astype(c.dtype)
+        return constrain_hidden(_dropout(self, c.embedding_dropout, x))
 
 
 class Matrix(nn.Module):
@@ -305,15 +317,3 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     if size == x.shape[-1]:
         return turned
     return jnp.concatenate([turned, x[..., size:]], axis=-1)
-
-
-def _constrain(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
-    # The ambient mesh is set by `jax.set_mesh`. Without one, or where a dimension does not divide
-    # (one row on eight devices), the layout is the partitioner's business.
-    mesh = jax.sharding.get_abstract_mesh()
-    if not {name for names in axes for name in names} <= set(mesh.axis_names):
-        return x
-    parts = [math.prod(mesh.shape[name] for name in names) for names in axes]
-    if any(size % count for size, count in zip(x.shape, parts, strict=True)):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(names or None for names in axes)))

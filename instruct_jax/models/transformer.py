@@ -32,6 +32,7 @@ from instruct_jax.models.layers import (
     make_context,
     soft_cap,
 )
+from instruct_jax.models.sharding import POSITIONS, ROWS, WHOLE, constrain
 
 Params = Any  # a nested dict of arrays
 
@@ -143,6 +144,7 @@ class _Trunk(nn.Module):
             visible &= own | (branches == 0)[:, None, :]
         if positions is None:
             positions = token_positions(mask, segment_ids)
+        visible = constrain(visible, ROWS, POSITIONS, WHOLE)
         context = make_context(c, visible, positions)
         x, _ = self.layers(self.embedder(tokens, positions), context)
         return self.final_norm(x)

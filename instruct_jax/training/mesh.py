@@ -1,8 +1,9 @@
 """One mesh for every machine, and where each array of a model lives on it.
 
 Axes: `data` replicates the model, `fsdp` shards its parameters, optimizer and gradients, `tensor`
-splits its matrix products. Rows of a batch are spread over `data` and `fsdp` together. One device
-is a 1 x 1 x 1 mesh, so no code has a case for it.
+splits its matrix products, `sequence` the positions of every row, inside the model alone. Rows of a
+batch are spread over `data` and `fsdp` together. One device is a 1 x 1 x 1 x 1 mesh, so no code has
+a case for it.
 
 Axis types are Auto: under JAX's default, Explicit, the embedding lookup `table[tokens]` does not
 trace.
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from instruct_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
 # One row: a regular expression searched for in an array's path "a/b/c", and the mesh axis (or axes,
@@ -58,12 +59,12 @@ def make_mesh(spec: str = "auto", *, devices: Sequence[jax.Device] | None = None
     devices = jax.devices() if devices is None else devices
     shape = tuple(parse_mesh(spec, len(devices)).values())
     return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)]
+        shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)]
     )
 
 
 def describe(mesh: Mesh) -> str:
-    """The spec that makes the same mesh: "data:2,fsdp:4,tensor:1"."""
+    """The spec that makes the same mesh: "data:2,fsdp:4,tensor:1,sequence:1"."""
     return ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
 
 

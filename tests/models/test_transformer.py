@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -289,18 +290,44 @@ def test_equal_configs_share_one_model_and_one_compiled_program():
     assert language_model(GPT).apply is language_model(again).apply
 
 
-def test_sharded_over_a_mesh_the_logits_are_the_same():
-    """Also with a batch that the mesh cannot divide, as a chat of one row."""
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+@pytest.mark.parametrize("axis", ["data", "sequence"])
+@pytest.mark.parametrize("length", [12, 11])
+def test_sharded_over_a_mesh_the_logits_are_the_same(axis, length):
+    """Also with a batch or a length that the mesh cannot divide, as a chat of one row."""
+    mesh = jax.make_mesh((2, 2, 2), (axis, "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     model, params = language(LLAMA)
     tokens = random_tokens(*SHAPE)
-    expected = outputs((model, params), tokens)
+    expected = outputs((model, params), tokens)[:, :length]
     with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        batch = jax.device_put(np.tile(tokens, (2, 1)), sharding)
+        batch = np.tile(tokens, (2, 1))[:, :length]
         logits = np.asarray(jax.jit(model.apply)(params, batch))
-        assert jax.eval_shape(model.apply, params, tokens[:1]).shape == (1, *expected.shape[1:])
+        assert jax.eval_shape(model.apply, params, tokens[:1]).shape[0] == 1
     np.testing.assert_allclose(logits, np.tile(expected, (2, 1, 1)), atol=1e-5)
+
+
+def test_between_the_layers_positions_are_split_by_sequence():
+    """Of the states that the scan keeps for the backward pass, a device holds its part alone; keys
+    and values alone are whole.
+    """
+    names = ("data", "fsdp", "tensor", "sequence")
+    mesh = jax.make_mesh((1, 2, 1, 4), names, axis_types=(AxisType.Auto,) * 4)
+    config = dataclasses.replace(GPT, num_kv_heads=1, remat=True)
+    model, params = language(config)
+    tokens = random_tokens(4, 64)
+
+    def loss(params, tokens):
+        return jnp.sum(jnp.square(model.hidden(params, tokens)))
+
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        compiled = jax.jit(jax.grad(loss)).lower(params, jax.device_put(tokens, rows)).compile()
+    text = compiled.as_text()
+    # [L, B, T, D] of 4 rows over 2 and 64 positions over 4.
+    assert "f32[2,2,16,32]" in text
+    assert not re.findall(r"f32\[(?:2,)?[24],64,32\]", text)
+    # [B, K, S, H] of keys, and scores [B, K, G, T, S].
+    assert "f32[2,1,64,8]" in text
+    assert "f32[2,1,4,16,64]" in text
 
 
 @pytest.mark.parametrize(

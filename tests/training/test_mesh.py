@@ -23,16 +23,17 @@ RULES = (("kernel$", (None, "fsdp", "tensor")), ("bias$", ()))
 @pytest.mark.parametrize(
     ("spec", "sizes"),
     [
-        ("auto", (8, 1, 1)),
-        ("data:2,fsdp:4", (2, 4, 1)),
-        ("tensor:2, data:4", (4, 1, 2)),
-        ("fsdp:-1,tensor:2", (1, 4, 2)),
-        ("data:1", (1, 1, 1)),
+        ("auto", (8, 1, 1, 1)),
+        ("data:2,fsdp:4", (2, 4, 1, 1)),
+        ("tensor:2, data:4", (4, 1, 2, 1)),
+        ("fsdp:-1,tensor:2", (1, 4, 2, 1)),
+        ("fsdp:2,tensor:2,sequence:2", (1, 2, 2, 2)),
+        ("data:1", (1, 1, 1, 1)),
     ],
 )
 def test_a_mesh_is_what_its_spec_says(spec, sizes):
     mesh = make_mesh(spec)
-    assert mesh.devices.shape == sizes and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == sizes and mesh.axis_names == ("data", "fsdp", "tensor", "sequence")
     assert make_mesh(describe(mesh)) == mesh
 
 
@@ -80,7 +81,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 
 
 def test_rows_are_spread_over_data_and_fsdp():
-    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    mesh = make_mesh("data:2,fsdp:2,sequence:2")
     batch = shard_batch({"tokens": np.arange(24, dtype=np.int32).reshape(8, 3)}, mesh)
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(batch["tokens"], np.arange(24).reshape(8, 3))
@@ -89,7 +90,7 @@ def test_rows_are_spread_over_data_and_fsdp():
 def test_a_batch_that_the_mesh_cannot_divide_is_a_config_error():
     mesh = make_mesh("data:2,fsdp:4")
     with pytest.raises(
-        ConfigError, match=r"12 rows .* data:2,fsdp:4,tensor:1: use a multiple of 8"
+        ConfigError, match=r"12 rows .* data:2,fsdp:4,tensor:1,sequence:1: use a multiple of 8"
     ):
         shard_batch({"tokens": np.zeros((12, 3))}, mesh)
     with pytest.raises(ConfigError, match="with 4 micro-batches: use a multiple of 32"):
