@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev  ## run the normal test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .

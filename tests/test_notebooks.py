@@ -20,7 +20,6 @@ SECONDS_PER_CELL = 600  # of a machine that is busy with the rest of the suite
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=2",
     *HOST_DEVICE_FLAGS,
-    # Next to nothing is computed: compiling is what takes the time.
     "--xla_backend_optimization_level=0",
 )
 

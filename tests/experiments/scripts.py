@@ -88,7 +88,8 @@ def environment(repository: Path) -> dict[str, str]:
     """
     return os.environ | {
         "PYTHONPATH": str(repository),
-        "XLA_FLAGS": "",
+        # As in conftest.py, without its eight devices.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
