@@ -141,7 +141,7 @@ class Attention(nn.Module):
         q = (q * scale).reshape(batch, c.kv_heads, -1, length, c.head_size)
         scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
         scores = soft_cap(scores, c.attention_softcap)
-        weights = nn.softmax(jnp.where(mask, scores, MASKED)).astype(c.dtype)
+        weights = _masked_softmax(scores, mask).astype(c.dtype)
         weights = _dropout(self, c.attention_dropout, weights)
         y = jnp.einsum("bkgts,bksh->bkgth", weights, v)
         y = y.reshape(batch, c.num_heads, length, c.head_size).swapaxes(1, 2)
@@ -279,6 +279,29 @@ def _rotation(
         frequencies = frequencies * (kept + (1.0 - kept) / c.rope_factor)
     angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+@jax.custom_vjp
+def _masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(scores) over the last axis, where `mask` is false as good as 0.
+
+    The gradient is p (dp - sum p dp), of the weights p alone: what XLA derives computes the
+    exponentials again inside that sum, on one core of a CPU, and asks the mask once more.
+    """
+    return nn.softmax(jnp.where(mask, scores, MASKED))
+
+
+def _softmax_forward(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = _masked_softmax(scores, mask)
+    return weights, weights
+
+
+def _softmax_backward(weights: jax.Array, change: jax.Array) -> tuple[jax.Array, None]:
+    common = (weights * change).sum(-1, keepdims=True)
+    return weights * (change - common), None
+
+
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _dense(
