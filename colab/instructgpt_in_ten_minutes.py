@@ -80,7 +80,6 @@ from instruct_jax.losses import (
     kl_shaped_rewards,
     next_token_loss,
     ranking_loss,
-    token_log_probs,
 )
 from instruct_jax.models.families import parameter_count
 from instruct_jax.models.transformer import (
@@ -92,7 +91,7 @@ from instruct_jax.models.transformer import (
 from instruct_jax.sampling.complete import complete, completions_of
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo, pretrain, reward_model, sft
-from instruct_jax.stages.experience import response_logits
+from instruct_jax.stages.experience import response_scores
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.stage import ModelConfig
 from instruct_jax.training.mesh import make_mesh
@@ -535,8 +534,7 @@ def explain(policy, reference, reward, value, rollout):
     tokens, mask, where, _ = rollout
 
     def log_probs_of(params):
-        logits = response_logits(lm, params, tokens, mask, response_length=RESPONSE)
-        return jnp.where(where, token_log_probs(logits, tokens[:, PROMPT:]), 0.0)
+        return response_scores(lm, params, tokens, mask, where, temperature=1.0).log_probs
 
     log_probs, ref_log_probs = log_probs_of(policy), log_probs_of(reference)
     scores = reward_model.sequence_scores(scalar, reward, tokens, mask)

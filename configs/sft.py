@@ -14,6 +14,11 @@ gpt4llm_7b, gpt4llm_small           Peng et al. 2023 on LLaMA-7B, and on a small
 The labelers' demonstrations of InstructGPT were never published: put yours under data/, or name
 hub ids in --config.data.demonstrations.
 
+--config.sft.pack_length=512 puts several demonstrations into a row of so many tokens, which train
+as if each had a row of its own: the same targets in fewer, fuller rows, several times as fast. The
+batch size then counts packed rows: divide it by the demonstrations that fit one. The small presets
+do it; those of papers keep a demonstration a row.
+
 What a preset leaves out has the default of its dataclass: in the stages, the paper's value.
 """
 

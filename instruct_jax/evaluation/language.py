@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.evaluation.intervals import Interval, bootstrap_mean
-from instruct_jax.losses import next_token_loss
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.complete import WIDTH_STEP, complete
+from instruct_jax.sampling.scores import token_scores
 from instruct_jax.training.mesh import BATCH_AXES, axes_size, batch_sharding
 
 
@@ -97,8 +97,10 @@ def target_log_probs(
 def _log_prob_sums(
     model: Model, params: Any, tokens: jax.Array, mask: jax.Array, loss_mask: jax.Array
 ) -> jax.Array:
-    losses = next_token_loss(model.apply(params, tokens, mask=mask), tokens)
-    return -jnp.sum(jnp.where(loss_mask[:, 1:], losses, 0.0), axis=1)
+    hidden = model.hidden(params, tokens, mask=mask)[:, :-1]
+    targets = loss_mask[:, 1:]
+    scores = token_scores(model, params, hidden, tokens[:, 1:], where=targets)
+    return jnp.sum(scores.log_probs, axis=1)
 
 
 def _batches(rows: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

@@ -117,5 +117,6 @@ def with_dense_rule(
         apply=within(model.apply),
         hidden=within(model.hidden),
         readout=within(model.readout),
+        head=within(model.head),
         decode=within(model.decode),
     )

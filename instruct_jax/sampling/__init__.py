@@ -1,9 +1,10 @@
-"""Sampling: the compiled decode loop, in one shot or with slots that refill, and completions."""
+"""Sampling: the compiled decode loop, in one shot or with refilled slots; completions, scores."""
 
 from instruct_jax.sampling.choose import Sampling, choose, draw, truncate
 from instruct_jax.sampling.complete import Completion, complete, completions_of
 from instruct_jax.sampling.engine import Engine, Response, respond
 from instruct_jax.sampling.sampler import Rollout, generate
+from instruct_jax.sampling.scores import token_scores
 
 __all__ = [
     "Completion",
@@ -17,5 +18,6 @@ __all__ = [
     "draw",
     "generate",
     "respond",
+    "token_scores",
     "truncate",
 ]

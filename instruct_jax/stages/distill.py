@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import forward_kl, sum_and_count
+from instruct_jax.losses.chunked import CHUNK_LOGITS
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model, TransformerConfig
 from instruct_jax.stages.pretrain import language_loss
@@ -56,7 +57,8 @@ def shortened(
 
 def logits_loss(student: Model, teacher: Model) -> LossFn:
     """The second loss above on rows of `language_loss`; the teacher's parameters are under
-    "teacher" among the student's.
+    "teacher" among the student's. The logits of both are made for a few positions at a time, and
+    again for their gradient.
     """
 
     def loss(
@@ -64,10 +66,21 @@ def logits_loss(student: Model, teacher: Model) -> LossFn:
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         del key
         tokens, mask, targets = batch["tokens"], batch["mask"], batch["loss_mask"][:, 1:]
-        own = student.apply(params, tokens, mask=mask)[:, :-1]
-        taught = teacher.apply(params["teacher"], tokens, mask=mask)[:, :-1]
-        losses = forward_kl(own, taught, vocab_size=student.config.vocab_size)
-        return *sum_and_count(losses, targets), {}
+        own = student.hidden(params, tokens, mask=mask)[:, :-1]
+        taught = teacher.hidden(params["teacher"], tokens, mask=mask)[:, :-1]
+
+        @jax.checkpoint
+        def divergence(states: tuple[jax.Array, jax.Array]) -> jax.Array:
+            """Of one position of every row, [B, D] twice -> [B]."""
+            logits = student.readout(params, states[0][:, None])
+            wanted = teacher.readout(params["teacher"], states[1][:, None])
+            return forward_kl(logits, wanted, vocab_size=student.config.vocab_size)[:, 0]
+
+        rows, length = targets.shape
+        at_once = max(1, CHUNK_LOGITS // (rows * student.config.vocab_size))
+        by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (own, taught))
+        losses = jax.lax.map(divergence, by_position, batch_size=min(at_once, length))
+        return *sum_and_count(losses.swapaxes(0, 1), targets), {}
 
     return loss
 

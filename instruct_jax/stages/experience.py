@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from instruct_jax.losses import (
+    TokenStatistics,
     clip_scores,
     explained_variance,
     generalized_advantages,
@@ -22,12 +23,11 @@ from instruct_jax.losses import (
     missing_eos_scores,
     reinforce_plus_plus_advantages,
     rloo_advantages,
-    token_entropy,
-    token_log_probs,
 )
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model, final_scores, response_values
 from instruct_jax.sampling.sampler import Rollout
+from instruct_jax.sampling.scores import token_scores
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.training.state import TrainState
 
@@ -84,12 +84,31 @@ class Experience(NamedTuple):
     returns: jax.Array | None = None  # float32[B, R], from the unwhitened advantages
 
 
-def response_logits(
-    model: Model, params: Any, tokens: jax.Array, mask: jax.Array, *, response_length: int
-) -> jax.Array:
-    """float32[B, R, V] logits that predict the response: those of positions P-1 .. P+R-2."""
+def response_scores(
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    where: jax.Array,
+    *,
+    temperature: float,
+    entropy: bool = False,
+) -> TokenStatistics:
+    """Log-probs of the response tokens, float32[B, R], and their entropy where it is asked for.
+
+    Of int32[B, P+R] rows; 0 outside of `where` bool[B, R]. The temperature is the sampler's.
+    """
+    length = where.shape[1]
     hidden = model.hidden(params, tokens, mask=mask)
-    return model.readout(params, hidden[:, -response_length - 1 : -1])
+    return token_scores(
+        model,
+        params,
+        hidden[:, -length - 1 : -1],
+        tokens[:, -length:],
+        where=where,
+        temperature=temperature,
+        moments=entropy,
+    )
 
 
 def score_rollout(
@@ -104,17 +123,14 @@ def score_rollout(
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update."""
     tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
-    length = where.shape[1]
-    responses = tokens[:, -length:]
-    own = frozen.policy_params(state)
-    logits = response_logits(policy, own, tokens, mask, response_length=length)
-    ref_logits = response_logits(policy, frozen.reference, tokens, mask, response_length=length)
-    log_probs = token_log_probs(logits, responses, temperature=config.temperature)
-    ref_log_probs = token_log_probs(ref_logits, responses, temperature=config.temperature)
-    log_probs = jnp.where(where, log_probs, 0.0)
-    ref_log_probs = jnp.where(where, ref_log_probs, 0.0)
+    prompt_length = tokens.shape[1] - where.shape[1]
+    rows = tokens, mask, where
+    heat = {"temperature": config.temperature}
+    own = response_scores(policy, frozen.policy_params(state), *rows, **heat, entropy=True)
+    log_probs = own.log_probs
+    ref_log_probs = response_scores(policy, frozen.reference, *rows, **heat).log_probs
 
-    has_eos = ((responses == eos_id) & where).any(axis=-1)
+    has_eos = ((tokens[:, prompt_length:] == eos_id) & where).any(axis=-1)
     raw_scores = final_scores(scalar.apply(frozen.reward_params(), tokens, mask=mask), mask)
     scores = missing_eos_scores(
         clip_scores(raw_scores, limit=config.reward_clip),
@@ -130,7 +146,7 @@ def score_rollout(
     values = returns = None
     if state.value is not None:
         values = scalar.apply(frozen.value_params(state.value), tokens, mask=mask)
-        values = response_values(values, prompt_length=tokens.shape[1] - length)
+        values = response_values(values, prompt_length=prompt_length)
         values = jnp.where(where, values, 0.0)
         advantages, returns = generalized_advantages(
             rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
@@ -140,42 +156,74 @@ def score_rollout(
     if config.whiten_advantages == "rollout":
         advantages = masked_whiten(advantages, where)
 
-    k1 = kl_estimate(log_probs, ref_log_probs, kind="k1")
-    kl = jnp.where(where, k1, 0.0).sum(-1)
-    k3 = jnp.where(where, kl_estimate(log_probs, ref_log_probs, kind="k3"), 0.0).sum(-1)
-    gap = rollout.log_probs - log_probs
-    entropy = token_entropy(logits, temperature=config.temperature)
+    experience = Experience(
+        tokens, mask, where, log_probs, ref_log_probs, advantages, values, returns
+    )
+    assert own.entropy is not None
     metrics = {
-        "kl": kl.mean(),
-        "kl_k3": k3.mean(),
         "kl_coef": state.kl_coef,
-        "entropy": masked_mean(entropy, where),
+        "entropy": masked_mean(own.entropy, where),
+        "eos_rate": has_eos.mean(dtype=jnp.float32),
+        **_reward_metrics(config, raw_scores, rewards, where),
+        **_policy_metrics(experience, rollout.log_probs, state.kl_coef),
+        **_value_metrics(experience),
+    }
+    return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
+
+
+def _reward_metrics(
+    config: PPOConfig, raw_scores: jax.Array, rewards: jax.Array, where: jax.Array
+) -> dict[str, jax.Array]:
+    """Of the reward model's scores float32[B] and the shaped rewards float32[B, R]."""
+    metrics = {
         "score": raw_scores.mean(),
         "score_sd": raw_scores.std(),
         "score_min": raw_scores.min(),
         "score_max": raw_scores.max(),
-        "reward_kl": -(state.kl_coef * kl).mean(),
         "reward_total": jnp.where(where, rewards, 0.0).sum(-1).mean(),
-        "response_length": where.sum(-1).mean(dtype=jnp.float32),
-        "eos_rate": has_eos.mean(dtype=jnp.float32),
-        "sampler_gap": masked_mean(jnp.abs(gap), where),
-        "sampler_gap_max": jnp.where(where, jnp.abs(gap), 0.0).max(),
-        "tokens": where.sum(dtype=jnp.float32),
     }
-    if values is not None and returns is not None:
-        metrics |= {
-            "value": masked_mean(values, where),
-            "return_mean": masked_mean(returns, where),
-            "return_var": _masked_variance(returns, where),
-            "explained_variance": explained_variance(values, returns, where=where),
-        }
     if config.samples_per_prompt > 1:
         groups = raw_scores.reshape(-1, config.samples_per_prompt)
         metrics["score_sd_in_group"] = groups.std(axis=1).mean()
-    experience = Experience(
-        tokens, mask, where, log_probs, ref_log_probs, advantages, values, returns
+    return metrics
+
+
+def _policy_metrics(
+    experience: Experience, sampler_log_probs: jax.Array, kl_coef: jax.Array
+) -> dict[str, jax.Array]:
+    """How far the policy is from the reference, and the sampler's log-probs from the policy's."""
+    where, log_probs, ref_log_probs = (
+        experience.where,
+        experience.log_probs,
+        experience.ref_log_probs,
     )
-    return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
+    k1, k3 = (
+        jnp.where(where, kl_estimate(log_probs, ref_log_probs, kind=kind), 0.0).sum(-1)
+        for kind in ("k1", "k3")
+    )
+    gap = jnp.abs(sampler_log_probs - log_probs)
+    return {
+        "kl": k1.mean(),
+        "kl_k3": k3.mean(),
+        "reward_kl": -(kl_coef * k1).mean(),
+        "response_length": where.sum(-1).mean(dtype=jnp.float32),
+        "tokens": where.sum(dtype=jnp.float32),
+        "sampler_gap": masked_mean(gap, where),
+        "sampler_gap_max": jnp.where(where, gap, 0.0).max(),
+    }
+
+
+def _value_metrics(experience: Experience) -> dict[str, jax.Array]:
+    """Of the value model; none where there is none."""
+    values, returns, where = experience.values, experience.returns, experience.where
+    if values is None or returns is None:
+        return {}
+    return {
+        "value": masked_mean(values, where),
+        "return_mean": masked_mean(returns, where),
+        "return_var": _masked_variance(returns, where),
+        "explained_variance": explained_variance(values, returns, where=where),
+    }
 
 
 def critic_free_advantages(config: PPOConfig, rewards: jax.Array, where: jax.Array) -> jax.Array:

@@ -16,11 +16,10 @@ from instruct_jax.losses import (
     policy_clipped,
     sequence_log_probs,
     sum_and_count,
-    token_log_probs,
     value_clipped,
 )
 from instruct_jax.models.transformer import Model, response_values
-from instruct_jax.stages.experience import Experience, response_logits
+from instruct_jax.stages.experience import Experience, response_scores
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.training.state import LossFn
@@ -40,12 +39,10 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
         params: Any, batch: Experience, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         del key  # No dropout: the ratio must be 1 where the policy has not moved.
-        where, length = batch.where, batch.where.shape[1]
-        logits = response_logits(policy, params, batch.tokens, batch.mask, response_length=length)
-        log_probs = token_log_probs(
-            logits, batch.tokens[:, -length:], temperature=config.temperature
-        )
-        log_probs = jnp.where(where, log_probs, 0.0)
+        where = batch.where
+        rows = batch.tokens, batch.mask, where
+        scores = response_scores(policy, params, *rows, temperature=config.temperature)
+        log_probs = scores.log_probs
         new, old, advantages, of = _ratio_terms(config, log_probs, batch)
         bounds = {"clip": config.clip, "clip_high": config.clip_high}
         losses = clipped_policy_loss(new, old, advantages, dual_clip=config.dual_clip, **bounds)
@@ -117,7 +114,7 @@ def ptx_loss(config: PPOConfig, policy: Model) -> LossFn:
     """Pretraining loss of PPO-13: a mean over tokens, or the mean over rows of their summed
     loss.
     """
-    token_loss = language_loss(policy)
+    token_loss = language_loss(policy, accuracy=False)
 
     def loss(
         params: Any, batch: dict[str, jax.Array], key: jax.Array

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.losses import sequence_log_probs, token_log_probs
+from instruct_jax.losses import sequence_log_probs
 from instruct_jax.models.transformer import Model
+from instruct_jax.sampling.scores import token_scores
 from instruct_jax.stages.stage import in_batches, place_params
 from instruct_jax.training.mesh import shard_batch
 
@@ -32,7 +33,8 @@ def branch_log_probs(
     hidden = model.hidden(params, rows["tokens"], **options, dropout_key=key)
     # The first token of a branch is predicted at the prompt's last.
     before = jnp.take_along_axis(hidden, rows["previous"][..., None], axis=1)
-    log_probs = token_log_probs(model.readout(params, before), rows["tokens"])
+    own = rows["branches"] > 0
+    log_probs = token_scores(model, params, before, rows["tokens"], where=own).log_probs
     numbers = jnp.arange(1, rows["where"].shape[1] + 1)
     of = rows["branches"][:, :, None] == numbers[None, None]
     sums = jnp.where(of, log_probs[..., None], 0.0).sum(1)
@@ -42,9 +44,10 @@ def branch_log_probs(
 def mismatched_log_probs(model: Model, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
     """Summed log-probs float32[B] of the responses of `mismatched_rows`."""
     tokens, mask, loss_mask = (rows[name] for name in MISMATCHED)
-    logits = model.apply(params, tokens, mask=mask)
-    log_probs = token_log_probs(logits[:, :-1], tokens[:, 1:])
-    return sequence_log_probs(log_probs, loss_mask[:, 1:])
+    hidden = model.hidden(params, tokens, mask=mask)[:, :-1]
+    targets = loss_mask[:, 1:]
+    scores = token_scores(model, params, hidden, tokens[:, 1:], where=targets)
+    return sequence_log_probs(scores.log_probs, targets)
 
 
 def mismatched_rows(comparisons: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:

@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
-from instruct_jax.losses import next_token_loss, sum_and_count
+from instruct_jax.losses import sum_and_count
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
+from instruct_jax.sampling.scores import token_scores
 from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -36,31 +37,40 @@ class PretrainConfig(FitConfig):
     adam: AdamConfig = AdamConfig(weight_decay=0.1)
 
 
-def language_loss(model: Model, *, dropout: bool = False) -> LossFn:
+def language_loss(model: Model, *, dropout: bool = False, accuracy: bool = True) -> LossFn:
     """Next-token cross-entropy over the tokens that `loss_mask` marks.
 
     The batch holds `tokens` int32[B, T], `mask` bool[B, T] (real tokens) and `loss_mask` bool[B, T]
     (tokens that are targets; position 0 can never be one). Sums, not means: the caller divides once
     by the global count. Packed rows also have `segment_ids` int32[B, T]. Dropout is on only when
-    asked for: the ptx term of PPO runs without it.
+    asked for: the ptx term of PPO runs without it, and without the metric `accuracy`. Only targets
+    are read out, and never as float[B, T, V].
     """
 
     def loss(
         params: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        tokens, targets = batch["tokens"], batch["loss_mask"][:, 1:]
-        logits = model.apply(
+        hidden = model.hidden(
             params,
-            tokens,
+            batch["tokens"],
             mask=batch["mask"],
             segment_ids=batch.get("segment_ids"),
             dropout_key=key if dropout else None,
         )
-        total, count = sum_and_count(next_token_loss(logits, tokens), targets)
-        hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).astype(jnp.float32)
-        return total, count, {"accuracy": sum_and_count(hits, targets)}
+        # The state at t scores token t + 1; the last one scores nothing.
+        following, targets = jnp.roll(batch["tokens"], -1, axis=1), next_is_target(batch)
+        scores = token_scores(model, params, hidden, following, where=targets, hits=accuracy)
+        total, count = sum_and_count(-scores.log_probs, targets)
+        if scores.hits is None:
+            return total, count, {}
+        return total, count, {"accuracy": sum_and_count(scores.hits, targets)}
 
     return loss
+
+
+def next_is_target(batch: dict[str, jax.Array]) -> jax.Array:
+    """bool[B, T]: whether the token after this one is a target."""
+    return jnp.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1)))
 
 
 def language_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:

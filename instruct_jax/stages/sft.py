@@ -43,7 +43,9 @@ class SFTConfig(FitConfig):
     loss_on_prompt: bool = False
     # In dialogues, whether all assistant turns are targets or only the last.
     all_turns: bool = False
-    # Rows of this many tokens hold several demonstrations; None keeps one a row, as in the paper.
+    # Rows of this many tokens hold several demonstrations, and `batch_size` counts those: the fast
+    # option, since a row of one demonstration is mostly padding, which the layers compute all the
+    # same (the read-out never does). None keeps one a row, as in the paper.
     pack_length: int | None = None
     # This share of the rows of every batch is pretraining text (SFT-5).
     pretrain_fraction: float = 0.0

@@ -52,6 +52,41 @@ def test_chunked_and_dense_agree_at_the_gpt2_vocabulary(rng, chunk):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("row_blocks", [1, 2])
+def test_only_the_targets_are_read_out_and_they_are_as_in_the_dense_form(rng, share, row_blocks):
+    """Targets anywhere in a row, one row without any; a soft cap, smoothing, z-loss."""
+    hidden, head, tokens = arguments(rng, 4, 7, 6, 11)
+    where = jnp.asarray(rng.random((4, 7)) < share).at[2].set(False)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2, "vocab_size": 9}
+
+    def chunked(hidden, head, tokens):
+        more = {"chunk": 4, "softcap": 2.0, "row_blocks": row_blocks}
+        return chunked_next_token_loss(hidden, head, tokens, where=where, **more, **options)
+
+    def dense(hidden, head, tokens):
+        logits = 2.0 * jnp.tanh(hidden @ head / 2.0)
+        return jnp.where(where[:, 1:], next_token_loss(logits, tokens, **options), 0.0)
+
+    gradients, losses = value_and_gradients(chunked, hidden, head, tokens)
+    wanted_gradients, wanted = value_and_gradients(dense, hidden, head, tokens)
+    np.testing.assert_allclose(losses, wanted, atol=1e-6)
+    for a, b in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_hit_is_where_the_token_is_the_first_of_the_likeliest(rng, chunk):
+    """Ties go to the first, as in argmax."""
+    hidden, head, tokens = arguments(rng, 2, 8, 4, 5)
+    head = head.at[:, 3].set(head[:, 1])
+    statistics = chunked_token_statistics(
+        hidden, head, tokens, chunk=chunk, moments=False, hits=True
+    )
+    np.testing.assert_array_equal(statistics.hits, (hidden @ head).argmax(-1) == tokens)
+    assert statistics.entropy is None
+
+
 def compiled_gradient(loss, width):
     """Value and gradient of the loss at [8, 512, 50257], compiled for the arguments' shapes."""
     shapes = (
@@ -207,7 +242,7 @@ def test_a_head_sharded_over_its_vocabulary_stays_sharded(rng):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
 
     def scalar(hidden, head, tokens):
-        return chunked_next_token_loss(hidden, head, tokens, chunk=2).sum()
+        return chunked_next_token_loss(hidden, head, tokens, chunk=2, row_blocks=2).sum()
 
     step = jax.jit(jax.value_and_grad(scalar, (0, 1)))
     sharded = place(hidden, "data"), place(head, None, "tensor"), place(tokens, "data")

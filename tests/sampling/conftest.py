@@ -28,6 +28,7 @@ class TableModel:
             apply=_unused,
             hidden=_unused,
             readout=_unused,
+            head=_unused,
             decode=self._decode,
         )
 

@@ -75,7 +75,7 @@ def counting_model(shape: TransformerConfig = SHAPE) -> Model:
     def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("a reward model is only applied")
 
-    return Model(shape, nothing, apply, nothing, nothing, nothing)
+    return Model(shape, nothing, apply, nothing, nothing, nothing, nothing)
 
 
 def counting_params() -> Any:
