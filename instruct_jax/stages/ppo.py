@@ -226,7 +226,8 @@ def make_iteration(
 ) -> Callable[[PPOState, dict[str, Any], jax.Array], tuple[PPOState, dict[str, jax.Array]]]:
     """The step of this stage: `iteration(state, batch, key) -> (state, metrics)`.
 
-    `batch` holds `prompts` int32[B, P] (left-padded), `prompt_mask`, and with a pretraining mix
+    `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
+    `samples_per_prompt` times in a row, `prompt_mask`, and with a pretraining mix
     `ptx`, rows of `language_loss` as [updates, rows, T]. Three compiled programs: rollout, scoring,
     update; the state is donated to the last and stays sharded as the `state` given here.
     """
@@ -258,22 +259,16 @@ def make_iteration(
 
 
 class Batches(NamedTuple):
-    """Prompts of iteration i, each `samples` times in a row, and, for PPO-ptx, its pretraining
-    rows; a pure function of i.
-    """
+    """Prompts of iteration i and, for PPO-ptx, its pretraining rows; a pure function of i."""
 
     prompts: Callable[[int], dict[str, np.ndarray]]
-    samples: int
     ptx: Callable[[int], dict[str, np.ndarray]] | None
     updates: int
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
         rows = self.prompts(step)
-        batch: dict[str, Any] = {
-            "prompts": np.repeat(rows["tokens"], self.samples, axis=0),
-            "prompt_mask": np.repeat(rows["mask"], self.samples, axis=0),
-        }
+        batch: dict[str, Any] = {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
         if self.ptx is not None:
             tokens = self.ptx(step)["tokens"]
             shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
@@ -310,7 +305,7 @@ def train(
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
-    check_batch_size(config.rollout_batch, mesh)
+    check_batch_size(config.prompts, mesh)
     check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
     txs = optimizers(config)
     # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
@@ -339,7 +334,7 @@ def train(
         return evaluate(step, merged(config, frozen, state))
 
     mix = ptx if config.ptx_coef > 0 else None
-    batch_at = Batches(prompts, config.samples_per_prompt, mix, config.updates)
+    batch_at = Batches(prompts, mix, config.updates)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,

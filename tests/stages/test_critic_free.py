@@ -9,13 +9,14 @@ import pytest
 
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import gspo_loss, reinforce_loss
+from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import critic_free_advantages, response_logits
+from instruct_jax.stages.experience import critic_free_advantages
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_losses import policy_loss
 from tests.stages import lab as labs
 from tests.stages import run_ppo
-from tests.stages.lab import CONFIG, KEY, PROMPT, RESPONSE
+from tests.stages.lab import CONFIG, KEY, PROMPT, RESPONSE, ROWS
 
 K = 4
 FREE = dataclasses.replace(
@@ -88,14 +89,27 @@ def test_there_is_no_value_model_and_the_ratio_starts_at_one(config):
 
 
 def test_samples_of_a_prompt_share_it_and_differ():
-    """Every prompt comes K times in a row, answered with K keys."""
-    batch = ppo.Batches(labs.prompt_rows, K, None, RLOO.updates)(0)
-    prompts = batch["prompts"].reshape(-1, K, PROMPT)
+    """Every prompt is answered K times in a row, with K keys, and read once: what would come of K
+    copies of it.
+    """
+    lab = labs.make_lab(RLOO)
+    batch = ppo.Batches(lambda step: labs.prompt_rows(step, rows=ROWS // K), None, 1)(0)
+    keys = jax.random.split(KEY, ROWS)
+
+    def sample(copies):
+        prompts, mask = (
+            jnp.repeat(jnp.asarray(batch[name]), copies, axis=0)
+            for name in ("prompts", "prompt_mask")
+        )
+        options = {"max_new_tokens": labs.RESPONSE, "eos_id": labs.EOS}
+        return generate(lab.policy, lab.state.policy.params, prompts, mask, keys, **options)
+
+    once, copied = sample(1), sample(K)
+    np.testing.assert_array_equal(once.tokens, copied.tokens)
+    prompts = np.asarray(once.tokens[:, :PROMPT]).reshape(-1, K, PROMPT)
     assert (prompts == prompts[:, :1]).all()
     assert len(np.unique(prompts[:, 0], axis=0)) > 1
-    lab = labs.make_lab(RLOO)
-    rollout = labs.sample(lab, same=True)
-    assert len(np.unique(np.asarray(rollout.tokens[:K, PROMPT:]), axis=0)) > 1
+    assert len(np.unique(np.asarray(once.tokens[:K, PROMPT:]), axis=0)) > 1
 
 
 def loss_and_gradient(config, lab, batch):
@@ -108,7 +122,7 @@ def loss_and_gradient(config, lab, batch):
 
 def log_probs_of(lab, params, batch):
     length = batch.where.shape[1]
-    logits = response_logits(lab.policy, params, batch.tokens, batch.mask, response_length=length)
+    logits = lab.policy.apply(params, batch.tokens, mask=batch.mask)[:, -length - 1 : -1]
     chosen = jnp.take_along_axis(
         jax.nn.log_softmax(logits), batch.tokens[:, -length:, None], axis=-1
     )[..., 0]

@@ -194,7 +194,7 @@ def test_the_mix_gives_eight_rows_an_episode_without_mask_or_padding():
     assert rows == 512
     assert config.iterations * config.updates * rows == 2_048_000
     text = labs.text_rows(rows=config.updates * rows, length=3)
-    batches = ppo.Batches(lambda step: labs.prompt_rows(step), 1, lambda step: text, config.updates)
+    batches = ppo.Batches(lambda step: labs.prompt_rows(step), lambda step: text, config.updates)
     ptx = batches(0)["ptx"]
     assert set(ptx) == {"tokens", "mask", "loss_mask"}
     assert ptx["tokens"].shape == (8, 512, 3)
@@ -252,7 +252,7 @@ def iterate(mesh, micro_batches):
     run = ppo.make_iteration(
         config, lab.policy, lab.scalar, *lab.txs, frozen, state, eos_id=labs.EOS, mesh=mesh
     )
-    batches = ppo.Batches(labs.prompt_rows, 1, labs.text_rows, config.updates)
+    batches = ppo.Batches(labs.prompt_rows, labs.text_rows, config.updates)
     with jax.set_mesh(mesh):
         return jax.device_get(run(state, batches(0), KEY))
 
