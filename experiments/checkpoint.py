@@ -6,9 +6,11 @@
     python experiments/checkpoint.py prune  runs/ppo_ptx --keep=1
     python experiments/checkpoint.py pin    runs/ppo_ptx --step=200
 
-verify ends with exit code 4 where a byte is not as it was saved. export takes the averaged policy
-of a PPO run, or with --part=value its value model. prune never deletes the newest intact step or a
-pinned one. A run that is going on reads the pins when it starts.
+list ends with the account of the run in its ledger.jsonl: goodput (time of the steps that stand /
+time since the first start), restarts, steps done twice. verify ends with exit code 4 where a byte
+is not as it was saved. export takes the averaged policy of a PPO run, or with --part=value its
+value model. prune never deletes the newest intact step or a pinned one. A run that is going on
+reads the pins when it starts.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 from instruct_jax.errors import CheckpointError, ConfigError, RunError
 from instruct_jax.training.keeping import damage_of, pin, prune, saved_steps
+from instruct_jax.training.ledger import account
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,12 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_steps(flags: argparse.Namespace, directory: Path) -> None:
-    """Show which steps there are."""
+    """Show which steps there are, and the account of the run: goodput, restarts, lost steps."""
     print(f"{'step':>8}  {'written':19}  {'size':>10}  state")
     for step in saved_steps(directory):
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.written))
         state = ("finished" if step.finished else "no manifest") + ", pinned" * step.pinned
         print(f"{step.number:>8}  {written:19}  {_size(step.size):>10}  {state}")
+    if (total := account(flags.workdir)) is not None:
+        print(f"step {total.step}, {total.reason}: {total}")
 
 
 def verify(flags: argparse.Namespace, directory: Path) -> None:

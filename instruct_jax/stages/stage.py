@@ -11,6 +11,7 @@ A stage hands its result on as a model folder, and only so:
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ class FitConfig:
     # Rank 0 trains all parameters.
     lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
+    # An update whose gradient has this norm or a larger one, before clipping, is skipped and
+    # counted, as one that is not finite always is; None sets no limit.
+    skip_above: float | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -151,7 +155,12 @@ def make_step(
     """The step of `fit`: (state, fixed, batch, key) -> (state, metrics), `fixed` not trained."""
 
     def step(state: TrainState, fixed: Any, batch: Any, key: jax.Array) -> Any:
-        make = make_train_step(with_base(fixed, loss_fn), tx, micro_batches=config.micro_batches)
+        make = make_train_step(
+            with_base(fixed, loss_fn),
+            tx,
+            micro_batches=config.micro_batches,
+            skip_above=math.inf if config.skip_above is None else config.skip_above,
+        )
         return make(state, batch, key)
 
     return step

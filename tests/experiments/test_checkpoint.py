@@ -43,6 +43,7 @@ def test_a_healthy_run_is_listed_and_verified(run, capsys):
     for step in step_numbers(run / "checkpoints"):
         assert f"step {step}: intact" in text
     assert ("finished" in text and "MiB" in text) or "KiB" in text
+    assert "done: goodput" in text, "R16"
 
 
 def test_damage_ends_with_code_4_and_the_name_of_the_file(run, capsys):

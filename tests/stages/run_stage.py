@@ -215,10 +215,18 @@ def arm(phase: str, nth: int) -> None:
 
     batch: between two steps. save: before anything of a checkpoint is written. write: while it is
     written in the background. commit: all is written, the manifest is not. prune: while an older
-    step is deleted. rollout, score, update: within an iteration of PPO. after:S: S seconds later.
+    step is deleted. rollout, score, update: within an iteration of PPO. after: `nth`
+    milliseconds after the first batch.
     """
     if phase == "after":
-        threading.Timer(nth / 1000, die).start()
+        take, timer = Batches.take, threading.Timer(nth / 1000, die)
+
+        def counted_down(*args: Any) -> Any:
+            if timer.ident is None:
+                timer.start()
+            return take(*args)
+
+        Batches.take = counted_down
     elif phase == "batch":
         Batches.take = dying(Batches.take, nth)
     elif phase in ("save", "write"):

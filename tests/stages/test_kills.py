@@ -87,7 +87,7 @@ def test_killed_twenty_five_times_a_run_ends_with_the_same_bits(run, tmp_path, s
         if attempts % 2:
             phase, nth = phases[rng.integers(len(phases))], int(rng.integers(1, 3))
         else:
-            phase, nth = "after", int(rng.integers(200, 4000))
+            phase, nth = "after", int(rng.integers(20, 4000))
         code, sha = run(stage, killed, steps=steps, phase=phase, nth=nth)
         assert code in (0, -signal.SIGKILL)
         deaths += code != 0

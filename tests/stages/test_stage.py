@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,14 +13,18 @@ from instruct_jax.errors import CheckpointError, ConfigError
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.stages.stage import (
+    FitConfig,
     ModelConfig,
     TrainedModel,
     in_batches,
     load_trained,
+    make_optimizer,
+    make_step,
     place_params,
     save_trained,
 )
 from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.state import init_state
 from tests.stages import lab as labs
 
 TOKENIZER = train_bpe(["hello world"], vocab_size=260)
@@ -103,3 +108,23 @@ def test_batches_of_one_shape_cover_all_rows_in_order(rows):
     x, y = np.arange(rows * 3.0).reshape(rows, 3), np.arange(rows) * 0.5
     np.testing.assert_array_equal(in_batches(double, 4, x, y), 2 * x[:, 0] + y)
     assert shapes == {((4, 3), (4,))}
+
+
+def test_a_spike_is_skipped_where_the_configuration_sets_a_limit():
+    """R9: counted, and without a trace in the parameters; 1e6 times the usual gradient."""
+
+    def loss(params, batch, key):
+        return jnp.sum(params["w"] * batch["x"]), jnp.float32(len(batch["x"])), {}
+
+    usual = {"x": np.ones(4, np.float32)}
+    spike = {"x": np.full(4, 1e6, np.float32)}
+    for limit, skipped in ((100.0, [0, 1]), (None, [0, 0])):
+        config = FitConfig(skip_above=limit)
+        tx = make_optimizer(config, steps=10)
+        state, counts = init_state({"w": jnp.ones(4)}, tx), []
+        for batch in (usual, spike):
+            before = state
+            state, metrics = make_step(config, loss, tx)(state, {}, batch, labs.KEY)
+            counts.append(int(metrics["skipped"]))
+        assert counts == skipped
+        assert labs.same_bits(state.params, before.params) == bool(skipped[1])
