@@ -37,6 +37,7 @@ from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
+from instruct_jax.stages.stage import AdamConfig
 from instruct_jax.training import checkpoint, hosts
 from instruct_jax.training.checkpoint import load_item
 from instruct_jax.training.mesh import make_mesh
@@ -62,6 +63,8 @@ FIT: dict[str, Any] = {
     "log_every": 1,
     "save_every": 1,
     "micro_batches": 2,
+    # With Adam's usual eps a gradient that is zero but for rounding moves a parameter all the same.
+    "adam": AdamConfig(eps=1e-3),
 }
 # Everything that a checkpoint must hold moves: two optimizers in warm-up, average, penalty, keys.
 PPO = PPOConfig(
