@@ -109,13 +109,13 @@ def test_one_temperature_left_out_is_seen_in_the_kl(monkeypatch, forgetful):
     rollout = labs.sample(lab)
     calls = []
 
-    def token_log_probs(logits, tokens, *, temperature):
+    def response_scores(*rows, temperature, **options):
         calls.append(("policy", "reference")[len(calls)])
         temperature = 1.0 if calls[-1] == forgetful else temperature
-        return original(logits, tokens, temperature=temperature)
+        return original(*rows, temperature=temperature, **options)
 
-    original = experiences.token_log_probs
-    monkeypatch.setattr(experiences, "token_log_probs", token_log_probs)
+    original = experiences.response_scores
+    monkeypatch.setattr(experiences, "response_scores", response_scores)
     program = partial(experiences.score_rollout, COOL, lab.policy, lab.scalar, eos_id=EOS)
     _, metrics = jax.jit(program)(lab.state, lab.frozen, rollout)
     assert calls == ["policy", "reference"]
@@ -126,9 +126,9 @@ def test_the_loss_divides_by_the_temperature_too(monkeypatch):
     """T4: without it the ratio is not 1."""
     lab = labs.make_lab(COOL)
     experience, _ = labs.score(lab, labs.sample(lab))
-    original = ppo_losses.token_log_probs
+    original = ppo_losses.response_scores
     monkeypatch.setattr(
-        ppo_losses, "token_log_probs", lambda x, y, *, temperature: original(x, y, temperature=1.0)
+        ppo_losses, "response_scores", lambda *rows, temperature: original(*rows, temperature=1.0)
     )
     assert ratio_errors(lab, labs.first(experience)).mean() > 1e-2
 
