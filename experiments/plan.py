@@ -1,0 +1,181 @@
+"""Says whether a run fits a machine that is not here, how long it takes at best, and what it costs.
+
+    python experiments/plan.py --config=configs/ppo.py:instructgpt_6b_ptx --topology=v5p:4x4x4 \\
+        --mesh=fsdp:16,tensor:4 --config.ppo.micro_batches=8 --price=4.2
+    python experiments/plan.py --config=configs/ppo.py:instructgpt_1p3b_ptx --topology=v5e:8x8 \\
+        --search
+    python experiments/plan.py --config=configs/sft.py:toyworld --topology=cpu:8
+    python experiments/plan.py --config=configs/pretrain.py:instructgpt_1p3b --scaling=8,64,512
+
+The file of --config says which stage it is: pretrain, sft, reward_model, preference, or ppo (grpo,
+rloo). The sizes of the models are those of the folders that the configuration names, where they are
+there; else the preset's name says them (1p3b, 6b, 175b; InstructGPT's reward model is 6B beside all
+of them); else --policy and --reward do, with the names of models/families.py.
+
+First comes an estimate by formula, in seconds. Then the stage's own programs are lowered and
+compiled for the topology: a TPU slice (v4, v5e, v5p, v6e; extra `plan`), cards (h100:1x4x8 is
+slices x hosts x cards; extra `gpu`) or this CPU as several devices (cpu:8). Memory, temporaries and
+collectives are then the compiler's. The time is a roofline: no run is faster.
+
+--estimate_only stops before the compiler. --search tries meshes, micro-batches and remat, and
+compiles the best few. --scaling compiles for growing slices, with the batch as it is (strong) and
+grown with the devices (weak). --json=FILE also writes the figures.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ppo
+import preference
+import pretrain
+import reward_model
+import sft
+
+from instruct_jax.cli import HOST_DEVICE_FLAGS, _split_overrides
+from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.planning.jobs import job_of
+from instruct_jax.planning.programs import Job, Stage
+from instruct_jax.planning.report import GIB, compile_part, make_plan, render
+from instruct_jax.planning.scaling import scaling_rows
+from instruct_jax.planning.search import candidates
+from instruct_jax.planning.topologies import (
+    Topology,
+    abstract_mesh,
+    compile_mesh,
+    open_devices,
+    parse_topology,
+    prepare,
+)
+
+SCHEMAS: dict[Stage, type] = {
+    "pretrain": pretrain.Config,
+    "sft": sft.Config,
+    "reward_model": reward_model.Config,
+    "preference": preference.Config,
+    "ppo": ppo.Config,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as every mistake on a command line."""
+        raise ConfigError(message)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides of --config as "a.b" -> text."""
+    parser = Parser(
+        description=inspect.getdoc(sys.modules[__name__]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--config", default="configs/ppo.py:instructgpt_1p3b_ptx", metavar="FILE:NAME")
+    flag("--topology", default="cpu:8", help="such as v5p:4x4x4, h100:1x1x8, cpu:8 (the default)")
+    flag("--mesh", default="auto", help="such as fsdp:16,tensor:4 (auto: all devices to fsdp)")
+    flag("--policy", metavar="SIZE", help="size of the model that is trained, such as gpt3-6.7b")
+    flag("--reward", metavar="SIZE", help="size of the reward and value model of PPO")
+    flag("--rows", type=int, default=100_000, help="examples in the data, for the run's length")
+    flag("--price", type=float, help="of a chip-hour, in any currency")
+    flag("--remat", choices=("on", "off"), help="recompute activations (default: the model's)")
+    flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
+    flag("--estimate_only", action="store_true", help="do not compile")
+    flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")
+    flag("--json", type=Path, metavar="FILE", help="also write the figures")
+    rest, overrides = _split_overrides(argv)
+    return parser.parse_args(rest), overrides
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan of a command line."""
+    flags, overrides = parse(argv)
+    if flags.scaling and flags.topology.startswith("cpu"):
+        flags.topology = f"cpu:{max(map(int, flags.scaling.split(',')))}"
+    topology = parse_topology(flags.topology)
+    prepare(topology, HOST_DEVICE_FLAGS)
+    sizes = {"policy": flags.policy, "reward": flags.reward, "rows": flags.rows}
+    job = job_of(flags.config, overrides, SCHEMAS, **sizes)
+    if flags.remat is not None:
+        job = job.with_remat(flags.remat == "on")
+    if flags.scaling:
+        results = scale(flags, job, topology)
+    elif flags.search:
+        results = search(flags, job, topology)
+    else:
+        results = [plan(flags, job, topology, flags.mesh)]
+    if flags.json is not None:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        flags.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def plan(flags: argparse.Namespace, job: Job, topology: Topology, spec: str) -> dict[str, Any]:
+    """One mesh: the estimate, and the compiler's word where it can be had."""
+    start = time.perf_counter()
+    estimated, _ = make_plan(job, flags.config, topology, abstract_mesh(topology, spec))
+    print(render(estimated, job, price=flags.price))
+    print(f"estimated in {time.perf_counter() - start:.1f} s\n", flush=True)
+    if flags.estimate_only:
+        return estimated.as_json(flags.price)
+    try:
+        devices = open_devices(topology)
+    except ConfigError as error:
+        print(f"not compiled: {error}", file=sys.stderr)
+        return estimated.as_json(flags.price)
+    mesh = compile_mesh(topology, spec, devices)
+    made, programs = make_plan(job, flags.config, topology, mesh)
+    for part, program in zip(made.parts, programs, strict=True):
+        print(f"compiling {part.name} ...", file=sys.stderr, flush=True)
+        compile_part(part, program, topology)
+    print(render(made, job, price=flags.price))
+    return made.as_json(flags.price)
+
+
+def search(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict[str, Any]]:
+    """The best few candidates compiled, those that fit first, then the fastest."""
+    chosen, count = candidates(
+        job, flags.config, topology, lambda spec: abstract_mesh(topology, spec)
+    )
+    print(f"{count} candidates, {len(chosen)} may fit; compiling {min(flags.search, len(chosen))}")
+    results = [plan(flags, c.job, topology, c.spec) for c in chosen[: flags.search]]
+    results.sort(key=lambda r: (not r["fits"], r.get("step_seconds") or 0.0, r["peak"] or 0.0))
+    print(
+        "\n| mesh | micro-batches | remat | fits | peak GiB | step s |\n|---|---|---|---|---|---|"
+    )
+    for row in results:
+        step = f"{row['step_seconds']:.2f}" if "step_seconds" in row else "-"
+        print(
+            f"| {row['mesh']} | {row['micro_batches']} | {row['remat']} | {row['fits']} "
+            f"| {(row['peak'] or math.inf) / GIB:.2f} | {step} |"
+        )
+    return results
+
+
+def scale(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict[str, Any]]:
+    """Collectives and bytes of a device, at growing numbers of devices."""
+    counts = [int(n) for n in flags.scaling.split(",")]
+    results = scaling_rows(job, flags.config, topology, counts)
+    print("| | devices | mesh | rows | peak GiB | " + "collectives | GiB sent | gather | reduce |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in results:
+        print(
+            f"| {row['kind']} | {row['devices']} | {row['mesh']} | {row['rows']} "
+            f"| {row['peak'] / GIB:.3f} | {row['count']:.0f} | {row['sent'] / GIB:.3f} "
+            f"| {row['gathered'] / GIB:.3f} | {row['reduced'] / GIB:.3f} |"
+        )
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RunError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,92 @@
+"""Which stage a configuration is of, and which models it is for, before any of them is there."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instruct_jax.cli.config import load_config, resolve
+from instruct_jax.errors import ConfigError
+from instruct_jax.models.families import preset
+from instruct_jax.models.transformer import TransformerConfig
+from instruct_jax.planning.programs import Job, Stage
+
+# Sizes by the names of presets; the embedded world's models are `mini`, of 767 tokens.
+SIZES = {"1p3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b", "124m": "gpt2-small"}
+SIZES |= {"1b": "gpt3-1.3b", "7b": "llama-7b", "small": "small"}
+TOY = ("toyworld", "debug", "shared")
+# Ouyang et al.: one reward model of 6B beside policies of every size (MODEL-6).
+INSTRUCTGPT_REWARD = "gpt3-6.7b"
+LARGE = 256  # a wider model computes in bfloat16 and recomputes its activations
+
+
+def job_of(
+    spec: str,
+    overrides: Mapping[str, str],
+    schemas: Mapping[Stage, type],
+    *,
+    policy: str | None = None,
+    reward: str | None = None,
+    rows: int = 100_000,
+) -> Job:
+    """The job of "FILE:NAME" with overrides; `schemas` are the configurations of the scripts.
+
+    `policy` and `reward` name sizes, `rows` is the number of examples in the data. ConfigError
+    where the stage or a size cannot be told.
+    """
+    values = load_config(spec)
+    found = [stage for stage in schemas if isinstance(values.get(stage), dict)]
+    if len(found) != 1:
+        raise ConfigError(f"{spec}: not the configuration of one stage of {', '.join(schemas)}")
+    (stage,) = found
+    config: Any = resolve(schemas[stage], values, overrides)
+    name = spec.partition(":")[2] or "toyworld"
+    inner, scalar, ptx_length = getattr(config, stage), None, 0
+    if stage == "pretrain":
+        model = _pretrained(config, policy)
+    else:
+        model = _model(name, policy, config.init, "--policy")
+    if stage == "ppo":
+        if reward is None and name.startswith("instructgpt"):
+            reward = INSTRUCTGPT_REWARD
+        scalar = _model(name, reward or policy, config.reward_model, "--reward")
+        ptx_length, steps = config.ptx_length, inner.iterations
+    else:
+        steps = max(1, round(inner.epochs * rows / inner.batch_size))
+    return Job(stage, inner, model, scalar, ptx_length=ptx_length, steps=steps)
+
+
+def _pretrained(config: Any, policy: str | None) -> TransformerConfig:
+    """The model that pretraining makes, whose vocabulary is the tokenizer's."""
+    given = config.model
+    model = _named(policy or given.preset, "--policy")
+    if config.tokenizer is None:
+        model = dataclasses.replace(model, vocab_size=config.vocab_size)
+    length = given.max_length or model.max_length
+    return dataclasses.replace(model, dtype=given.dtype, remat=given.remat, max_length=length)
+
+
+def _model(name: str, size: str | None, folder: str, flag: str) -> TransformerConfig:
+    about = Path(folder or ".") / "model.json"
+    if size is None and about.is_file():
+        return TransformerConfig(**json.loads(about.read_text())["config"])
+    if size is None:
+        words = re.split(r"[_\-.]", name)
+        size = next((SIZES[word] for word in words if word in SIZES), None)
+        if size is None and words[0] in TOY:
+            return dataclasses.replace(preset("mini"), vocab_size=767)
+    if size is None:
+        raise ConfigError(f"config {name}: the size of its model is not known here; {flag}=SIZE")
+    config = _named(size, flag)
+    large = config.d_model > LARGE
+    dtype = "bfloat16" if large else config.dtype
+    return dataclasses.replace(config, dtype=dtype, remat=large or config.remat)
+
+
+def _named(size: str, flag: str) -> TransformerConfig:
+    try:
+        return preset(size)
+    except ValueError as error:
+        raise ConfigError(f"{flag}={size}: {error}") from error

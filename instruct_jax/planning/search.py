@@ -1,0 +1,78 @@
+"""Meshes, micro-batches and remat worth a compile, best first by the estimate."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from instruct_jax.errors import ConfigError
+from instruct_jax.planning.programs import Job
+from instruct_jax.planning.report import Plan, make_plan
+from instruct_jax.planning.topologies import Topology
+
+# The estimate may be this far off: what is over the limit by less is still compiled.
+SLACK = 1.1
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice, with its estimate."""
+
+    spec: str
+    job: Job
+    plan: Plan
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """By time: fewer gathers of the weights and no recomputation come first; then by memory."""
+        sizes = dict(part.split(":") for part in self.spec.split(","))
+        gathers = self.job.config.micro_batches * (1 - 1 / int(sizes["fsdp"]))
+        recomputed = 4 / 3 if self.job.model.remat else 1.0
+        # Two sums over `tensor` in a layer, each way, on every token: not hidden by anything.
+        exposed = 1 + 0.02 * (int(sizes["tensor"]) - 1)
+        return recomputed * exposed + 0.005 * gathers, self.plan.peak
+
+
+def mesh_specs(job: Job, devices: int) -> Iterator[str]:
+    """Meshes of all the devices whose tensor part divides the heads and whose rows divide."""
+    tensor = 1
+    while tensor <= min(devices, 16):
+        if devices % tensor == 0 and job.model.num_heads % tensor == 0:
+            rest = devices // tensor
+            if job.rows % rest == 0:
+                yield f"data:1,fsdp:{rest},tensor:{tensor}"
+                if rest % 2 == 0:
+                    yield f"data:2,fsdp:{rest // 2},tensor:{tensor}"
+        tensor *= 2
+
+
+def candidates(
+    job: Job, name: str, topology: Topology, mesh_of: Callable[[str], Mesh]
+) -> tuple[list[Candidate], int]:
+    """Those that the estimate lets through, best first, and how many there were in all.
+
+    Where it lets none through, the smallest one alone.
+    """
+    found = []
+    for spec in mesh_specs(job, topology.size):
+        mesh = mesh_of(spec)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        for remat in (False, True):
+            for micro_batches in MICRO_BATCHES:
+                if job.rows % (rows * micro_batches):
+                    continue
+                choice = job.with_micro_batches(micro_batches).with_remat(remat)
+                try:
+                    plan, _ = make_plan(choice, name, topology, mesh)
+                except ConfigError:
+                    continue
+                found.append(Candidate(spec, choice, plan))
+    if not found:
+        raise ConfigError(
+            f"no mesh of {topology.size} devices divides {job.rows} rows; another --topology"
+        )
+    limit = topology.memory or float("inf")
+    likely = [c for c in found if c.plan.peak <= SLACK * limit]
+    chosen = sorted(likely, key=lambda c: c.order)
+    return chosen or [min(found, key=lambda c: c.plan.peak)], len(found)

@@ -1,0 +1,235 @@
+"""Plans: the stages' own programs compiled for devices that are not used, and what is read."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from instruct_jax.errors import ConfigError
+from instruct_jax.models.families import preset
+from instruct_jax.planning import topologies
+from instruct_jax.planning.hlo import collectives
+from instruct_jax.planning.programs import Job, abstract_params
+from instruct_jax.planning.report import Compiled, Plan, compile_part, make_plan, remedies, render
+from instruct_jax.planning.search import candidates
+from instruct_jax.planning.topologies import (
+    abstract_mesh,
+    compile_mesh,
+    open_devices,
+    parse_topology,
+)
+from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.preference import PreferenceConfig
+from instruct_jax.stages.pretrain import PretrainConfig
+from instruct_jax.stages.reward_model import RewardModelConfig
+from instruct_jax.stages.sft import SFTConfig
+
+TINY = replace(preset("tiny"), max_length=64)
+NARROW = replace(TINY, d_model=32)
+CPU = parse_topology("cpu:8")
+LENGTHS = {"prompt_length": 8, "response_length": 8}
+PPO = PPOConfig(rollout_batch=32, minibatch=16, ptx_coef=1.0, ptx_ratio=2, **LENGTHS)
+JOBS = {
+    "pretrain": Job("pretrain", PretrainConfig(batch_size=16, length=32), TINY),
+    "sft": Job("sft", SFTConfig(batch_size=16, residual_dropout=0.1, **LENGTHS), TINY),
+    "reward_model": Job(
+        "reward_model", RewardModelConfig(batch_size=16, completions=3, **LENGTHS), TINY
+    ),
+    "preference": Job("preference", PreferenceConfig(batch_size=16, **LENGTHS), TINY),
+    # A reward model of another size than the policy.
+    "ppo": Job("ppo", PPO, NARROW, TINY, ptx_length=32, steps=10),
+}
+
+
+def compiled_plan(job: Job, spec: str) -> Plan:
+    mesh = compile_mesh(CPU, spec, open_devices(CPU))
+    plan, programs = make_plan(job, job.stage, CPU, mesh)
+    for part, program in zip(plan.parts, programs, strict=True):
+        compile_part(part, program, CPU)
+    return plan
+
+
+def test_the_programs_of_ppo_compile_with_four_models_of_two_sizes():
+    plan = compiled_plan(JOBS["ppo"], "fsdp:4,tensor:2")
+    assert [part.name for part in plan.parts] == ["rollout", "score", "update"]
+    update = plan.parts[-1]
+    assert update.compiled.collectives["all-gather"].bytes > 0
+
+
+def test_ppo_holds_five_of_the_policy_and_four_of_the_reward_model():
+    """Policy, average, two moments, reference; reward and value model, two moments."""
+    plan, _ = make_plan(JOBS["ppo"], "ppo", CPU, abstract_mesh(CPU, "data:8"))
+    policy, reward = (
+        sum(4 * x.size for x in jax.tree.leaves(abstract_params(config, kind)))
+        for config, kind in ((NARROW, "language"), (TINY, "scalar"))
+    )
+    roles = ("policy", "average", "optimizer", "value model", "frozen")
+    held = sum(plan.parts[-1].estimated[role] for role in roles)
+    counts = 100  # the optimizers count their updates
+    assert 0 <= held - (5 * policy + 4 * reward) < counts
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward_model"])
+def test_arguments_are_as_the_compiler_counts_them(stage):
+    """The first part of the estimate is exact."""
+    plan = compiled_plan(JOBS[stage], "fsdp:8")
+    (part,) = plan.parts
+    arguments = sum(part.estimated[r] for r in ("parameters", "optimizer", "frozen", "batch"))
+    assert part.compiled.arguments == pytest.approx(arguments, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "preference"])
+def test_every_stage_compiles(stage):
+    plan = compiled_plan(JOBS[stage], "fsdp:4,tensor:2")
+    assert plan.fits
+    assert plan.peak > 0
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
+    mesh = compile_mesh(CPU, "fsdp:8", open_devices(CPU))
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def chain(x, layers):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+    layers = jax.ShapeDtypeStruct(
+        (5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp", None))
+    )
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=split)
+    text = jax.jit(chain, out_shardings=whole).lower(x, layers).compile().as_text()
+    found = collectives(text)
+    # The layers are split by rows, so every product is a partial sum: 8 x 64 floats, 5 times.
+    in_loop = [c for kind, c in found.items() if kind in ("all-reduce", "reduce-scatter")]
+    assert sum(c.count for c in in_loop) >= 5
+    assert sum(c.bytes for c in in_loop) >= 5 * 8 * 64 * 4 * 7 / 8
+
+
+HLO = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %g = bf16[32,8]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %r = f32[16,8]{1,0} all-reduce(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  ROOT %t = (s32[], f32[16,8]) tuple(%i, %r)
+}
+
+%cond (p: (s32[], f32[16,8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (q: f32[16,8]) -> f32[16,8] {
+  %w = (s32[], f32[16,8]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[], f32[16,8]) while(%w), condition=%cond, body=%body
+  ROOT %s = f32[4,8]{1,0} reduce-scatter(%z), replica_groups=[2,4]<=[8], to_apply=%sum
+}
+"""  # noqa: E501
+
+
+def test_bytes_are_those_of_a_ring_times_the_turns_of_the_loops():
+    found = collectives(HLO, unknown_trips=10)
+    turns = 3 + 10
+    assert found["all-gather"] == (turns, turns * 32 * 8 * 2 * 3 / 4)
+    assert found["all-reduce"] == (turns, turns * 2 * 16 * 8 * 4 * 3 / 4)
+    assert found["reduce-scatter"] == (1, 4 * 8 * 4 * 4 * 3 / 4)
+
+
+def test_what_does_not_fit_is_told_with_what_to_change():
+    large = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat=True)
+    job = Job("ppo", PPOConfig(ptx_coef=27.8), large, large, ptx_length=2048, steps=500)
+    topology = parse_topology("v5e:4x4")
+    plan, _ = make_plan(job, "6b", topology, abstract_mesh(topology, "fsdp:16"))
+    assert not plan.fits
+    text = render(plan, job)
+    assert "DOES NOT FIT" in text
+    assert "micro_batches=2" in text
+    assert any("topology" in remedy for remedy in remedies(plan, job))
+
+
+def test_a_compiler_that_gives_up_is_a_plan_that_does_not_fit():
+    topology = parse_topology("v5e:2x4")
+    plan, _ = make_plan(JOBS["sft"], "sft", topology, abstract_mesh(topology, "fsdp:8"))
+    assert plan.fits
+    plan.parts[0].compiled = Compiled(1.0, error="RESOURCE_EXHAUSTED: 18.27G")
+    assert not plan.fits
+    assert "RESOURCE_EXHAUSTED" in render(plan, JOBS["sft"])
+
+
+def test_the_estimate_of_175b_takes_no_devices_and_gives_the_run():
+    large = replace(preset("gpt3-175b"), dtype="bfloat16", remat=True)
+    scalar = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat=True)
+    config = PPOConfig(ptx_coef=27.8)
+    job = Job("ppo", config, large, scalar, ptx_length=2048, steps=config.iterations)
+    topology = parse_topology("v5p:8x8x8")
+    plan, _ = make_plan(job, "175b", topology, abstract_mesh(topology, "fsdp:64,tensor:8"))
+    row = plan.as_json(price=4.2)
+    # Ouyang et al.: 60 petaflop/s-days for the 175B PPO-ptx.
+    days = sum(part.flops for part in plan.parts) * plan.steps / 86_400e15
+    assert 55 < days < 75
+    # At best on 512 chips of 0.459 petaflop/s, a third of the work done twice.
+    assert 60 * 4 / 3 / 512 / 0.459 < row["days"] < 1
+    assert row["cost"] == pytest.approx(row["chip_hours"] * 4.2)
+    json.dumps(row)
+
+
+def test_search_keeps_to_meshes_that_divide_the_work():
+    large = replace(preset("gpt3-1.3b"), dtype="bfloat16")
+    scalar = replace(preset("gpt3-6.7b"), dtype="bfloat16")
+    job = Job("ppo", PPOConfig(ptx_coef=27.8), large, scalar, ptx_length=2048, steps=500)
+    topology = parse_topology("v5e:8x8")
+    chosen, count = candidates(job, "x", topology, lambda spec: abstract_mesh(topology, spec))
+    assert count > len(chosen) > 0
+    best = chosen[0]
+    assert best.plan.peak <= 1.1 * topology.memory
+    assert job.rows % best.job.config.micro_batches == 0
+    assert [c.order for c in chosen] == sorted(c.order for c in chosen)
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4x4", "v9:2x2", "v5p", "cpu:0"])
+def test_a_topology_that_is_none_is_one_line(name):
+    with pytest.raises(ConfigError, match=re.escape(f"--topology={name}")):
+        parse_topology(name)
+
+
+def test_a_missing_plugin_names_the_extra(monkeypatch):
+    def absent(**_):
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", absent)
+    monkeypatch.setattr(topologies, "_plugin_is_there", lambda module: False)
+    with pytest.raises(ConfigError, match=r"instruct-jax\[plan\]"):
+        open_devices(parse_topology("v5p:4x4x4"))
+    with pytest.raises(ConfigError, match=r"instruct-jax\[gpu\]"):
+        open_devices(parse_topology("h100:1x1x8"))
+
+
+def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    import plan
+
+    monkeypatch.setattr(plan, "prepare", lambda *_: None)
+    out = tmp_path / "plan.json"
+    plan.main(
+        [
+            "--config=configs/ppo.py:instructgpt_1p3b_ptx",
+            "--topology=v5e:8x8",
+            "--mesh=fsdp:64",
+            "--config.ppo.micro_batches=1",
+            "--estimate_only",
+            f"--json={out}",
+        ]
+    )
+    text = capsys.readouterr().out
+    assert "verdict:" in text
+    assert json.loads(out.read_text())[0]["steps"] == 500
+    with pytest.raises(ConfigError, match="--policy"):
+        plan.main(["--config=configs/sft.py:toyworld", "--policy=gpt3-6b", "--topology=cpu:8"])
