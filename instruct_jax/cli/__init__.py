@@ -126,7 +126,9 @@ def _parse(
     flag("-h", "--help", action="store_true", help="this, and the fields of the configuration")
     flag("--config", default=default, metavar="FILE:NAME", help=f"preset (default: {default})")
     flag("--workdir", type=Path, metavar="DIR", help="the run's files (default: runs/FILE)")
-    flag("--mesh", default="auto", help="such as data:2,fsdp:4 (default: auto, all devices)")
+    flag(
+        "--mesh", default="auto", help="data, fsdp, tensor, sequence: data:2,fsdp:4 (default: auto)"
+    )
     flag("--overwrite", action="store_true", help="delete the run in DIR instead of resuming it")
     flag("--host_devices", type=int, metavar="N", help="use the CPU as N devices")
     rest, overrides = _split_overrides(argv)

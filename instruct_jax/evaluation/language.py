@@ -26,6 +26,7 @@ from instruct_jax.evaluation.intervals import Interval, bootstrap_mean
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.complete import WIDTH_STEP, complete
 from instruct_jax.sampling.scores import token_scores
+from instruct_jax.training.hosts import fetch, spread
 from instruct_jax.training.mesh import BATCH_AXES, axes_size, batch_sharding
 
 
@@ -84,7 +85,7 @@ def target_log_probs(
     sharding = batch_sharding(mesh) if mesh else None
     with jax.set_mesh(mesh) if mesh else nullcontext():
         sums = [
-            np.asarray(_log_prob_sums(model, params, *jax.device_put(batch, sharding)))
+            fetch(_log_prob_sums(model, params, *spread(batch, sharding)))
             for batch in _batches(rows, tokens, mask, loss_mask)
         ]
     return (
