@@ -6,7 +6,7 @@
     python experiments/checkpoint.py prune  runs/ppo_ptx --keep=1
     python experiments/checkpoint.py pin    runs/ppo_ptx --step=200
 
-list ends with the account of the run in its ledger.jsonl: goodput (time of the steps that stand /
+list ends with the account of the run in its ledger.log: goodput (time of the steps that stand /
 time since the first start), restarts, steps done twice. verify ends with exit code 4 where a byte
 is not as it was saved. export takes the averaged policy of a PPO run, or with --part=value its
 value model. prune never deletes the newest intact step or a pinned one. A run that is going on

@@ -37,7 +37,7 @@ import pretrain
 import reward_model
 import sft
 
-from instruct_jax.cli import HOST_DEVICE_FLAGS, _split_overrides
+from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
 from instruct_jax.planning.jobs import job_of
 from instruct_jax.planning.programs import Job, Stage
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag("--estimate_only", action="store_true", help="do not compile")
     flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")
     flag("--json", type=Path, metavar="FILE", help="also write the figures")
-    rest, overrides = _split_overrides(argv)
+    rest, overrides = split_overrides(argv)
     return parser.parse_args(rest), overrides
 
 

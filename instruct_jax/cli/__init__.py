@@ -33,6 +33,7 @@ __all__ = [
     "open_workdir",
     "resolve",
     "run",
+    "split_overrides",
 ]
 
 Config = TypeVar("Config")
@@ -131,7 +132,7 @@ def _parse(
     )
     flag("--overwrite", action="store_true", help="delete the run in DIR instead of resuming it")
     flag("--host_devices", type=int, metavar="N", help="use the CPU as N devices")
-    rest, overrides = _split_overrides(argv)
+    rest, overrides = split_overrides(argv)
     flags = parser.parse_args(rest)
     flags.usage = parser.format_help()
     if flags.host_devices is not None and flags.host_devices < 1:
@@ -139,7 +140,8 @@ def _parse(
     return flags, overrides
 
 
-def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """What is no override, and the overrides --config.a.b=text as "a.b" -> text. ConfigError."""
     rest, overrides, words = [], {}, iter(argv)
     for word in words:
         match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)

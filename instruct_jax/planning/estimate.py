@@ -9,7 +9,8 @@ XLA's, for rows b on a device, T tokens, widths D and F, heads N, vocabulary V, 
     gradients   4 N_p / shards, once more for accumulation and once for each gradient kept
     head        3 chunk V 4, and the token table whole over fsdp: V D (4 + k) / t
 
-It is checked against the compiler (tests/planning/test_plan.py, experiments/results/plan.md).
+tests/planning/test_plan.py holds the arguments to the compiler's. The rest is rough: for the one
+program compiled for a TPU so far it is a fifth too low (experiments/LOG.md, section 8).
 """
 
 from dataclasses import dataclass

@@ -52,7 +52,8 @@ def shortened(
         raise ConfigError(f"a student has 1 to {config.num_layers} layers of its teacher: {wanted}")
     kept = np.linspace(0, config.num_layers - 1, wanted).round().astype(int)
     student = {**params, "layers": jax.tree.map(lambda w: w[kept], params["layers"])}
-    return dataclasses.replace(config, num_layers=wanted), student
+    pattern = "".join("l" if config.local_layers[layer] else "g" for layer in kept)
+    return dataclasses.replace(config, num_layers=wanted, attention_pattern=pattern), student
 
 
 def logits_loss(student: Model, teacher: Model) -> LossFn:

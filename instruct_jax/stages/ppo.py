@@ -23,6 +23,7 @@ training forward's to 1e-5 (`ratio_error` of the first minibatch is logged); the
 diagnostic.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,15 +113,23 @@ def minibatch_update(
             "grad_cosine": dot / jnp.maximum(norms, 1e-30),
         }
         grads = jax.tree.map(jnp.add, pg.grads, scaled)
+    limit = math.inf if config.skip_above is None else config.skip_above
     new_policy, applied = apply_gradients(
-        state.policy, grads, policy_tx, loss=pg.loss, ema_decay=config.ema_decay
+        state.policy,
+        grads,
+        policy_tx,
+        loss=pg.loss,
+        ema_decay=config.ema_decay,
+        skip_above=limit,
     )
     metrics["grad_norm"] = applied["grad_norm"]
     new_value = None
     if state.value is not None:
         loss = with_base(frozen.reward_params(), value_loss(config, scalar))
         vf = accumulate(loss, state.value.params, batch)
-        new_value, applied = apply_gradients(state.value, vf.grads, value_tx, loss=vf.loss)
+        new_value, applied = apply_gradients(
+            state.value, vf.grads, value_tx, loss=vf.loss, skip_above=limit
+        )
         metrics |= {
             "value_loss": vf.loss,
             **vf.metrics,

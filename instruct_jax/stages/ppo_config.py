@@ -71,6 +71,8 @@ class PPOConfig:
     warmup_iterations: int = 10
     adam: AdamConfig = AdamConfig(eps=1e-5)
     ema_decay: float = 0.992
+    # A gradient whose norm, before clipping, is this or more makes no update; None is no limit.
+    skip_above: float | None = None
     # Rank 0 trains all parameters. Else an adapter of the policy and one of the value model, whose
     # head is trained whole; the reference is the policy with its adapter off.
     lora: LoraConfig = LoraConfig()

@@ -1,6 +1,6 @@
 """The ledger of a run: when it started, resumed and stopped, what that cost, its goodput (R16).
 
-workdir/ledger.jsonl has a line for every process that worked on the run and a line for how it
+workdir/ledger.log has a line of JSON for every process that worked on the run and one for how it
 ended. The last line of a live run says how far it is; it is written over in place after every step,
 so a killed run leaves the step that it had reached, and what the next one does again is known
 exactly.
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LEDGER = "ledger.jsonl"
+LEDGER = "ledger.log"
 RUNNING = "running"
 
 

@@ -56,8 +56,9 @@ class Case:
 
 
 def leaves(result: Any) -> list[np.ndarray]:
-    """The arrays of a result, be it an array, a tuple or a NamedTuple."""
-    return [np.asarray(x) for x in (result if isinstance(result, tuple) else (result,))]
+    """The arrays of a result, be it an array, a tuple or a NamedTuple; None was not asked for."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return [np.asarray(x) for x in parts if x is not None]
 
 
 def cotangent(shape: tuple[int, ...]) -> np.ndarray:
@@ -68,7 +69,7 @@ def cotangent(shape: tuple[int, ...]) -> np.ndarray:
 def weighted_sum(result: Any) -> Any:
     """A scalar that weighs every output entry differently."""
     parts = result if isinstance(result, tuple) else (result,)
-    return sum((x * cotangent(x.shape).astype(x.dtype)).sum() for x in parts)
+    return sum((x * cotangent(x.shape).astype(x.dtype)).sum() for x in parts if x is not None)
 
 
 def finite_differences(case: Case, name: str, step: float = 1e-5) -> np.ndarray:
