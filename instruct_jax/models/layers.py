@@ -35,6 +35,7 @@ from instruct_jax.models.sharding import (
     WHOLE,
     constrain,
     constrain_hidden,
+    merge_tokens,
 )
 
 # Finite, so a row with no visible key averages its values instead of dividing zero by zero.
@@ -117,6 +118,7 @@ class Attention(nn.Module):
         c = self.config
         batch, length, _ = x.shape
         mask, rotation = context.view
+        x = merge_tokens(x)
 
         def heads(name: str, count: int) -> jax.Array:
             bias = c.use_bias if c.qkv_bias is None else c.qkv_bias
@@ -145,8 +147,9 @@ class Attention(nn.Module):
         weights = _dropout(self, c.attention_dropout, weights)
         y = jnp.einsum("bkgts,bksh->bkgth", weights, v)
         y = y.reshape(batch, c.num_heads, length, c.head_size).swapaxes(1, 2)
-        y = y.reshape(batch, length, c.num_heads * c.head_size)
-        return _dense(c, c.d_model, "out", depth_scaled=True)(y), cache
+        y = merge_tokens(y.reshape(batch, length, c.num_heads * c.head_size))
+        y = _dense(c, c.d_model, "out", depth_scaled=True)(y)
+        return y.reshape(batch, length, c.d_model), cache
 
 
 class MLP(nn.Module):
@@ -158,10 +161,10 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
-        activation = _ACTIVATIONS[c.activation]
-        y = _dense(c, c.ff_size, "up")(x)
-        y = activation(_dense(c, c.ff_size, "gate")(x)) * y if c.gated else activation(y)
-        return _dense(c, c.d_model, "down", depth_scaled=True)(y)
+        activation, flat = _ACTIVATIONS[c.activation], merge_tokens(x)
+        y = _dense(c, c.ff_size, "up")(flat)
+        y = activation(_dense(c, c.ff_size, "gate")(flat)) * y if c.gated else activation(y)
+        return _dense(c, c.d_model, "down", depth_scaled=True)(y).reshape(x.shape)
 
 
 class Block(nn.Module):
