@@ -43,6 +43,7 @@ TOYWORLD = {
     "ppo.minibatch": 32,
     "ppo.prompt_length": 56,
     "ppo.response_length": 24,
+    "ppo.old_log_probs": "sampler",
     "ppo.kl_coef": 0.15,
     "ppo.learning_rate": 2e-4,
     "ppo.value_learning_rate": 5e-4,

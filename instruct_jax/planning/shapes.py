@@ -110,6 +110,7 @@ class Shape:
             micro_batches=self.micro_batches,
             prompt_length=self.prompt,
             response_length=self.response,
+            old_log_probs="sampler" if self.dtype == "float32" else "forward",
             ptx_coef=27.8 if self.ptx_ratio else 0.0,
             ptx_ratio=max(self.ptx_ratio, 1),
             seed=self.seed,

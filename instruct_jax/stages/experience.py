@@ -111,6 +111,28 @@ def response_scores(
     )
 
 
+def old_log_probs(
+    config: PPOConfig, policy: Model, params: Any, rollout: Rollout
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """float32[B, R] log-probs of the policy that sampled, and its entropy.
+
+    From the sampler the entropy is the mean of -log p of what was drawn, an estimate without bias.
+    From a forward it is exact, and how far the sampler's log-probs are from it is logged (NUM-4).
+    """
+    where = rollout.response_mask
+    if config.old_log_probs == "sampler":
+        return rollout.log_probs, {"entropy": masked_mean(-rollout.log_probs, where)}
+    rows = rollout.tokens, rollout.mask, where
+    own = response_scores(policy, params, *rows, temperature=config.temperature, entropy=True)
+    assert own.entropy is not None
+    gap = jnp.abs(rollout.log_probs - own.log_probs)
+    return own.log_probs, {
+        "entropy": masked_mean(own.entropy, where),
+        "sampler_gap": masked_mean(gap, where),
+        "sampler_gap_max": jnp.where(where, gap, 0.0).max(),
+    }
+
+
 def score_rollout(
     config: PPOConfig,
     policy: Model,
@@ -124,11 +146,10 @@ def score_rollout(
     """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update."""
     tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
     prompt_length = tokens.shape[1] - where.shape[1]
-    rows = tokens, mask, where
-    heat = {"temperature": config.temperature}
-    own = response_scores(policy, frozen.policy_params(state), *rows, **heat, entropy=True)
-    log_probs = own.log_probs
-    ref_log_probs = response_scores(policy, frozen.reference, *rows, **heat).log_probs
+    log_probs, of_sampler = old_log_probs(config, policy, frozen.policy_params(state), rollout)
+    ref_log_probs = response_scores(
+        policy, frozen.reference, tokens, mask, where, temperature=config.temperature
+    ).log_probs
 
     has_eos = ((tokens[:, prompt_length:] == eos_id) & where).any(axis=-1)
     raw_scores = final_scores(scalar.apply(frozen.reward_params(), tokens, mask=mask), mask)
@@ -159,13 +180,12 @@ def score_rollout(
     experience = Experience(
         tokens, mask, where, log_probs, ref_log_probs, advantages, values, returns
     )
-    assert own.entropy is not None
     metrics = {
         "kl_coef": state.kl_coef,
-        "entropy": masked_mean(own.entropy, where),
         "eos_rate": has_eos.mean(dtype=jnp.float32),
+        **of_sampler,
         **_reward_metrics(config, raw_scores, rewards, where),
-        **_policy_metrics(experience, rollout.log_probs, state.kl_coef),
+        **_policy_metrics(experience, state.kl_coef),
         **_value_metrics(experience),
     }
     return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
@@ -188,10 +208,8 @@ def _reward_metrics(
     return metrics
 
 
-def _policy_metrics(
-    experience: Experience, sampler_log_probs: jax.Array, kl_coef: jax.Array
-) -> dict[str, jax.Array]:
-    """How far the policy is from the reference, and the sampler's log-probs from the policy's."""
+def _policy_metrics(experience: Experience, kl_coef: jax.Array) -> dict[str, jax.Array]:
+    """How far the policy is from the reference."""
     where, log_probs, ref_log_probs = (
         experience.where,
         experience.log_probs,
@@ -201,15 +219,12 @@ def _policy_metrics(
         jnp.where(where, kl_estimate(log_probs, ref_log_probs, kind=kind), 0.0).sum(-1)
         for kind in ("k1", "k3")
     )
-    gap = jnp.abs(sampler_log_probs - log_probs)
     return {
         "kl": k1.mean(),
         "kl_k3": k3.mean(),
         "reward_kl": -(kl_coef * k1).mean(),
         "response_length": where.sum(-1).mean(dtype=jnp.float32),
         "tokens": where.sum(dtype=jnp.float32),
-        "sampler_gap": masked_mean(gap, where),
-        "sampler_gap_max": jnp.where(where, gap, 0.0).max(),
     }
 
 

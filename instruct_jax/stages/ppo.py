@@ -19,8 +19,8 @@ after every update.
 Critic-free algorithms (RLOO, GRPO and kin) are the same iteration without the value model; the
 table in ppo_config.py says which fields make which.
 Deviation: old log-probs come from one forward over the whole rollout batch, in fp32 equal to the
-training forward's to 1e-5 (`ratio_error` of the first minibatch is logged); the sampler's own are a
-diagnostic.
+training forward's to 1e-5 (`ratio_error` of the first minibatch is logged), and the sampler's own
+are a diagnostic; with `old_log_probs` "sampler" they take its place, to 1e-5 in the mean.
 """
 
 import math

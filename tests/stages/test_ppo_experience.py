@@ -102,6 +102,32 @@ def test_a_temperature_leaves_the_kl_at_zero():
     assert metrics["sampler_gap_max"] < 1e-4, "the sampler divides as well"
 
 
+@pytest.mark.parametrize("config", [CONFIG, COOL], ids=["temperature 1", "cool"])
+def test_the_samplers_log_probs_can_be_the_old_ones(monkeypatch, config):
+    """In float32 the ratio still starts at 1 (T1), and the policy is not asked once more."""
+    lab = labs.make_lab(config)
+    rollout = labs.sample(lab)
+    by_forward, exact = labs.score(lab, rollout)
+    lab = lab._replace(config=dataclasses.replace(config, old_log_probs="sampler"))
+    asked = []
+    original = experiences.response_scores
+
+    def response_scores(model, params, *rows, **options):
+        asked.append(params)
+        return original(model, params, *rows, **options)
+
+    monkeypatch.setattr(experiences, "response_scores", response_scores)
+    by_sampler, metrics = labs.score(lab, rollout)
+    assert len(asked) == 1, "the reference alone"
+    for name in ("log_probs", "advantages", "returns"):
+        np.testing.assert_allclose(getattr(by_sampler, name), getattr(by_forward, name), atol=2e-5)
+    assert ratio_errors(lab, labs.first(by_sampler)).max() <= 1e-5
+    assert "sampler_gap" not in metrics
+    # An estimate from all the tokens that were drawn.
+    tokens = float(np.asarray(rollout.response_mask).sum())
+    assert abs(metrics["entropy"] - exact["entropy"]) < 5.0 / tokens**0.5
+
+
 @pytest.mark.parametrize("forgetful", ["policy", "reference"])
 def test_one_temperature_left_out_is_seen_in_the_kl(monkeypatch, forgetful):
     """T4: dividing by the temperature in one of the two only breaks T2 by more than 1e-2."""
