@@ -28,6 +28,7 @@ from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model, final_scores, response_values
 from instruct_jax.sampling.sampler import Rollout
 from instruct_jax.sampling.scores import token_scores
+from instruct_jax.stages.lengths import read_by_length, shorter_forms
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.training.state import TrainState
 
@@ -111,26 +112,51 @@ def response_scores(
     )
 
 
-def old_log_probs(
-    config: PPOConfig, policy: Model, params: Any, rollout: Rollout
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """float32[B, R] log-probs of the policy that sampled, and its entropy.
+class Readings(NamedTuple):
+    """What the models say of B rows; 0 outside of the responses."""
 
-    From the sampler the entropy is the mean of -log p of what was drawn, an estimate without bias.
-    From a forward it is exact, and how far the sampler's log-probs are from it is logged (NUM-4).
-    """
-    where = rollout.response_mask
-    if config.old_log_probs == "sampler":
-        return rollout.log_probs, {"entropy": masked_mean(-rollout.log_probs, where)}
-    rows = rollout.tokens, rollout.mask, where
-    own = response_scores(policy, params, *rows, temperature=config.temperature, entropy=True)
-    assert own.entropy is not None
-    gap = jnp.abs(rollout.log_probs - own.log_probs)
-    return own.log_probs, {
-        "entropy": masked_mean(own.entropy, where),
-        "sampler_gap": masked_mean(gap, where),
-        "sampler_gap_max": jnp.where(where, gap, 0.0).max(),
-    }
+    log_probs: jax.Array  # float32[B, R], of the policy that sampled
+    entropy: jax.Array  # float32[B, R], its own, or an estimate without bias
+    ref_log_probs: jax.Array  # float32[B, R], of the reference
+    scores: jax.Array  # float32[B], the reward model's
+    values: jax.Array | None  # float32[B, R]
+
+
+def read_rollout(
+    config: PPOConfig,
+    policy: Model,
+    scalar: Model,
+    state: PPOState,
+    frozen: Frozen,
+    rollout: Rollout,
+) -> Readings:
+    """All forward passes over a rollout. From the sampler, -log p stands for the entropy."""
+    tokens, mask, where, log_probs = rollout
+    statistics = partial(
+        response_scores,
+        policy,
+        tokens=tokens,
+        mask=mask,
+        where=where,
+        temperature=config.temperature,
+    )
+    entropy = -log_probs
+    if config.old_log_probs == "forward":
+        own = statistics(frozen.policy_params(state), entropy=True)
+        assert own.entropy is not None
+        log_probs, entropy = own.log_probs, own.entropy
+    values = None
+    if state.value is not None:
+        values = scalar.apply(frozen.value_params(state.value), tokens, mask=mask)
+        values = response_values(values, prompt_length=tokens.shape[1] - where.shape[1])
+        values = jnp.where(where, values, 0.0)
+    return Readings(
+        log_probs,
+        entropy,
+        statistics(frozen.reference).log_probs,
+        final_scores(scalar.apply(frozen.reward_params(), tokens, mask=mask), mask),
+        values,
+    )
 
 
 def score_rollout(
@@ -144,50 +170,53 @@ def score_rollout(
     eos_id: int,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update."""
-    tokens, mask, where = rollout.tokens, rollout.mask, rollout.response_mask
-    prompt_length = tokens.shape[1] - where.shape[1]
-    log_probs, of_sampler = old_log_probs(config, policy, frozen.policy_params(state), rollout)
-    ref_log_probs = response_scores(
-        policy, frozen.reference, tokens, mask, where, temperature=config.temperature
-    ).log_probs
-
-    has_eos = ((tokens[:, prompt_length:] == eos_id) & where).any(axis=-1)
-    raw_scores = final_scores(scalar.apply(frozen.reward_params(), tokens, mask=mask), mask)
+    tokens, mask, where, _ = rollout
+    parts = config.updates // config.inner_epochs * config.micro_batches
+    read = read_by_length(
+        partial(read_rollout, config, policy, scalar, state, frozen),
+        rollout,
+        shorter_forms(lambda rows: rows.response_mask, where.shape[1], config.length_buckets),
+        where=where,
+        parts=parts,
+    )
+    has_eos = ((tokens[:, -where.shape[1] :] == eos_id) & where).any(axis=-1)
     scores = missing_eos_scores(
-        clip_scores(raw_scores, limit=config.reward_clip),
+        clip_scores(read.scores, limit=config.reward_clip),
         has_eos,
         rule=config.missing_eos,
         penalty=config.missing_eos_penalty,
     )
     rewards = kl_shaped_rewards(
-        scores, log_probs, ref_log_probs, where=where, kl_coef=state.kl_coef
+        scores, read.log_probs, read.ref_log_probs, where=where, kl_coef=state.kl_coef
     )
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, where, shift_mean=False)
-    values = returns = None
-    if state.value is not None:
-        values = scalar.apply(frozen.value_params(state.value), tokens, mask=mask)
-        values = response_values(values, prompt_length=prompt_length)
-        values = jnp.where(where, values, 0.0)
+    returns = None
+    if read.values is not None:
         advantages, returns = generalized_advantages(
-            rewards, values, where=where, discount=config.discount, gae_lambda=config.gae_lambda
+            rewards,
+            read.values,
+            where=where,
+            discount=config.discount,
+            gae_lambda=config.gae_lambda,
         )
     else:
         advantages = critic_free_advantages(config, rewards, where)
     if config.whiten_advantages == "rollout":
         advantages = masked_whiten(advantages, where)
 
-    experience = Experience(
-        tokens, mask, where, log_probs, ref_log_probs, advantages, values, returns
-    )
+    of_policy = read.log_probs, read.ref_log_probs
+    experience = Experience(tokens, mask, where, *of_policy, advantages, read.values, returns)
     metrics = {
         "kl_coef": state.kl_coef,
+        "entropy": masked_mean(read.entropy, where),
         "eos_rate": has_eos.mean(dtype=jnp.float32),
-        **of_sampler,
-        **_reward_metrics(config, raw_scores, rewards, where),
+        **_reward_metrics(config, read.scores, rewards, where),
         **_policy_metrics(experience, state.kl_coef),
         **_value_metrics(experience),
     }
+    if config.old_log_probs == "forward":
+        metrics |= _sampler_metrics(experience, rollout.log_probs)
     return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
 
 
@@ -225,6 +254,15 @@ def _policy_metrics(experience: Experience, kl_coef: jax.Array) -> dict[str, jax
         "reward_kl": -(kl_coef * k1).mean(),
         "response_length": where.sum(-1).mean(dtype=jnp.float32),
         "tokens": where.sum(dtype=jnp.float32),
+    }
+
+
+def _sampler_metrics(experience: Experience, sampler: jax.Array) -> dict[str, jax.Array]:
+    """How far the sampler's log-probs float32[B, R] are from the forward's (NUM-4)."""
+    gap = jnp.abs(sampler - experience.log_probs)
+    return {
+        "sampler_gap": masked_mean(gap, experience.where),
+        "sampler_gap_max": jnp.where(experience.where, gap, 0.0).max(),
     }
 
 

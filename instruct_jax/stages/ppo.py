@@ -41,6 +41,7 @@ from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
+from instruct_jax.stages.lengths import by_length, shorter_forms
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss, value_loss
 from instruct_jax.stages.pretrain import language_rows
@@ -94,8 +95,11 @@ def minibatch_update(
     if config.whiten_advantages == "minibatch":
         batch = batch._replace(advantages=masked_whiten(batch.advantages, batch.where))
     accumulate = partial(accumulate_gradients, key=key, micro_batches=config.micro_batches)
+    forms = shorter_forms(lambda b: b.where, config.response_length, config.length_buckets)
     base = frozen.reference
-    pg = accumulate(with_base(base, policy_loss(config, policy)), state.policy.params, batch)
+    pg = accumulate(
+        with_base(base, policy_loss(config, policy)), state.policy.params, batch, forms=forms
+    )
     metrics = {
         "policy_loss": pg.loss,
         **pg.metrics,
@@ -126,7 +130,7 @@ def minibatch_update(
     new_value = None
     if state.value is not None:
         loss = with_base(frozen.reward_params(), value_loss(config, scalar))
-        vf = accumulate(loss, state.value.params, batch)
+        vf = accumulate(loss, state.value.params, batch, forms=forms)
         new_value, applied = apply_gradients(
             state.value, vf.grads, value_tx, loss=vf.loss, skip_above=limit
         )
@@ -161,6 +165,8 @@ def update(
         state: PPOState, inputs: tuple[jax.Array, dict[str, jax.Array] | None, jax.Array]
     ) -> tuple[PPOState, dict[str, jax.Array]]:
         index, ptx_rows, step_key = inputs
+        if config.length_buckets > 1:
+            index = index[by_length(experience.where[index], config.micro_batches)]
         batch = jax.tree.map(lambda x: x[index], experience)
         batch = jax.lax.with_sharding_constraint(batch, rows)
         return minibatch_step(state, batch, ptx_rows, step_key)

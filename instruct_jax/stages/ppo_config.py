@@ -81,6 +81,10 @@ class PPOConfig:
     # head is trained whole; the reference is the policy with its adapter off.
     lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
+    # With more than 1, rows are sorted by length within a minibatch, and each micro-batch computed
+    # at the least of so many widths that has room for its responses; scoring goes the same way. It
+    # changes no result, and pays where lengths differ: each width is compiled.
+    length_buckets: int = 1
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -99,6 +103,11 @@ class PPOConfig:
                 f"micro_batches {self.micro_batches}"
             )
 
+        if not 1 <= self.length_buckets <= self.response_length:
+            raise ConfigError(
+                f"length_buckets {self.length_buckets} is not between 1 and "
+                f"response_length {self.response_length}"
+            )
         if self.rollout_batch % self.samples_per_prompt:
             raise ConfigError(
                 f"rollout_batch {self.rollout_batch} is not a multiple of "

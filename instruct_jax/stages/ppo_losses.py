@@ -49,7 +49,12 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
         if config.kl_loss_coef:
             k3 = kl_estimate(log_probs, batch.ref_log_probs, kind="k3")
             losses += config.kl_loss_coef * k3
-        total, count = loss_sum_and_count(losses, of, reduction=config.loss_reduction)
+        total, count = loss_sum_and_count(
+            losses,
+            of,
+            reduction=config.loss_reduction,
+            length=config.response_length if config.ratio == "token" else 1,
+        )
         diff = new - old
         ratio = jnp.exp(diff)
         clipped = policy_clipped(new, old, advantages, **bounds)

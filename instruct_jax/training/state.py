@@ -79,14 +79,30 @@ class Gradients(NamedTuple):
     metrics: Metrics
 
 
+class Forms(NamedTuple):
+    """Smaller shapes that a micro-batch may fit, where a part of its arrays is padding."""
+
+    smallest: Callable[[Any], Array]
+    """rows -> int32[], which of the `cuts` loses nothing but padding"""
+    cuts: tuple[Callable[[Any], Any], ...]
+    """rows -> rows, each to a shape of its own"""
+
+
 def accumulate_gradients(
-    loss_fn: LossFn, params: Any, batch: Any, key: Array, *, micro_batches: int = 1
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    key: Array,
+    *,
+    micro_batches: int = 1,
+    forms: Forms | None = None,
 ) -> Gradients:
     """The gradient of the mean loss over a tree of [micro_batches * B, ...] arrays.
 
     A metric is (sum, count), whose mean is reported, or one number, of which the largest is.
     Micro-batch m gets `fold_in(key, m)`. Sums are kept in float32. A mean over a count of zero is
-    NaN, so that an empty batch is skipped and not taken for a perfect one.
+    NaN, so that an empty batch is skipped and not taken for a perfect one. With `forms` each
+    micro-batch is computed in the smallest that it fits.
     """
 
     def loss_sum(params: Any, rows: Any, key: Array) -> tuple[Array, Any]:
@@ -94,6 +110,14 @@ def accumulate_gradients(
         return total, (count, metrics)
 
     def sums(rows: Any, index: Array) -> Any:
+        if forms is None:
+            return sums_of(rows, index)
+        # A branch has its gradient within: were the switch differentiated, each branch would keep
+        # what the backward pass of the others needs.
+        branches = [lambda rows, i, cut=cut: sums_of(cut(rows), i) for cut in forms.cuts]
+        return jax.lax.switch(forms.smallest(rows), branches, rows, index)
+
+    def sums_of(rows: Any, index: Array) -> Any:
         value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
         (total, (count, metrics)), grads = value_and_grad(
             params, rows, jax.random.fold_in(key, index)
@@ -103,7 +127,7 @@ def accumulate_gradients(
     if micro_batches == 1:
         totals = sums(batch, jnp.uint32(0))
     else:
-        rows = jax.tree.map(lambda x: _split(x, micro_batches), batch)
+        rows = split_rows(batch, micro_batches)
         indices = jnp.arange(micro_batches, dtype=jnp.uint32)
         first = jax.tree.map(lambda x: x[0], (rows, indices))
         shapes = jax.eval_shape(sums, *first)
@@ -136,16 +160,25 @@ def _add(totals: Any, new: Any) -> Any:
     return *jax.tree.map(jnp.add, sums, new_sums), metrics, jax.tree.map(jnp.add, grads, new_grads)
 
 
-def _split(x: Array, parts: int) -> Array:
+def split_rows(tree: Any, parts: int) -> Any:
     """[parts * B, ...] -> [parts, B, ...]; part m takes rows m, m + parts, m + 2 * parts, ...
 
     The rows are spread over devices in contiguous blocks. Strided parts take the same share of
     every block, so each micro-batch is again spread over all devices and no row moves; contiguous
     parts would each lie on a few devices, and be sent to the others.
     """
-    if x.shape[0] % parts:
-        raise ValueError(f"{parts} micro-batches do not divide a batch of {x.shape[0]} rows")
-    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise ValueError(f"{parts} micro-batches do not divide a batch of {x.shape[0]} rows")
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """[parts, B, ...] -> [parts * B, ...], the inverse of `split_rows`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def global_norm(tree: Any) -> Array:
