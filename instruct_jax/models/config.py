@@ -10,6 +10,7 @@ _CHOICES = {
     "activation": ("gelu", "gelu_exact", "relu", *_GATED),
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
 }
 
 
@@ -27,6 +28,8 @@ class TransformerConfig:
     the part of a head that turns. `rope_factor` divides the frequencies; with
     `rope_original_length` only the low ones, as LLaMA 3 does. `attention_pattern` says which layers
     are global and local, and is repeated: "lllllg" is Gemma 3's.
+
+    `attention` is how whole rows are computed (`attention.py`): "auto" takes what is best here.
     """
 
     vocab_size: int
@@ -67,6 +70,7 @@ class TransformerConfig:
     vocab_multiple: int = 128
     init_std: float = 0.02
     dtype: str = "float32"
+    attention: str = "auto"
     remat: bool = False
     scan_unroll: int = 1
 
@@ -103,6 +107,10 @@ class TransformerConfig:
             )
         if "l" in self.attention_pattern and (self.window is None or self.window < 1):
             raise ValueError(f"local layers need a window of at least 1, got {self.window}")
+        if self.attention in ("cudnn", "splash") and self.attention_dropout:
+            raise ValueError(f"attention={self.attention!r} cannot drop weights; use 'xla'")
+        if self.attention == "cudnn" and self.attention_softcap is not None:
+            raise ValueError("attention='cudnn' has no soft cap; use 'xla'")
         for field in ("norm_eps", "rope_theta", "rope_local_theta", "rope_factor", "query_scalar",
                       "attention_softcap", "logit_softcap"):  # fmt: skip
             value = getattr(self, field)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from instruct_jax.models.attention import Rows, attend
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.sharding import (
     HEADS,
@@ -37,9 +38,6 @@ from instruct_jax.models.sharding import (
     constrain_hidden,
     merge_tokens,
 )
-
-# Finite, so a row with no visible key averages its values instead of dividing zero by zero.
-MASKED = -1e9
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=True),
@@ -53,7 +51,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class View(NamedTuple):
     """Who sees whom, and where everyone stands."""
 
-    mask: jax.Array  # bool[B, 1, 1, T, S]
+    seen: jax.Array | Rows  # bool[B, 1, 1, T, S], or what makes it
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin, f32[B, 1, T, H/2]
 
 
@@ -117,7 +115,7 @@ class Attention(nn.Module):
         """[B, T, D] and this layer's cached keys and values -> [B, T, D] and the written cache."""
         c = self.config
         batch, length, _ = x.shape
-        mask, rotation = context.view
+        seen, rotation = context.view
         x = merge_tokens(x)
 
         def heads(name: str, count: int) -> jax.Array:
@@ -139,14 +137,9 @@ class Attention(nn.Module):
             )
             k, v = cache = write(cache[0], k), write(cache[1], v)
 
-        scale = (c.query_scalar or c.head_size) ** -0.5
-        q = (q * scale).reshape(batch, c.kv_heads, -1, length, c.head_size)
-        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = soft_cap(scores, c.attention_softcap)
-        weights = _masked_softmax(scores, mask).astype(c.dtype)
-        weights = _dropout(self, c.attention_dropout, weights)
-        y = jnp.einsum("bkgts,bksh->bkgth", weights, v)
-        y = y.reshape(batch, c.num_heads, length, c.head_size).swapaxes(1, 2)
+        q = q * (c.query_scalar or c.head_size) ** -0.5
+        dropout = functools.partial(_dropout, self, c.attention_dropout)
+        y = attend(c, q, k, v, seen, is_local=context.is_local, dropout=dropout).swapaxes(1, 2)
         y = merge_tokens(y.reshape(batch, length, c.num_heads * c.head_size))
         y = _dense(c, c.d_model, "out", depth_scaled=True)(y)
         return y.reshape(batch, length, c.d_model), cache
@@ -238,28 +231,28 @@ class Matrix(nn.Module):
 
 
 def make_context(
-    c: TransformerConfig, visible: jax.Array, positions: jax.Array, index: jax.Array | int = 0
+    c: TransformerConfig,
+    visible: jax.Array | Rows,
+    positions: jax.Array,
+    index: jax.Array | int = 0,
 ) -> Context:
-    """The context of visible bool[B, T, S] and positions int32[B, T].
+    """The context of visible bool[B, T, S], or rows, and positions int32[B, T].
 
     Keys stand in slots 0..S-1 and queries in those from `index` on.
     """
     kinds = set(c.local_layers)
-    everywhere = View(visible[:, None, None], _rotation(c, positions))
-    if kinds == {False}:
-        return Context(everywhere, index)
-    length, slots = visible.shape[1:]
-    distance = (index + jnp.arange(length))[:, None] - jnp.arange(slots)[None]
-    near = visible & (distance < (c.window or 0))[None]
-    local = View(near[:, None, None], _rotation(c, positions, local=True))
-    if kinds == {True}:
-        return Context(local, index)
+    if isinstance(visible, Rows):
+        seen = near = visible
+    else:
+        length, slots = visible.shape[1:]
+        distance = (index + jnp.arange(length))[:, None] - jnp.arange(slots)[None]
+        seen = visible[:, None, None]
+        near = seen & (distance < (c.window or 0))[None, None, None]
+    everywhere = View(seen, _rotation(c, positions))
+    local = View(near, _rotation(c, positions, local=True))
+    if len(kinds) == 1:
+        return Context(local if kinds == {True} else everywhere, index)
     return Context(everywhere, index, local, jnp.array(c.local_layers))
-
-
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap): x where it is small, never beyond the cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _rotation(
@@ -282,29 +275,6 @@ def _rotation(
         frequencies = frequencies * (kept + (1.0 - kept) / c.rope_factor)
     angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-@jax.custom_vjp
-def _masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(scores) over the last axis, where `mask` is false as good as 0.
-
-    The gradient is p (dp - sum p dp), of the weights p alone: what XLA derives computes the
-    exponentials again inside that sum, on one core of a CPU, and asks the mask once more.
-    """
-    return nn.softmax(jnp.where(mask, scores, MASKED))
-
-
-def _softmax_forward(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights = _masked_softmax(scores, mask)
-    return weights, weights
-
-
-def _softmax_backward(weights: jax.Array, change: jax.Array) -> tuple[jax.Array, None]:
-    common = (weights * change).sum(-1, keepdims=True)
-    return weights * (change - common), None
-
-
-_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _dense(

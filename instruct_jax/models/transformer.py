@@ -21,17 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from instruct_jax.models.attention import MASKED, Rows, implementation, soft_cap
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.layers import (
-    MASKED,
-    Block,
-    Context,
-    Embedder,
-    Matrix,
-    Norm,
-    make_context,
-    soft_cap,
-)
+from instruct_jax.models.layers import Block, Context, Embedder, Matrix, Norm, make_context
 from instruct_jax.models.sharding import POSITIONS, ROWS, WHOLE, constrain
 
 Params = Any  # a nested dict of arrays
@@ -132,20 +124,15 @@ class _Trunk(nn.Module):
             if c.positions == "learned" and length > c.max_length:
                 raise ValueError(f"{length} tokens do not fit max_length={c.max_length}")
             mask = jnp.ones(tokens.shape, jnp.bool_)
-        visible = jnp.tril(jnp.ones((1, length, length), jnp.bool_)) & mask[:, None, :]
-        if segment_ids is not None:
-            visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
         if branches is not None:
             if positions is None:
                 raise ValueError("branches of a row need the positions of their tokens")
             if any(c.local_layers):
                 raise ValueError("a sliding window counts slots; branches need full attention")
-            own = branches[:, :, None] == branches[:, None, :]
-            visible &= own | (branches == 0)[:, None, :]
         if positions is None:
             positions = token_positions(mask, segment_ids)
-        visible = constrain(visible, ROWS, POSITIONS, WHOLE)
-        context = make_context(c, visible, positions)
+        seen = _visible if implementation(c, length) == "xla" else Rows.of
+        context = make_context(c, seen(mask, segment_ids, branches), positions)
         x, _ = self.layers(self.embedder(tokens, positions), context)
         return self.final_norm(x)
 
@@ -315,6 +302,20 @@ def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
         return w if whole else w.astype(dtype)
 
     return jax.tree.map(cast, tree)
+
+
+def _visible(
+    mask: jax.Array, segment_ids: jax.Array | None, branches: jax.Array | None
+) -> jax.Array:
+    """bool[B, T, T]: whether query t sees key s."""
+    length = mask.shape[1]
+    visible = jnp.tril(jnp.ones((1, length, length), jnp.bool_)) & mask[:, None, :]
+    if segment_ids is not None:
+        visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    if branches is not None:
+        own = branches[:, :, None] == branches[:, None, :]
+        visible &= own | (branches == 0)[:, None, :]
+    return constrain(visible, ROWS, POSITIONS, WHOLE)
 
 
 def _call(

@@ -206,7 +206,7 @@ def _fit(job: Job, mesh: Mesh) -> Program:
         lambda key, params: split(key, params, config.lora), _key(mesh), whole
     )
     state = jax.eval_shape(lambda params: init_state(params, tx), trained)
-    state = placed(state, state_shardings(state, mesh, RULES))
+    state = placed(state, state_shardings(state, mesh, RULES, offload=config.offload))
     base, batch = _on(mesh, base), fit_batch(job, batch_sharding(mesh))
     step = make_step(config, loss, tx)
     kept = jax.tree.map(lambda x: x.sharding, state)

@@ -1,0 +1,274 @@
+"""Attention, softmax(q k^T) v, in three implementations that compute the same.
+
+    xla      all scores at once, under any mask; the only one for cached decoding and for dropout of
+             the weights
+    splash   for TPUs: the scores block by block, never in memory (Pallas kernel)
+    cudnn    for NVIDIA cards: the same in cuDNN; the queries of a row are not split over devices
+
+The last two are for whole rows, and are told what makes the mask: a query sees nothing later, its
+own segment alone, in a local layer the last `window` slots, and of a row of branches its own branch
+and the common beginning. Padding is a segment of its own, so that every query sees at least itself;
+at padding the implementations differ, and nobody reads it.
+
+Where their hardware is absent they still run, which is how they are tested: splash interpreted,
+cudnn as XLA's reading of the same arguments.
+
+Axes: B batch, T/S query/key length, N heads, K key/value heads, G = N/K, H head size. Queries come
+scaled.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding, PartitionSpec
+
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.sharding import (
+    HEADS,
+    POSITIONS,
+    ROWS,
+    WHOLE,
+    axes_size,
+    partition,
+    per_device,
+    platform,
+)
+
+# Finite, so a row with no visible key averages its values instead of dividing zero by zero.
+MASKED = -1e9
+
+# The segment of padding.
+PADDING = -1
+
+# Rows are padded to a multiple of the smallest block, and shorter rows are left to XLA.
+_BLOCKS = (512, 256, 128)
+
+
+class Rows(NamedTuple):
+    """What makes the mask of whole rows."""
+
+    segments: jax.Array  # int32[B, T], `PADDING` at padding
+    branches: jax.Array | None = None  # int32[B, T], 0 in the common beginning
+
+    @classmethod
+    def of(
+        cls, mask: jax.Array, segment_ids: jax.Array | None, branches: jax.Array | None
+    ) -> "Rows":
+        """The rows of a model's arguments; `mask` bool[B, T] is true at real tokens."""
+        ids = jnp.zeros(mask.shape, jnp.int32) if segment_ids is None else segment_ids
+        return cls(jnp.where(mask, ids, PADDING), branches)
+
+    def padded(self, count: int) -> "Rows":
+        """With `count` slots of padding at the end."""
+        grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, count)))
+        segments = grow(self.segments, constant_values=PADDING)
+        return Rows(segments, None if self.branches is None else grow(self.branches))
+
+    def together(self) -> jax.Array:
+        """bool[B, T, T], whether query t sees key s, causality and windows apart."""
+        mask = self.segments[:, :, None] == self.segments[:, None, :]
+        if self.branches is not None:
+            own = self.branches[:, :, None] == self.branches[:, None, :]
+            mask &= own | (self.branches == 0)[:, None, :]
+        return mask
+
+
+def implementation(c: TransformerConfig, length: int) -> str:
+    """Which one whole rows of `length` tokens go through here.
+
+    "auto" takes the kernel of the platform, of the mesh in use or else of this process, where it
+    can do what the model asks for; float32 stays with XLA, which alone computes it exactly.
+    """
+    if length < _BLOCKS[-1]:
+        return "xla"
+    if c.attention != "auto":
+        return c.attention
+    if c.dtype != "bfloat16" or c.attention_dropout:
+        return "xla"
+    if platform() == "tpu":
+        return "splash"
+    # What every version of cuDNN has of it, forward and backward.
+    fits = c.head_size <= 128 and c.head_size % 8 == 0 and length % 2 == 0
+    if platform() == "gpu" and fits and c.attention_softcap is None and axes_size(POSITIONS) == 1:
+        return "cudnn"
+    return "xla"
+
+
+def attend(
+    c: TransformerConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array | Rows,
+    *,
+    is_local: jax.Array | bool | None = None,
+    dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """q [B, N, T, H], k and v [B, K, S, H] -> [B, N, T, H].
+
+    `seen` is bool[B, 1, 1, T, S], for XLA, or the `Rows` that a kernel makes it of. Rows are told
+    `is_local` bool[], whether this layer is, in a model where it can be either. `dropout` acts on
+    the weights, under a mask alone.
+    """
+    if not isinstance(seen, Rows):
+        return _dense(c, q, k, v, seen, dropout)
+    kernel = {"splash": _splash, "cudnn": _cudnn}[implementation(c, q.shape[2])]
+    k, v = (_shared(x, q.shape[1]) for x in (k, v))
+    run = functools.partial(kernel, c, q, k, v, seen)
+    if is_local is None:
+        return run(window=c.window if any(c.local_layers) else None)
+    return jax.lax.cond(is_local, lambda: run(window=c.window), lambda: run(window=None))
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): x where it is small, never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _dense(
+    c: TransformerConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    dropout: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores, c.attention_softcap)
+    weights = dropout(_masked_softmax(scores, mask).astype(c.dtype))
+    return jnp.einsum("bkgts,bksh->bkgth", weights, v).reshape(q.shape)
+
+
+def _splash(
+    c: TransformerConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    *,
+    window: int | None,
+) -> jax.Array:
+    parts = axes_size(POSITIONS)
+    size, padding = q.shape[2], -q.shape[2] % (_BLOCKS[-1] * parts)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+    rows, length = rows.padded(padding), size + padding
+    block = next(n for n in _BLOCKS if length // parts % n == 0)
+    make = functools.partial(
+        splash.make_splash_mha,
+        block_sizes=splash.BlockSizes(block, block, block, block, block, block, block, block),
+        attn_logits_soft_cap=c.attention_softcap,
+        head_shards=1,  # all heads have the same mask
+        interpret=platform() != "tpu",
+    )
+    queries = partition(q.shape, ROWS, HEADS, POSITIONS, WHOLE)
+    batch, heads, positions, _ = queries
+    keys = PartitionSpec(batch, heads, None, None)
+
+    if rows.branches is None:
+        shape = length, length
+        causal = splash.CausalMask(shape)
+        mask = causal if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+        kernel = make(splash.MultiHeadMask([mask]), q_seq_shards=parts)
+        mesh = jax.sharding.get_abstract_mesh()
+        spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, positions)))
+        specs = spec, PartitionSpec(batch, positions), PartitionSpec(batch, None)
+        arguments = kernel, rows.segments, rows.segments
+        run = _splash_segments
+    else:
+        # A mask of every row's own. The kernel reads it, and skips the blocks where it is empty.
+        causal = jnp.tril(jnp.ones((1, length, length), jnp.bool_))
+        specs = (PartitionSpec(batch, positions, None),)
+        arguments = (causal & rows.together(),)
+        run = functools.partial(_splash_masks, make)
+    run = per_device(run, (queries, keys, keys, *specs), queries)
+    return run(q, k, v, *arguments)[:, :, :size]
+
+
+def _splash_segments(
+    q: jax.Array, k: jax.Array, v: jax.Array, kernel: Any, own: jax.Array, others: jax.Array
+) -> jax.Array:
+    """The segments int32[B, T] of queries and int32[B, S] of keys on top of the kernel's mask."""
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(own, others))
+
+
+def _splash_masks(
+    make: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, masks: jax.Array
+) -> jax.Array:
+    """A kernel for every row, of its mask in masks bool[B, T, S]."""
+
+    def attend(row: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v, mask = row
+        kernel = make(mask[None], q_seq_shards=1)
+        # A flag that it reads back, and turns into an array: a tracer here.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q, k, v)
+
+    return jax.lax.map(attend, (q, k, v, masks))
+
+
+def _cudnn(
+    c: TransformerConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    *,
+    window: int | None,
+) -> jax.Array:
+    mask = rows.together()
+    if window is not None:
+        # In the mask: cuDNN does not take a window and a mask together.
+        t = jnp.arange(q.shape[2])
+        mask &= (t[:, None] - t[None] < window)[None]
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        y = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)),
+            mask=mask[:, None],
+            scale=1.0,
+            is_causal=True,
+            implementation="cudnn" if platform() == "gpu" else "xla",
+        )
+        return y.swapaxes(1, 2)
+
+    queries = partition(q.shape, ROWS, HEADS, WHOLE, WHOLE)
+    specs = queries, queries, queries, PartitionSpec(queries[0], None, None)
+    return per_device(run, specs, queries)(q, k, v, mask)
+
+
+def _shared(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values [B, K, S, H], repeated for every one of N `heads` where the mesh splits those
+    and cannot split K."""
+    parts = axes_size(HEADS)
+    if heads % parts or x.shape[1] % parts == 0:
+        return x
+    return jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+@jax.custom_vjp
+def _masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(scores) over the last axis, where `mask` is false as good as 0.
+
+    The gradient is p (dp - sum p dp), of the weights p alone: what XLA derives computes the
+    exponentials again inside that sum, on one core of a CPU, and asks the mask once more.
+    """
+    return nn.softmax(jnp.where(mask, scores, MASKED))
+
+
+def _softmax_forward(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = _masked_softmax(scores, mask)
+    return weights, weights
+
+
+def _softmax_backward(weights: jax.Array, change: jax.Array) -> tuple[jax.Array, None]:
+    common = (weights * change).sum(-1, keepdims=True)
+    return weights * (change - common), None
+
+
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
