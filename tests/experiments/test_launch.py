@@ -285,6 +285,24 @@ def test_a_rank_that_dies_takes_the_others_with_it_without_a_launcher(tmp_path, 
         running[victim].communicate()
 
 
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_with_the_same_bits(start, tmp_path):
+    """R2: whichever rank it is, taken up by as many processes again."""
+    whole = start(2, *tiny(tmp_path / "whole"), devices=2)
+    assert whole.wait() == 0, whole.log
+    for victim in (1, 0):
+        workdir = tmp_path / str(victim)
+        killed = start(2, *tiny(workdir, pause=0.1), devices=2)
+        killed.until(lambda workdir=workdir: reached(workdir, 8), "step 8")
+        began = time.monotonic()
+        os.kill(killed.pids[victim], signal.SIGKILL)
+        assert killed.wait() == 128 + signal.SIGKILL and time.monotonic() - began < 15
+        assert not any(map(alive, killed.pids))
+        again = start(2, *tiny(workdir), devices=2)
+        assert again.wait() == 0 and "resumed from step" in again.log, again.log
+        assert again.out.read_text() == whole.out.read_text() != ""
+
+
 # What is compared of two logs; the rest are rates.
 LOGGED = ("loss", "grad_norm", "valid_loss", "valid_pretrain_loss", "score", "kl", "value_loss",
           "pretrain_nll", "policy_loss")  # fmt: skip
