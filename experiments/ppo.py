@@ -77,6 +77,7 @@ def main(config: Config, run: cli.Run) -> Path:
     policy = start.model
     held_out_prompts = source.prompts("valid")
     run.record_data(source.provenance(), source.licences())
+    mesh = make_mesh(run.mesh)
     fitting = encode_prompts(
         held_out_prompts, start.tokenizer, prompt_length=config.ppo.prompt_length
     )["index"]
@@ -94,13 +95,14 @@ def main(config: Config, run: cli.Run) -> Path:
             max_new_tokens=config.ppo.response_length,
             prompt_length=config.ppo.prompt_length,
             batch_size=PROBES,
+            mesh=mesh,
         )
         if run.writes:
             with (run.workdir / "samples.jsonl").open("a") as file:
                 for prompt, answer in zip(probes, answers, strict=True):
                     row = {"step": step, "prompt": prompt, "response": answer.text}
                     file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
-        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out)}
+        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out, mesh=mesh)}
 
     state = ppo.train(
         config.ppo,
@@ -111,7 +113,7 @@ def main(config: Config, run: cli.Run) -> Path:
         Batches(prompts, config.ppo.prompts, seed=config.ppo.seed),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,
-        mesh=make_mesh(run.mesh),
+        mesh=mesh,
         workdir=run.workdir,
         evaluate=evaluate,
     )

@@ -71,7 +71,8 @@ def main(config: Config, run: cli.Run) -> Path:
         evaluate=evaluate,
     )
     report = preference.judge_preferences(stage, model, params, start.params, valid_rows, mesh=mesh)
-    (run.workdir / "preference.json").write_text(json.dumps(report, indent=2) + "\n")
+    if run.writes:
+        (run.workdir / "preference.json").write_text(json.dumps(report, indent=2) + "\n")
     trained = start._replace(config=model.config, params=params, stage="preference")
     return save_trained(run.workdir / "model", trained, notes=report)
 

@@ -22,6 +22,7 @@ from instruct_jax.stages import pretrain
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
 from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,26 @@ def main(config: Config, run: cli.Run) -> Path:
     train_rows = encode_documents(documents, tokenizer, length=length)["tokens"]
     valid_rows = encode_documents(source.documents("valid"), tokenizer, length=length)["tokens"]
     run.record_data(source.provenance(), source.licences())
+    mesh = make_mesh(run.mesh)
 
     model_config = config.model.build(tokenizer)
     model = language_model(model_config)
+
+    def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        """The loss of the rows that are held out."""
+        return {"valid_loss": held_out_loss(model, state.params, valid_rows, mesh=mesh)}
+
     params = pretrain.train(
         config.pretrain,
         model,
         model.init(jax.random.key(config.pretrain.seed)),
         train_rows,
-        mesh=make_mesh(run.mesh),
+        mesh=mesh,
         workdir=run.workdir,
-        evaluate=lambda _, state: {"valid_loss": held_out_loss(model, state.params, valid_rows)},
+        evaluate=evaluate,
     )
     trained = TrainedModel("language", model_config, params, tokenizer, "pretrain")
-    notes = {"valid_loss": held_out_loss(model, params, valid_rows)}
+    notes = {"valid_loss": held_out_loss(model, params, valid_rows, mesh=mesh)}
     return save_trained(run.workdir / "model", trained, notes=notes)
 
 

@@ -51,6 +51,7 @@ def main(config: Config, run: cli.Run) -> Path:
         documents, width = source.documents("train"), rows["tokens"].shape[1]
         pretraining = encode_documents(documents, start.tokenizer, length=width)["tokens"]
     run.record_data(source.provenance(), source.licences())
+    mesh = make_mesh(run.mesh)
 
     model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
     model = language_model(model_config)
@@ -60,7 +61,7 @@ def main(config: Config, run: cli.Run) -> Path:
         """SFT-4: every epoch's model, with its validation loss, for the choice by reward-model
         score.
         """
-        losses[epoch] = held_out_loss(model, params, **valid)
+        losses[epoch] = held_out_loss(model, params, **valid, mesh=mesh)
         if config.keep_epochs:
             kept = start._replace(config=model_config, params=params, stage="sft")
             notes = {"epoch": epoch, "valid_loss": losses[epoch]}
@@ -72,14 +73,14 @@ def main(config: Config, run: cli.Run) -> Path:
         start.params,
         rows,
         pretraining=pretraining,
-        mesh=make_mesh(run.mesh),
+        mesh=mesh,
         workdir=run.workdir,
         on_epoch=keep,
     )
     trained = start._replace(config=model_config, params=params, stage="sft")
     # A run resumed at its end has met no epoch.
-    valid_loss = losses[max(losses)] if losses else held_out_loss(model, params, **valid)
-    notes = {"valid_loss": valid_loss}
+    last = losses[max(losses)] if losses else held_out_loss(model, params, **valid, mesh=mesh)
+    notes = {"valid_loss": last}
     return save_trained(run.workdir / "model", trained, notes=notes)
 
 

@@ -82,12 +82,11 @@ def target_log_probs(
         raise UserError("no row is held out; raise data.valid_fraction, or give more data")
     parts = axes_size(mesh, BATCH_AXES) if mesh else 1
     rows = -(-min(batch_size, len(tokens)) // parts) * parts
-    sharding = batch_sharding(mesh) if mesh else None
+    batches = _batches(rows, tokens, mask, loss_mask)
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        sums = [
-            fetch(_log_prob_sums(model, params, *spread(batch, sharding)))
-            for batch in _batches(rows, tokens, mask, loss_mask)
-        ]
+        if mesh:
+            batches = (spread(batch, batch_sharding(mesh)) for batch in batches)
+        sums = [fetch(_log_prob_sums(model, params, *batch)) for batch in batches]
     return (
         np.concatenate([np.zeros(0), *sums])[: len(tokens)].astype(np.float64),
         loss_mask[:, 1:].sum(axis=1),

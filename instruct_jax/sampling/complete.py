@@ -52,9 +52,10 @@ def complete(
     """One Completion a prompt, in order, with the settings of `generate`.
 
     `batch_size` rows decode together; a prompt given several times is read once. With a `mesh`,
-    where `params` must already live, the rows are spread over its data and fsdp axes. Raises
-    ValueError for a prompt that is empty, longer than `prompt_length` or too long for the model:
-    how to cut it is the caller's decision.
+    where `params` must already live, the rows are spread over its data and fsdp axes; of several
+    processes all ask alike, and each gets all answers. Raises ValueError for a prompt that is
+    empty, longer than `prompt_length` or too long for the model: how to cut it is the caller's
+    decision.
     """
     if not prompts:
         return []

@@ -43,7 +43,8 @@ from instruct_jax.sampling.slots import (
     prefill,
     spread_rows,
 )
-from instruct_jax.training.mesh import BATCH_AXES, axes_size
+from instruct_jax.training import hosts
+from instruct_jax.training.mesh import BATCH_AXES, axes_size, replicated
 
 # Widths are multiples of these (of a quarter of the power of two below, where that is more), which
 # bounds the number of compiled programs.
@@ -73,7 +74,8 @@ class Engine:
     """Rows wait in the order they are submitted; `step` moves those in the slots on.
 
     With a `mesh`, where `params` must already live, the slots are spread over its data and fsdp
-    axes. `slots` is rounded up to a multiple of those.
+    axes. `slots` is rounded up to a multiple of those. Where several processes share the mesh, all
+    of them submit and step alike, and each has all responses.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Engine:
         sampling.check_vocabulary(model.config.vocab_size)
         self._parts = axes_size(mesh, BATCH_AXES) if mesh else 1
         self._scope = partial(jax.set_mesh, mesh) if mesh else nullcontext
+        self._put = partial(hosts.spread, sharding=replicated(mesh)) if mesh else jax.device_put
         self._model, self._sampling = model, sampling
         with self._scope():
             self._params = _unstacked(params, dtype=model.config.dtype)
@@ -181,8 +184,8 @@ class Engine:
             np.array([rows[i].budget for i in again], np.int32),
             np.array([rows[i].minimum for i in again], np.int32),
         )
-        arrivals = Arrivals(*jax.device_put((prompts, *of_rows)))
-        prefix = _prefill(self._model, self._params, arrivals.prompts, jnp.asarray(mask))
+        arrivals, mask = self._put((Arrivals(prompts, *of_rows), mask))
+        prefix = _prefill(self._model, self._params, arrivals.prompts, mask)
         if self._state is None:
             key = jax.random.wrap_key_data(arrivals.keys[0], impl=self._key_impl)
             self._state = _empty(
@@ -212,7 +215,7 @@ class Engine:
         self._head, self._columns = head, columns
 
     def _harvest(self, state: Slots) -> dict[int, Response]:
-        head, live, length, tokens, log_probs = jax.device_get(
+        head, live, length, tokens, log_probs = hosts.fetch(
             (state.head, state.live, state.length, state.tokens, state.log_probs)
         )
         self.turns += int(head) - self._head

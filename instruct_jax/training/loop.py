@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 
@@ -90,96 +91,150 @@ def train(
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
     `apply_gradients`); the state, which they did not touch, is saved first.
     """
-    start, owed, productive = 0, False, 0.0
-    if checkpointer is not None and checkpointer.latest_step is not None:
-        start = checkpointer.latest_step
-        items, metadata = checkpointer.restore({"state": state, "key": key})
-        state, key, owed = items["state"], items["key"], metadata["evaluation_owed"]
-        productive = metadata.get("productive_seconds", 0.0)
-        logger.note(f"resumed from step {start} of {steps} ({checkpointer.directory})")
-    logger.resume(start)
+    start = _newest(checkpointer, state, key)
+    if start.step and checkpointer is not None:
+        logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")
+    logger.resume(start.step)
     ledger = Ledger(
         logger.path.parent,
         logger.name,
-        step=start,
-        productive=productive,
-        active=checkpointer is not None and start < steps and jax.process_index() == 0,
+        step=start.step,
+        productive=start.productive,
+        active=checkpointer is not None and start.step < steps and jax.process_index() == 0,
     )
-
-    def evaluation_due(done: int) -> bool:
-        return evaluate is not None and eval_every > 0 and done % eval_every == 0
-
-    def run_evaluation(done: int) -> None:
-        if evaluate is not None:
-            with ledger.aside():
-                logger.write(done, evaluate(done, state))
-
-    def save(done: int, *, wait: bool = False, evaluation_owed: bool = False) -> None:
-        if checkpointer is not None:
-            items = {"state": state, "key": key}
-            metadata = {
-                "evaluation_owed": evaluation_owed,
-                "productive_seconds": round(ledger.productive, 3),
-            }
-            with ledger.aside():
-                checkpointer.save(done, items, metadata)
-                if wait:
-                    checkpointer.wait()
-
-    def steps_from(start: int) -> None:
-        nonlocal state
-        if owed:
-            run_evaluation(start)
-        interval = _Interval()
-        signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
-        with signals as stop, closing(_ahead(batch_at, range(start, steps))) as batches:
-            anyone = AnyProcess()
+    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, eval_every, max_skipped)
+    state = start.state
+    signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
+    with _accounted(ledger, logger):
+        if start.evaluation_owed:
+            run.evaluate(start.step, state)
+        with signals as stop, closing(_ahead(batch_at, range(start.step, steps))) as batches:
+            interval, anyone = _Interval(), AnyProcess()
             for i, batch in batches:
-                state, metrics = step_fn(state, batch, jax.random.fold_in(key, i))
-                interval.add(metrics)
+                state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
                 done = i + 1
-                row = interval.end() if done % log_every == 0 or done == steps else None
-                ledger.step(done)
-                if row is not None:
-                    logger.write(done, row)
-                    if row.get("skipped_in_a_row", 0) >= max_skipped:
-                        save(done, wait=True)
-                        raise NonFiniteError(
-                            f"step {done}: {row['skipped_in_a_row']:.0f} steps in a row had a loss"
-                            " or gradient that is not finite or too large; the parameters are as"
-                            " before them"
-                        )
+                interval.add(metrics)
+                due = done % log_every == 0 or done == steps
+                run.report(done, state, interval.end() if due else {})
                 if anyone.ask(bool(stop)):
-                    save(done, wait=True, evaluation_owed=evaluation_due(done))
-                    name = stop.name or "a signal to another process"
-                    logger.note(
-                        f"stopped by {name} at step {done} of {steps}, saved;"
-                        " the same command goes on from here"
-                    )
-                    raise _Stopped(name)
-                if evaluation_due(done):
-                    run_evaluation(done)
+                    run.stop(done, state, stop)
+                if run.evaluation_due(done):
+                    run.evaluate(done, state)
                     interval.restart_clock()
                 if save_every and done % save_every == 0:
-                    save(done)
-        save(max(start, steps), wait=True)
-
-    reason = "done"
-    try:
-        steps_from(start)
-    except BaseException as error:
-        reason = str(error) if isinstance(error, _Stopped) else type(error).__name__
-        if isinstance(error, _Stopped):
-            raise SystemExit(0) from None
-        raise
-    finally:
-        if account := ledger.close(reason):
-            logger.note(str(account))
+                    run.save(done, state)
+        run.save(max(start.step, steps), state, wait=True)
     return state
+
+
+class _Start(NamedTuple):
+    """Where a run begins, `productive` seconds of steps behind it."""
+
+    step: int
+    state: Any
+    key: jax.Array
+    evaluation_owed: bool = False
+    productive: float = 0.0
+
+
+def _newest(checkpointer: Checkpointer | None, state: Any, key: jax.Array) -> _Start:
+    """The newest checkpoint, placed as `state` and `key` are; these at step 0 where none is."""
+    if checkpointer is None or checkpointer.latest_step is None:
+        return _Start(0, state, key)
+    step = checkpointer.latest_step
+    items, metadata = checkpointer.restore({"state": state, "key": key})
+    return _Start(
+        step,
+        items["state"],
+        items["key"],
+        metadata["evaluation_owed"],
+        metadata.get("productive_seconds", 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What happens to a state between two steps, and where it is told."""
+
+    steps: int
+    key: jax.Array
+    logger: MetricLogger
+    ledger: Ledger
+    checkpointer: Checkpointer | None
+    evaluation: Evaluate[Any] | None
+    eval_every: int
+    max_skipped: int
+
+    def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
+        """A step ended, and with it a log interval where `row` is not empty.
+
+        NonFiniteError, with the state saved, where too many steps in a row made no update.
+        """
+        self.ledger.step(done)
+        if not row:
+            return
+        self.logger.write(done, row)
+        in_a_row = row.get("skipped_in_a_row", 0)
+        if in_a_row >= self.max_skipped:
+            self.save(done, state, wait=True)
+            raise NonFiniteError(
+                f"step {done}: {in_a_row:.0f} steps in a row had a loss or gradient that is not"
+                " finite or too large; the parameters are as before them"
+            )
+
+    def evaluation_due(self, done: int) -> bool:
+        """Whether an evaluation follows step `done`."""
+        return self.evaluation is not None and self.eval_every > 0 and done % self.eval_every == 0
+
+    def evaluate(self, done: int, state: Any) -> None:
+        """Evaluates, where there is something to evaluate with."""
+        if self.evaluation is not None:
+            with self.ledger.aside():
+                self.logger.write(done, self.evaluation(done, state))
+
+    def save(
+        self, done: int, state: Any, *, wait: bool = False, evaluation_owed: bool = False
+    ) -> None:
+        """Saves in the background, or waits for the disk; without a checkpointer nothing."""
+        if self.checkpointer is None:
+            return
+        productive = round(self.ledger.productive, 3)
+        metadata = {"evaluation_owed": evaluation_owed, "productive_seconds": productive}
+        with self.ledger.aside():
+            self.checkpointer.save(done, {"state": state, "key": self.key}, metadata)
+            if wait:
+                self.checkpointer.wait()
+
+    def stop(self, done: int, state: Any, signal: StopSignal) -> NoReturn:
+        """Saves and ends the run; an evaluation that is due is made when it is taken up."""
+        self.save(done, state, wait=True, evaluation_owed=self.evaluation_due(done))
+        name = signal.name or "a signal to another process"
+        self.logger.note(
+            f"stopped by {name} at step {done} of {self.steps}, saved;"
+            " the same command goes on from here"
+        )
+        raise _Stopped(name)
 
 
 class _Stopped(Exception):
     """By a signal, with everything saved."""
+
+
+@contextmanager
+def _accounted(ledger: Ledger, logger: MetricLogger) -> Iterator[None]:
+    """Closes the ledger with why the steps ended; where they were stopped, so does the program."""
+    reason = "done"
+    try:
+        yield
+    except _Stopped as stopped:
+        reason = str(stopped)
+        raise SystemExit(0) from None
+    except BaseException as error:
+        reason = type(error).__name__
+        raise
+    finally:
+        if account := ledger.close(reason):
+            logger.note(str(account))
 
 
 def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any], None, None]:

@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import launch
 from instruct_jax.cli import processes
 from instruct_jax.errors import ConfigError
+from instruct_jax.stages.stage import load_trained
 from instruct_jax.training.checkpoint import Checkpointer
+from tests.experiments import scripts
 from tests.experiments.scripts import environment
 from tests.stages.run_stage import STAGES
 
@@ -282,37 +286,91 @@ def test_a_rank_that_dies_takes_the_others_with_it_without_a_launcher(tmp_path, 
 
 
 @pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_with_the_same_bits(start, tmp_path):
+    """R2: whichever rank it is, taken up by as many processes again."""
+    whole = start(2, *tiny(tmp_path / "whole"), devices=2)
+    assert whole.wait() == 0, whole.log
+    for victim in (1, 0):
+        workdir = tmp_path / str(victim)
+        killed = start(2, *tiny(workdir, pause=0.1), devices=2)
+        killed.until(lambda workdir=workdir: reached(workdir, 8), "step 8")
+        began = time.monotonic()
+        os.kill(killed.pids[victim], signal.SIGKILL)
+        assert killed.wait() == 128 + signal.SIGKILL and time.monotonic() - began < 15
+        assert not any(map(alive, killed.pids))
+        again = start(2, *tiny(workdir), devices=2)
+        assert again.wait() == 0 and "resumed from step" in again.log, again.log
+        assert again.out.read_text() == whole.out.read_text() != ""
+
+
+# What is compared of two logs; the rest are rates.
+LOGGED = ("loss", "grad_norm", "valid_loss", "valid_pretrain_loss", "score", "kl", "value_loss",
+          "pretrain_nll", "policy_loss")  # fmt: skip
+
+
+def assert_same_course(rows, expected):
+    """Two logs tell the same to 1e-5 of its size."""
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() & set(LOGGED):
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (name, row, other)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_trains_on_four_processes_and_goes_on_with_two_and_one(
+def test_a_run_goes_on_with_four_processes_two_one_and_one_of_eight_devices(
     start, tmp_path, repository, stage
 ):
-    """Also its evaluations; its losses are those of one process to 1e-5 of their size."""
+    """Its evaluations too; all that is logged, and the last state, are those of the run that never
+    changed its layout, to 1e-5 and 1e-4 of their size.
+    """
 
     def run(n, workdir, steps, mesh, devices):
         command = (sys.executable, "-m", "tests.stages.run_stage", stage, str(workdir))
         launched = start(n, *command, str(steps), mesh, devices=devices)
         assert launched.wait(900) == 0, launched.log[-3000:]
 
-    shared, alone = tmp_path / "shared", tmp_path / "alone"
-    run(4, shared, 2, "data:2,fsdp:2,tensor:2", 2)
-    run(2, shared, 4, "fsdp:4", 2)
-    run(1, shared, 6, "data:2,fsdp:4", 8)
-    for steps in (2, 4, 6):  # the schedule is of so many steps
+    moved, alone = tmp_path / "moved", tmp_path / "alone"
+    run(4, moved, 2, "data:2,fsdp:2,tensor:2", 2)
+    run(2, moved, 4, "fsdp:4", 2)
+    run(1, moved, 6, "data:1", 1)
+    run(1, moved, 8, "data:2,fsdp:4", 8)
+    for steps in (2, 4, 6, 8):  # the schedule is of so many steps
         run(1, alone, steps, "data:1", 1)
-    for log in zip(rows(shared, stage), rows(alone, stage), strict=True):
-        for name in (
-            "loss",
-            "grad_norm",
-            "valid_loss",
-            "score",
-            "kl",
-            "value_loss",
-            "pretrain_nll",
-        ):
-            values = [row.get(name) for row in log]
-            assert (values[0] is None) == (values[1] is None), (name, log)
-            if values[0] is not None:
-                assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-5), (name, log)
-    with np.load(shared / "last.npz") as got, np.load(alone / "last.npz") as expected:
+    assert_same_course(rows(moved, stage), rows(alone, stage))
+    with np.load(moved / "last.npz") as got, np.load(alone / "last.npz") as expected:
         for name in expected.files:
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_answer_as_one_does(start, tmp_path):
+    """The scripts of a user, from pretraining to PPO-ptx: held-out losses during the run, answers
+    to the probe prompts (`complete`), the reward model's accuracy, the models that are left.
+    """
+    comparisons = scripts.write_rows(tmp_path / "data")["comparisons"]
+
+    def run(n, script, *arguments, preset="debug"):
+        folder = tmp_path / str(n) / script
+        command = [sys.executable, f"experiments/{script}.py", f"--workdir={folder}"]
+        command += [f"--config=configs/{script}.py:{preset}", "--mesh=data:2", *arguments]
+        launched = start(n, *command, devices=2 // n)
+        assert launched.wait(900) == 0, launched.log[-3000:]
+        return folder / "model"
+
+    for n in (1, 2):
+        init = f"--config.init={run(n, 'pretrain')}"
+        init = f"--config.init={run(n, 'sft', init)}"
+        reward = run(n, "reward_model", init, f"--config.data.comparisons={comparisons}")
+        run(n, "ppo", init, f"--config.reward_model={reward}", preset="debug_ptx")
+    one, two = tmp_path / "1", tmp_path / "2"
+    for script in ("pretrain", "sft", "reward_model", "ppo"):
+        assert_same_course(rows(two / script, script), rows(one / script, script))
+        models = [load_trained(folder / script / "model").params for folder in (one, two)]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *models)
+    assert "valid_pretrain_loss" in {name for row in rows(two / "ppo", "ppo") for name in row}
+    answers = [(folder / "ppo" / "samples.jsonl").read_text() for folder in (one, two)]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) >= 10
+    reports = [json.loads((f / "reward_model" / "accuracy.json").read_text()) for f in (one, two)]
+    assert reports[0]["accuracy"] == reports[1]["accuracy"]

@@ -122,11 +122,12 @@ def comparisons() -> dict[str, np.ndarray]:
 
 def train(stage: str, workdir: Path, steps: int, *, mesh: str, lora: int = 0) -> Any:
     """`steps` steps of `stage`, with evaluations; what its `train` returns."""
-    where: dict[str, Any] = {"mesh": make_mesh(mesh), "workdir": workdir}
+    devices = make_mesh(mesh)
+    where: dict[str, Any] = {"mesh": devices, "workdir": workdir}
     fit = FIT | {"epochs": steps * BATCH / ROWS, "lora": LoraConfig(rank=lora)}
 
     def evaluate(step: int, state: Any) -> dict[str, float]:
-        return {"valid_loss": held_out_loss(model, state.params, text(10))}
+        return {"valid_loss": held_out_loss(model, state.params, text(10), mesh=devices)}
 
     model = language_model(DROPPING)
     params = model.init(jax.random.key(0))
@@ -154,7 +155,7 @@ def train(stage: str, workdir: Path, steps: int, *, mesh: str, lora: int = 0) ->
         )
 
     def evaluate_policy(step: int, state: ppo.PPOState) -> dict[str, float]:
-        loss = held_out_loss(language_model(SHAPE), state.policy.ema, text(10))
+        loss = held_out_loss(language_model(SHAPE), state.policy.ema, text(10), mesh=devices)
         return {"valid_pretrain_loss": loss}
 
     config = dataclasses.replace(PPO, episodes=steps * PPO.rollout_batch)

@@ -1,5 +1,7 @@
 """R17: what is kept of a run's checkpoints, by the run itself and by hand."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,19 +74,30 @@ def test_the_newest_intact_step_outlives_newer_damaged_ones(tmp_path):
         prune(tmp_path, keep=0)
 
 
-def test_no_random_sequence_of_saves_damage_and_pruning_loses_the_last_good_or_a_pinned_step(
+def leave_half(directory, step, rng):
+    """What a run that is killed leaves of a save: files being written, or all but the manifest."""
+    name = f"{step}.orbax-checkpoint-tmp" if rng.integers(2) else str(step)
+    half = directory / name
+    shutil.copytree(directory / str(step_numbers(directory)[-1]), half)
+    (half / MANIFEST).unlink(missing_ok=True)
+
+
+def test_no_random_sequence_of_saves_kills_and_pruning_loses_the_last_good_or_a_pinned_step(
     tmp_path,
 ):
     rng = np.random.default_rng(0)
     directory, step, pins = tmp_path / "checkpoints", 0, set()
     save(directory, step)
-    for _ in range(25):
-        act = rng.choice(["save", "spoil", "prune", "pin"])
+    for _ in range(40):
+        act = rng.choice(["save", "kill", "spoil", "prune", "pin"])
         present = step_numbers(directory)
         intact = [s for s in present if damage_of(directory / str(s)) is None]
         if act == "save":
             step += 1
             save(directory, step, keep=int(rng.integers(1, 4)))
+        elif act == "kill":
+            step += 1
+            leave_half(directory, step, rng)
         elif act == "spoil" and len(intact) > 1 and intact[-1] not in pins:
             spoil(directory, intact[-1])
         elif act == "prune":
