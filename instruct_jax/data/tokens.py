@@ -92,6 +92,11 @@ class TokenRows:
             self._fill(row, number * length)
         return rows.reshape(*wanted.shape, length)
 
+    def forget(self) -> None:
+        """Asks the system to drop what it holds of the files in memory, for a measurement."""
+        for descriptor in self._files:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def _fill(self, row: np.ndarray, start: int) -> None:
         """The tokens from `start` on, which may reach over the end of a part."""
         part, at = bisect.bisect_right(self._starts, start) - 1, 0
