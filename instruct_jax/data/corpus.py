@@ -21,8 +21,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -167,12 +167,11 @@ class Corpus:
             return
         reports: list[FileReport] = []
 
-        def documents() -> Iterator[Document]:
+        def documents() -> Generator[Document, None, None]:
             for name in names:
                 yield from self.text.read(name, reports, progress.watch)
                 progress.end([name])
 
-        text = itertools.islice(documents(), done.documents, None)
         committed = done.tokens
         with _named(self._path(i)), open(self._path(i), "r+b") as file:
             size = done.tokens * self.dtype.itemsize
@@ -181,13 +180,15 @@ class Corpus:
                 raise DataError("shorter than its journal says", path=self._path(i), hint=hint)
             file.truncate(size)
             file.seek(size)
-            for count, ids in token_batches(text, self.tokenizer, self.dtype):
-                file.write(ids.data)
-                done = done.after(count, len(ids))
-                progress.show(len(ids))
-                if done.tokens - committed >= COMMIT_TOKENS:
-                    self._commit(i, done, file)
-                    committed = done.tokens
+            with closing(documents()) as text:
+                missing = itertools.islice(text, done.documents, None)
+                for count, ids in token_batches(missing, self.tokenizer, self.dtype):
+                    file.write(ids.data)
+                    done = done.after(count, len(ids))
+                    progress.show(len(ids))
+                    if done.tokens - committed >= COMMIT_TOKENS:
+                        self._commit(i, done, file)
+                        committed = done.tokens
             bad = tuple(str(report) for report in reports if report.bad)
             self._commit(i, Journal(done.documents, done.tokens, True, bad), file)
 

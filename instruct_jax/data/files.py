@@ -16,7 +16,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,7 +67,7 @@ class Record:
         )
 
 
-Stream = Iterator[Record | DataError]
+Stream = Generator[Record | DataError, None, None]
 
 
 def open_records(
@@ -282,7 +282,8 @@ def _text_records(path: Path, file: io.BufferedReader, split: Split) -> Stream:
     lines = _text_lines(path, file)
     if split in ("file", "piece"):
         for line, text in _blocks(lines, math.inf if split == "file" else PIECE):
-            yield Record({"text": text}, str(path), line, raw=text)
+            if split == "file" or text.strip():
+                yield Record({"text": text}, str(path), line, raw=text)
         return
     for line, text in lines if split == "line" else _blocks(lines, 0):
         if text.strip():
@@ -318,12 +319,16 @@ def _blocks(lines: Iterator[tuple[int, str]], size: float) -> Iterator[tuple[int
 
 
 def pieces(text: str) -> Iterator[str]:
-    """`text` cut at ends of paragraphs into pieces of PIECE characters or a little more."""
+    """`text` cut at ends of paragraphs into pieces of PIECE characters or a little more; a blank
+    piece is left out.
+    """
     start = 0
-    while 0 <= (end := text.find("\n\n", start + PIECE)) < len(text) - 2:
-        yield text[start : end + 2]
-        start = end + 2
-    yield text[start:]
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE)
+        end = len(text) if end < 0 else end + 2
+        if not text[start:end].isspace():
+            yield text[start:end]
+        start = end
 
 
 def _hub_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:

@@ -15,7 +15,8 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, TypeVar
 
@@ -110,7 +111,7 @@ def stream_documents(
     split: Split = "file",
     reports: list[FileReport],
     watch: Callable[[BinaryIO], object] | None = None,
-) -> Iterator[Document]:
+) -> Generator[Document, None, None]:
     """The texts of `read_documents` one by one, long ones in pieces; no file is held in memory.
 
     Pieces end with a paragraph (`files.PIECE` characters or a little more), so that a few books
@@ -119,9 +120,10 @@ def stream_documents(
     """
     split = "piece" if split == "file" else split
     rows = _stream(source, ("documents",), _document, limit, on_bad_row, split, reports, watch)
-    for row in rows:
-        for piece in pieces(row.text):
-            yield Document(piece, row.meta)
+    with closing(rows):
+        for row in rows:
+            for piece in pieces(row.text):
+                yield Document(piece, row.meta)
 
 
 def _document(case: Case) -> Document:
@@ -236,7 +238,7 @@ def _stream(
     split: Split,
     reports: list[FileReport],
     watch: Callable[[BinaryIO], object] | None = None,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row {on_bad_row!r} is neither "error" nor "skip"')
     left = math.inf if limit is None else limit
@@ -245,20 +247,21 @@ def _stream(
         reports.append(report)
         formats: dict[tuple[str, ...], Format] = {}
         last_error = None
-        for record in records:
-            if left <= 0:
-                break
-            try:
-                made = _convert(record, kinds, convert, formats, report)
-            except DataError as error:
-                if on_bad_row == "error":
-                    raise
-                last_error = error
-                report.bad[error.reason] += 1
-                continue
-            report.rows += len(made)
-            yield from made[: None if limit is None else int(left)]
-            left -= len(made)
+        with closing(records):
+            for record in records:
+                if left <= 0:
+                    break
+                try:
+                    made = _convert(record, kinds, convert, formats, report)
+                except DataError as error:
+                    if on_bad_row == "error":
+                        raise
+                    last_error = error
+                    report.bad[error.reason] += 1
+                    continue
+                report.rows += len(made)
+                yield from made[: None if limit is None else int(left)]
+                left -= len(made)
         if report.rows == 0 and left > 0:
             # Not one good row: a wrong file rather than one with bad rows.
             raise last_error or DataError("no rows", path=path)

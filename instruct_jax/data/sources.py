@@ -8,6 +8,7 @@ never moves a row and the completions of one prompt never straddle the border.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,8 @@ class FileSource:
                 reports=reports,
                 watch=watch,
             )
-            return (row for row in rows if self._is_held_out(row.text) == held_out)
+            with closing(rows):
+                yield from (row for row in rows if self._is_held_out(row.text) == held_out)
 
         fields = ("documents", "seed", "valid_fraction", "split_text", "limit")
         return Text(
