@@ -54,7 +54,7 @@ class DataConfig:
     prompts: tuple[str, ...] = ()
     dialogues: tuple[str, ...] = ()  # chats of several turns, for fine-tuning
     template: str | None = None
-    limit: int | None = None
+    limit: int | None = None  # rows of each path; of a text file, its pieces
     # How a file of plain text is cut into documents: "file", "line" or "paragraph".
     split_text: Literal["file", "line", "paragraph"] = "file"
     # Rankings of these data sets are evaluation sets, never trained on.
