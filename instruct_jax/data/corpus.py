@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ FORMAT = 1
 PART_BYTES = 256 * 2**20
 MAX_PARTS = 256  # every part is an open file of the process that reads
 COMMIT_TOKENS = 4 * 2**20
+POLL_SECONDS = 1.0
 
 # Of every name its files, each with size and time of change.
 Groups = Mapping[str, Mapping[str, dict[str, Any]]]
@@ -131,7 +133,7 @@ class Corpus:
         """Tokenises what is missing of the parts share, share + of, ...; shows how far it is.
 
         DataError at a row that cannot be used. To be called by all processes with their own share;
-        the rows are there when all have returned.
+        then each may `wait` for the others.
         """
         plan = self._read_plan()
         mine = range(share, len(plan["parts"]), of)
@@ -148,12 +150,17 @@ class Corpus:
                         raise
                 progress.end(names)
 
+    def wait(self) -> None:
+        """Returns when all parts are made. The files tell: no collective waits for an hour."""
+        for i in range(len(self._read_plan()["parts"])):
+            while not self._journal(i).complete:
+                time.sleep(POLL_SECONDS)
+
     def rows(self, length: int) -> TokenRows:
         """The text in rows of `length` tokens; DataError where it is not all made, or too short."""
         journals = [self._journal(i) for i in range(len(self._read_plan()["parts"]))]
         if not all(journal.complete for journal in journals):
-            hint = "every process must see the same folder"
-            raise DataError("its tokens are not all made", path=self.directory, hint=hint)
+            raise DataError("its tokens are not all made", path=self.directory)
         bad = [report for journal in journals for report in journal.bad]
         if bad and self.text.strict:
             hint = "mend them and delete this folder, or accept it with on_bad_row=skip"

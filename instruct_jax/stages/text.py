@@ -23,5 +23,5 @@ def text_rows(
     corpus = Corpus(source.text(split), tokenizer, folder)
     hosts.first_alone(corpus.plan)
     corpus.make(jax.process_index(), jax.process_count())
-    hosts.barrier(f"tokens of {split}")
+    corpus.wait()
     return corpus.rows(length)
