@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from instruct_jax.data import hub
-from instruct_jax.data.files import hash_files, list_files
+from instruct_jax.data.files import hash_files, list_files, remember_hashes
 from instruct_jax.data.formats import FileReport
 from instruct_jax.data.progress import Progress
 from instruct_jax.data.rows import DataError, Document
@@ -223,6 +223,7 @@ class Corpus:
         plan = json.loads(path.read_text())
         if plan["format"] != FORMAT:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
+        remember_hashes(plan["files"])
         return plan
 
     def _journal(self, i: int) -> Journal:

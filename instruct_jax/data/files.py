@@ -16,9 +16,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -30,6 +29,9 @@ Split = Literal["file", "piece", "line", "paragraph"]
 PIECE = 20_000
 # A line longer than this is not a row but a mistake, such as a file without line ends.
 MAX_LINE_BYTES = 8 * 2**20
+
+# A memo of `hash_files`: a corpus of terabytes is not read again at every start.
+_SHA256: dict[tuple[str, int, int], str] = {}
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _CSV = {".csv": ",", ".tsv": "\t"}
@@ -121,18 +123,26 @@ def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
     """sha256 of every file of a path, glob or folder, by its path; a hub id has none to give."""
     if hub.is_hub_id(os.fspath(source)):
         return {os.fspath(source): "hub"}
-    stats = {path: path.stat() for path in list_files(source)}
-    return {str(path): _sha256(path, s.st_size, s.st_mtime_ns) for path, s in stats.items()}
+    hashes = {}
+    for path in list_files(source):
+        try:
+            stat = path.stat()
+            known = (str(path), stat.st_size, stat.st_mtime_ns)
+            if known not in _SHA256:
+                with open(path, "rb") as file:
+                    _SHA256[known] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
+        hashes[str(path)] = _SHA256[known]
+    return hashes
 
 
-@cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a file as large and as old as this; several parts of a run ask for it."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
+def remember_hashes(plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Spares `hash_files` the reading of files that are as they were when these were written down:
+    {path: {"size": bytes, "mtime_ns": time of change, "sha256"}}.
+    """
+    for path, stat in plan.items():
+        _SHA256[path, stat["size"], stat["mtime_ns"]] = stat["sha256"]
 
 
 def list_files(source: str | os.PathLike[str]) -> list[Path]:

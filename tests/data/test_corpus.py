@@ -179,6 +179,16 @@ def test_a_second_run_finds_the_tokens(tmp_path, folder, change):
     assert (again.rows(5)[:] == before).all()
 
 
+def test_a_second_run_need_not_read_the_text_for_its_provenance(tmp_path, folder, monkeypatch):
+    source = source_of(folder)
+    made(source, tmp_path)
+    hashes = source.provenance()
+    monkeypatch.setattr(files, "_SHA256", {})  # a new process
+    made(source, tmp_path)
+    monkeypatch.setattr(files.hashlib, "file_digest", None)
+    assert source.provenance() == hashes and len(hashes) == 4
+
+
 def edited(folder):
     text = (folder / "a.jsonl").read_text()
     (folder / "a.jsonl").write_text(text.replace("tea", "pea"))
