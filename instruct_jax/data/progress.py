@@ -47,7 +47,7 @@ class Progress:
         rate = self._tokens / max(now - self._began, 1e-9)
         self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self._bar.update(done - self._bar.n)
-        if self._bar.disable and now - self._printed >= LINE_SECONDS:
+        if self._bar.disable and self._tokens and now - self._printed >= LINE_SECONDS:
             self._printed = now
             read = done - self._first
             left = (self._total - done) * (now - self._began) / read / 60 if read > 0 else 0

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import tokenizers
 from tokenizers import models
 
 from instruct_jax.data import corpus as corpora
-from instruct_jax.data import files, tokens
+from instruct_jax.data import files, progress, tokens
 from instruct_jax.data.corpus import Corpus
 from instruct_jax.data.loader import Batches, encode_documents
 from instruct_jax.data.rows import DataError
@@ -148,6 +149,14 @@ def test_ids_take_two_bytes_where_they_can(tmp_path, folder, size, dtype):
     stored = np.fromfile(corpus.directory / "00000.tokens", dtype)
     assert set(stored.tolist()) == {0, size - 2, size - 1}
     assert (corpus.rows(1)[:].ravel() == stored).all()
+
+
+def test_a_long_preparation_tells_how_far_it_is(tmp_path, folder, small_steps, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    made(source_of(folder), tmp_path)
+    line = re.compile(r"tokens of train: (\d+)% of [\d.]+ GB, [\d,]+ tokens/s(, \d+ min left)?")
+    shares = [int(line.fullmatch(text)[1]) for text in capsys.readouterr().err.splitlines()]
+    assert shares == sorted(shares) and shares[0] < 20 and shares[-1] > 90
 
 
 # --- found again, or noticed --------------------------------------------------------------------
