@@ -202,7 +202,7 @@ def load_rows(config: Config, shape: Shape) -> tuple[Rows, Tokenizer | None]:
         )
         rows = rows._replace(comparisons=encoded)
     if config.data.documents:
-        text = encode_documents(source.documents("train"), tokenizer, length=shape.text_length)
+        text = encode_documents(list(source.text("train")), tokenizer, length=shape.text_length)
         rows = rows._replace(text=text["tokens"][: shape.text_rows])
     return rows._replace(eos_id=tokenizer.eos_id), tokenizer
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations, encode_documents
+from instruct_jax.data.loader import encode_demonstrations
 from instruct_jax.data.rows import Demonstration, Prompt
 from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
 from instruct_jax.errors import ConfigError
@@ -41,6 +41,7 @@ from instruct_jax.stages import distill
 from instruct_jax.stages.distill import DistillConfig
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, in_batches, load_trained, save_trained
+from instruct_jax.stages.text import text_rows
 from instruct_jax.training.mesh import make_mesh
 
 ORIGINAL = "original"
@@ -98,9 +99,8 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     reward = load_trained(config.reward_model, kind="scalar") if config.reward_model else None
     source = open_source(config.data)
     run.record_data(source.provenance(), source.licences())
-    documents = encode_documents(
-        source.documents("valid"), original.tokenizer, length=config.document_length
-    )["tokens"]
+    kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
+    documents = text_rows(source, "valid", original.tokenizer, **kept)[:]
     materials = Materials(_fitting(config, original, source, "test"), documents, source, reward)
 
     results: dict[str, dict[str, Any]] = {}

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_documents
 from instruct_jax.data.rows import Prompt
 from instruct_jax.data.sources import DataConfig, ToySource, open_source
 from instruct_jax.data.toyworld import ToyWorld
@@ -29,6 +28,7 @@ from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
+from instruct_jax.stages.text import text_rows
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         for row in source.prompts("test")
         if len(tokenizer.encode(row.text)) <= config.prompt_length
     ][: config.prompts]
-    documents = encode_documents(
-        source.documents("valid"), tokenizer, length=config.document_length
-    )["tokens"]
+    kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
+    documents = text_rows(source, "valid", tokenizer, **kept)[:]
     run.record_data(source.provenance(), source.licences())
     reward = load_trained(config.reward_model, kind="scalar") if config.reward_model else None
 

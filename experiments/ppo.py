@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.loader import Batches, encode_documents, encode_prompts
+from instruct_jax.data.loader import Batches, encode_prompts
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
@@ -25,6 +25,7 @@ from instruct_jax.sampling.complete import complete
 from instruct_jax.stages import ppo
 from instruct_jax.stages.ppo import PPOConfig
 from instruct_jax.stages.stage import load_adapter, load_trained, save_trained
+from instruct_jax.stages.text import text_rows
 from instruct_jax.stages.trunks import on_the_policys_trunk
 from instruct_jax.training.mesh import make_mesh
 
@@ -65,12 +66,11 @@ def main(config: Config, run: cli.Run) -> Path:
         source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
     )
     ptx = None
-    held_out = encode_documents(
-        source.documents("valid"), start.tokenizer, length=config.ptx_length
-    )["tokens"]
+    mesh = make_mesh(run.mesh)
+    text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
+    held_out = text_rows(source, "valid", start.tokenizer, **text)[:]
     if config.ppo.ptx_coef > 0:
-        documents = source.documents("train")
-        rows = encode_documents(documents, start.tokenizer, length=config.ptx_length)["tokens"]
+        rows = text_rows(source, "train", start.tokenizer, **text)
         size = config.ppo.updates * config.ppo.minibatch * config.ppo.ptx_ratio
         ptx = Batches({"tokens": rows}, size, seed=config.ppo.seed + 1)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_documents
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.evaluation.language import held_out_loss
@@ -21,7 +20,8 @@ from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import pretrain
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
-from instruct_jax.training.mesh import make_mesh
+from instruct_jax.stages.text import text_rows
+from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
 
@@ -40,30 +40,33 @@ class Config:
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
-    source = open_source(config.data)
-    documents = source.documents("train")
+    source, mesh = open_source(config.data), make_mesh(run.mesh)
+    fit = config.pretrain
+    check_batch_size(fit.batch_size, mesh, micro_batches=fit.micro_batches)
     if config.tokenizer is None:
         tokenizer = train_bpe(source.tokenizer_texts(), vocab_size=config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    length = config.pretrain.length
-    train_rows = encode_documents(documents, tokenizer, length=length)["tokens"]
-    valid_rows = encode_documents(source.documents("valid"), tokenizer, length=length)["tokens"]
-    run.record_data(source.provenance(), source.licences())
-    mesh = make_mesh(run.mesh)
-
     model_config = config.model.build(tokenizer)
     model = language_model(model_config)
+    # All that can be wrong beside the text is found before the work of tokenising it.
+    folder = config.data.token_folder(run.workdir)
+    rows, valid_rows = (
+        text_rows(source, split, tokenizer, length=fit.length, folder=folder)
+        for split in ("train", "valid")
+    )
+    valid_rows = valid_rows[:]
+    run.record_data(source.provenance(), source.licences())
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         """The loss of the rows that are held out."""
         return {"valid_loss": held_out_loss(model, state.params, valid_rows, mesh=mesh)}
 
     params = pretrain.train(
-        config.pretrain,
+        fit,
         model,
-        model.init(jax.random.key(config.pretrain.seed)),
-        train_rows,
+        model.init(jax.random.key(fit.seed)),
+        rows,
         mesh=mesh,
         workdir=run.workdir,
         evaluate=evaluate,

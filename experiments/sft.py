@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations, encode_dialogues, encode_documents
+from instruct_jax.data.loader import encode_demonstrations, encode_dialogues
 from instruct_jax.data.packing import pack
 from instruct_jax.data.sources import DataConfig, Source, Split, open_source
 from instruct_jax.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import sft
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.stages.text import text_rows
 from instruct_jax.training.mesh import make_mesh
 
 
@@ -43,13 +44,14 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     start = load_trained(config.init, kind="language")
     source = open_source(config.data)
+    mesh = make_mesh(run.mesh)
     rows, valid = (encode(config, source, start.tokenizer, split) for split in ("train", "valid"))
     if config.sft.pack_length is not None:
         rows = pack(rows, length=config.sft.pack_length, pad_id=start.tokenizer.pad_id)
     pretraining = None
     if config.sft.pretrain_fraction > 0:
-        documents, width = source.documents("train"), rows["tokens"].shape[1]
-        pretraining = encode_documents(documents, start.tokenizer, length=width)["tokens"]
+        folder, width = config.data.token_folder(run.workdir), rows["tokens"].shape[1]
+        pretraining = text_rows(source, "train", start.tokenizer, length=width, folder=folder)
     run.record_data(source.provenance(), source.licences())
     mesh = make_mesh(run.mesh)
 

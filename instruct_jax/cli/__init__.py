@@ -98,7 +98,8 @@ def _storage(workdir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        present = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        place = Path(error.filename or workdir).absolute()
+        present = next(p for p in (place, *place.parents) if p.is_dir())
         raise StorageError(
             f"{error.filename or workdir}: {error.strerror}; {shutil.disk_usage(present).free:,}"
             f" bytes are free at {present}: make room, mend the permissions or choose another"

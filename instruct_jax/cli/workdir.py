@@ -25,9 +25,11 @@ from typing import Any
 from instruct_jax import __version__
 from instruct_jax.cli import processes
 from instruct_jax.cli.config import REPOSITORY, leaves
-from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.errors import ConfigError, RunError, UserError
 
 RECORD = "config.json"
+# Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
+TOKENS = "tokens"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "qwix", "numpy", "tokenizers")
 
 
@@ -101,8 +103,9 @@ def _opened(
         _write_json(path, record)
         try:
             yield
-        except BaseException:
-            if fresh and _files(workdir) == [path]:
+        except BaseException as error:
+            remade = (TOKENS,) if isinstance(error, UserError) else ()
+            if fresh and _files(workdir, without=remade) == [path]:
                 shutil.rmtree(workdir)
                 for parent in made[1:]:
                     parent.rmdir()
@@ -178,8 +181,10 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def _files(workdir: Path) -> list[Path]:
-    return [path for path in workdir.rglob("*") if not path.is_dir()]
+def _files(workdir: Path, *, without: Sequence[str] = ()) -> list[Path]:
+    """All files below `workdir` but those in its folders `without`."""
+    kept = [path for path in workdir.rglob("*") if not path.is_dir()]
+    return [path for path in kept if path.relative_to(workdir).parts[0] not in without]
 
 
 def _changes(record: Path, config: Any) -> list[str]:

@@ -1,10 +1,12 @@
 """Rows, templates, tokenizers and batches: everything between a file and the first device array.
 
 `formats` reads rows from files and hub ids, `prompts` prepares prompts as the paper did,
-`templates` makes prompt text, `tokenizer` makes ids, `loader` makes arrays and batches, `toyworld`
-is a world of its own that needs no file. NumPy only: nothing here knows jax.
+`templates` makes prompt text, `tokenizer` makes ids, `loader` makes arrays and batches, `corpus`
+keeps text of any size as files of tokens, `toyworld` is a world of its own that needs no file.
+NumPy only: nothing here knows jax.
 """
 
+from instruct_jax.data.corpus import Corpus, Text
 from instruct_jax.data.formats import (
     Comparison,
     DataError,
@@ -21,6 +23,7 @@ from instruct_jax.data.formats import (
     read_dialogues,
     read_documents,
     read_prompts,
+    stream_documents,
     write_rows,
 )
 from instruct_jax.data.loader import (
@@ -36,6 +39,7 @@ from instruct_jax.data.pii import find_pii
 from instruct_jax.data.prompts import Prepared, expand_few_shot, prepare_prompts
 from instruct_jax.data.templates import ALPACA, CHAT, HH, PLAIN, Template, template_named
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from instruct_jax.data.tokens import TokenRows
 
 __all__ = [
     "ALPACA",
@@ -44,6 +48,7 @@ __all__ = [
     "PLAIN",
     "Batches",
     "Comparison",
+    "Corpus",
     "DataError",
     "Demonstration",
     "Dialogue",
@@ -54,6 +59,8 @@ __all__ = [
     "Prompt",
     "Rows",
     "Template",
+    "Text",
+    "TokenRows",
     "Tokenizer",
     "Turn",
     "encode_comparisons",
@@ -71,6 +78,7 @@ __all__ = [
     "read_dialogues",
     "read_documents",
     "read_prompts",
+    "stream_documents",
     "template_named",
     "train_bpe",
     "write_rows",

@@ -13,19 +13,25 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from instruct_jax.data import hub
 from instruct_jax.data.rows import DataError
 
-Split = Literal["file", "line", "paragraph"]
+Split = Literal["file", "piece", "line", "paragraph"]
+# Characters of a piece of a long text, which goes on to the end of its paragraph.
+PIECE = 20_000
 # A line longer than this is not a row but a mistake, such as a file without line ends.
 MAX_LINE_BYTES = 8 * 2**20
+
+# A memo of `hash_files`: a corpus of terabytes is not read again at every start.
+_SHA256: dict[tuple[str, int, int], str] = {}
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _CSV = {".csv": ",", ".tsv": "\t"}
@@ -63,13 +69,20 @@ class Record:
         )
 
 
-Stream = Iterator[Record | DataError]
+Stream = Generator[Record | DataError, None, None]
 
 
-def open_records(source: str | os.PathLike[str], *, split: Split) -> Iterator[tuple[str, Stream]]:
+def open_records(
+    source: str | os.PathLike[str],
+    *,
+    split: Split,
+    watch: Callable[[BinaryIO], object] | None = None,
+) -> Iterator[tuple[str, Stream]]:
     """(name, records) of every file of a path, glob, folder or hub id; DataError when missing.
 
-    A text file is one record {"text"}, or one a line or paragraph (`split`).
+    A text file is one record {"text"}, or one a piece, line or paragraph (`split`). All but JSON
+    arrays, and text files as one record, are read as the records are asked for. `watch` is given
+    each file as it is opened, packed as it may be: its position tells how far the reading is.
     """
     name = os.fspath(source)
     if hub.is_hub_id(name):
@@ -79,7 +92,7 @@ def open_records(source: str | os.PathLike[str], *, split: Split) -> Iterator[tu
         if path.is_dir():
             yield str(path), _hub_records(str(path), hub.load_saved(path))
         else:
-            yield str(path), _file_records(path, split)
+            yield str(path), _file_records(path, split, watch)
 
 
 def find_files(source: str | os.PathLike[str]) -> list[Path]:
@@ -111,12 +124,35 @@ def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
     if hub.is_hub_id(os.fspath(source)):
         return {os.fspath(source): "hub"}
     hashes = {}
-    for found in find_files(source):
-        files = [found] if found.is_file() else sorted(f for f in found.rglob("*") if f.is_file())
-        for path in files:
-            with open(path, "rb") as file:
-                hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in list_files(source):
+        try:
+            stat = path.stat()
+            known = (str(path), stat.st_size, stat.st_mtime_ns)
+            if known not in _SHA256:
+                with open(path, "rb") as file:
+                    _SHA256[known] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
+        hashes[str(path)] = _SHA256[known]
     return hashes
+
+
+def remember_hashes(plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Spares `hash_files` the reading of files that are as they were when these were written down:
+    {path: {"size": bytes, "mtime_ns": time of change, "sha256"}}.
+    """
+    for path, stat in plan.items():
+        _SHA256[path, stat["size"], stat["mtime_ns"]] = stat["sha256"]
+
+
+def list_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files of a path, glob or folder, also those inside a folder saved by `datasets`."""
+    return [
+        path
+        for found in find_files(source)
+        for path in ([found] if found.is_file() else sorted(found.rglob("*")))
+        if path.is_file()
+    ]
 
 
 def kind_of(value: Any) -> str:
@@ -125,7 +161,7 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "null" if value is None else "a number")
 
 
-def _file_records(path: Path, split: Split) -> Stream:
+def _file_records(path: Path, split: Split, watch: Callable[[BinaryIO], object] | None) -> Stream:
     suffix = _suffix(path)
     if suffix not in _SUFFIXES:
         raise DataError("unknown kind of file", path=path, hint=_kinds())
@@ -133,7 +169,9 @@ def _file_records(path: Path, split: Split) -> Stream:
         yield from _hub_records(str(path), hub.load_parquet(path))
         return
     try:
-        with _open(path) as file:
+        with open(path, "rb") as packed, _unpacked(packed, path) as file:
+            if watch is not None:
+                watch(packed)
             if suffix in _CSV:
                 yield from _csv_records(path, file, _CSV[suffix])
             elif suffix in _TEXT:
@@ -148,10 +186,10 @@ def _file_records(path: Path, split: Split) -> Stream:
         raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
 
 
-def _open(path: Path) -> io.BufferedReader:
+def _unpacked(file: io.BufferedReader, path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
-    return open(path, "rb")
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+    return file
 
 
 def _line_records(path: Path, file: io.BufferedReader) -> Stream:
@@ -251,16 +289,56 @@ def _csv_records(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
 
 
 def _text_records(path: Path, file: io.BufferedReader, split: Split) -> Stream:
-    text = _decode(file.read(), path, 1).removeprefix("\ufeff").replace("\r\n", "\n")
-    if split == "file":
-        yield Record({"text": text}, str(path), 1, raw=text)
+    lines = _text_lines(path, file)
+    if split in ("file", "piece"):
+        for line, text in _blocks(lines, math.inf if split == "file" else PIECE):
+            if split == "file" or text.strip():
+                yield Record({"text": text}, str(path), line, raw=text)
         return
-    line = 1
-    for piece in text.split("\n" if split == "line" else "\n\n"):
-        if piece.strip():
-            lead = piece[: len(piece) - len(piece.lstrip("\n"))].count("\n")
-            yield Record({"text": piece.strip("\n")}, str(path), line + lead, raw=piece)
-        line += piece.count("\n") + (1 if split == "line" else 2)
+    for line, text in lines if split == "line" else _blocks(lines, 0):
+        if text.strip():
+            lead = text[: len(text) - len(text.lstrip("\n"))].count("\n")
+            yield Record({"text": text.strip("\n")}, str(path), line + lead, raw=text)
+
+
+def _text_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, str]]:
+    """(number, line with its end as a newline); no line is too long here."""
+    for number, data in enumerate(file, 1):
+        text = _decode(data, path, number)
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+
+
+def _blocks(lines: Iterator[tuple[int, str]], size: float) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text) of blocks, which end with the first empty line that starts
+    after `size` characters; the last one ends with the file, and is never empty but in an empty
+    file.
+    """
+    block: list[str] = []
+    first, length, number = 1, 0, 0
+    for number, line in lines:
+        if not block:
+            first, length = number, 0
+        block.append(line)
+        length += len(line)
+        if line == "\n" and len(block) > 1 and length - 2 >= size:
+            yield first, "".join(block)
+            block = []
+    if block or number == 0:
+        yield first, "".join(block)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` cut at ends of paragraphs into pieces of PIECE characters or a little more; a blank
+    piece is left out.
+    """
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE)
+        end = len(text) if end < 0 else end + 2
+        if not text[start:end].isspace():
+            yield text[start:end]
+        start = end
 
 
 def _hub_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:

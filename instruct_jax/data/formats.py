@@ -11,15 +11,17 @@ CHAT; text that is already a whole prompt stays as it is, unless a template is g
 
 import difflib
 import logging
+import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from instruct_jax.data.fields import Fields
-from instruct_jax.data.files import Record, Split, hash_files, open_records
+from instruct_jax.data.files import Record, Split, hash_files, open_records, pieces
 from instruct_jax.data.layouts import FORMATS, Case, Format, Instruction, Kind, joined
 from instruct_jax.data.rows import (
     Comparison,
@@ -49,6 +51,7 @@ __all__ = [
     "read_dialogues",
     "read_documents",
     "read_prompts",
+    "stream_documents",
     "write_rows",
 ]
 
@@ -97,13 +100,36 @@ def read_documents(
     prompt: `template` is here only because every reader takes it.
     """
     del template
+    return _read(source, ("documents",), _document, limit, on_bad_row, split)
 
-    def convert(case: Case) -> Document:
-        if not isinstance(case.prompt, str):
-            raise ValueError("a document is a text, not a chat or an instruction")
-        return Document(case.prompt, case.meta)
 
-    return _read(source, ("documents",), convert, limit, on_bad_row, split)
+def stream_documents(
+    source: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    split: Split = "file",
+    reports: list[FileReport],
+    watch: Callable[[BinaryIO], object] | None = None,
+) -> Generator[Document, None, None]:
+    """The texts of `read_documents` one by one, long ones in pieces; no file is held in memory.
+
+    Pieces end with a paragraph (`files.PIECE` characters or a little more), so that a few books
+    divide. `limit` counts rows of the file, of a text file its pieces. The verdict on every file is
+    added to `reports` as it is opened; for `watch` see `files.open_records`.
+    """
+    split = "piece" if split == "file" else split
+    rows = _stream(source, ("documents",), _document, limit, on_bad_row, split, reports, watch)
+    with closing(rows):
+        for row in rows:
+            for piece in pieces(row.text):
+                yield Document(piece, row.meta)
+
+
+def _document(case: Case) -> Document:
+    if not isinstance(case.prompt, str):
+        raise ValueError("a document is a text, not a chat or an instruction")
+    return Document(case.prompt, case.meta)
 
 
 def read_demonstrations(
@@ -197,34 +223,49 @@ def _read(
     on_bad_row: OnBadRow,
     split: Split = "file",
 ) -> Rows[T]:
+    reports: list[FileReport] = []
+    rows: Rows[T] = Rows(_stream(source, kinds, convert, limit, on_bad_row, split, reports))
+    rows.report = tuple(reports)
+    return rows
+
+
+def _stream(
+    source: str | os.PathLike[str],
+    kinds: tuple[Kind, ...],
+    convert: Callable[[Case], T],
+    limit: int | None,
+    on_bad_row: OnBadRow,
+    split: Split,
+    reports: list[FileReport],
+    watch: Callable[[BinaryIO], object] | None = None,
+) -> Generator[T, None, None]:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row {on_bad_row!r} is neither "error" nor "skip"')
-    rows: Rows[T] = Rows()
-    reports: list[FileReport] = []
-    for path, records in open_records(source, split=split):
+    left = math.inf if limit is None else limit
+    for path, records in open_records(source, split=split, watch=watch):
         report = FileReport(path)
         reports.append(report)
         formats: dict[tuple[str, ...], Format] = {}
         last_error = None
-        for record in records:
-            if limit is not None and len(rows) >= limit:
-                break
-            try:
-                made = _convert(record, kinds, convert, formats, report)
-            except DataError as error:
-                if on_bad_row == "error":
-                    raise
-                last_error = error
-                report.bad[error.reason] += 1
-                continue
-            rows += made[: None if limit is None else limit - len(rows)]
-            report.rows += len(made)
-        if report.rows == 0 and (limit is None or len(rows) < limit):
+        with closing(records):
+            for record in records:
+                if left <= 0:
+                    break
+                try:
+                    made = _convert(record, kinds, convert, formats, report)
+                except DataError as error:
+                    if on_bad_row == "error":
+                        raise
+                    last_error = error
+                    report.bad[error.reason] += 1
+                    continue
+                report.rows += len(made)
+                yield from made[: None if limit is None else int(left)]
+                left -= len(made)
+        if report.rows == 0 and left > 0:
             # Not one good row: a wrong file rather than one with bad rows.
             raise last_error or DataError("no rows", path=path)
         (logger.warning if report.bad else logger.info)("%s", report)
-    rows.report = tuple(reports)
-    return rows
 
 
 def _convert(

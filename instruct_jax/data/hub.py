@@ -1,8 +1,8 @@
-"""Rows that the `datasets` library reads: hub ids, folders it saved, Parquet files.
+"""Rows that the `datasets` library reads, hub ids and folders it saved; and Parquet files.
 
-The library is imported only when such a source is opened. Without a network it retries for half a
-minute; here one short request decides first, and then either the copy in the local cache is used
-or a DataError comes within about two seconds.
+The libraries are imported only when such a source is opened. Without a network `datasets` retries
+for half a minute; here one short request decides first, and then either the copy in the local cache
+is used or a DataError comes within about two seconds.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,14 @@ def load_saved(folder: Path) -> Iterable[dict[str, Any]]:
     return loaded["train"]
 
 
-def load_parquet(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a Parquet file."""
-    import datasets
+def load_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, some thousands of them in memory at a time."""
+    import pyarrow.parquet
 
     try:
-        return datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for rows in file.iter_batches(batch_size=4096):
+                yield from rows.to_pylist()
     except Exception as error:
         raise DataError(f"not Parquet: {_first_line(error)}", path=path) from error
 

@@ -20,6 +20,7 @@ import numpy as np
 from instruct_jax.data.rows import Comparison, DataError, Demonstration, Dialogue, Document, Prompt
 from instruct_jax.data.templates import CHAT, Template, fit_turns
 from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokens import token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,10 @@ def encode_documents(
 ) -> dict[str, np.ndarray]:
     """Documents end to end, EOS after each, cut into rows: tokens int32[N, length], no padding.
 
-    The tokens of the last, incomplete row are left out. DataError when there is no whole row.
+    All in memory; for text of any size see `corpus`. The tokens of the last, incomplete row are
+    left out. DataError when there is no whole row.
     """
-    parts = []
-    for chunk in _chunks(docs):
-        for ids in tokenizer.encode_batch([doc.text for doc in chunk]):
-            parts.append(np.asarray([*ids, tokenizer.eos_id], np.int32))
+    parts = [ids for _, ids in token_batches(docs, tokenizer, np.dtype(np.int32))]
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     n = len(stream) // length
     if n == 0:
@@ -196,9 +195,9 @@ def encode_prompts(
 class Batches:
     """`batches(step)`: the rows of one step from arrays with a common first axis (see the top).
 
-    Arrays may be memory maps; only the rows of a batch are read. With several processes each call
-    gives this process's contiguous slice of the same global batch. A batch larger than the data
-    spans several epochs.
+    Arrays may be memory maps or `TokenRows`; only the rows of a batch are read. With several
+    processes each call gives this process's contiguous slice of the same global batch. A batch
+    larger than the data spans several epochs.
     """
 
     def __init__(

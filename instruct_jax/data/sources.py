@@ -7,18 +7,24 @@ never moves a row and the completions of one prompt never straddle the border.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
-from instruct_jax.data.files import hash_files
+from instruct_jax import __version__
+from instruct_jax.data import hub
+from instruct_jax.data.corpus import Text
+from instruct_jax.data.files import find_files, hash_files
 from instruct_jax.data.formats import (
+    FileReport,
     read_comparisons,
     read_demonstrations,
     read_dialogues,
-    read_documents,
     read_prompts,
+    stream_documents,
 )
 from instruct_jax.data.licences import find_licences
 from instruct_jax.data.rows import Comparison, DataError, Demonstration, Dialogue, Document, Prompt
@@ -41,12 +47,14 @@ class DataConfig:
     source: str = "toyworld"
     seed: int = 0
     documents: tuple[str, ...] = ()
+    # The folder of tokenised documents, where other runs find them too; None: WORKDIR/tokens.
+    token_dir: str | None = None
     demonstrations: tuple[str, ...] = ()
     comparisons: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     dialogues: tuple[str, ...] = ()  # chats of several turns, for fine-tuning
     template: str | None = None
-    limit: int | None = None
+    limit: int | None = None  # rows of each path; of a text file, its pieces
     # How a file of plain text is cut into documents: "file", "line" or "paragraph".
     split_text: Literal["file", "line", "paragraph"] = "file"
     # Rankings of these data sets are evaluation sets, never trained on.
@@ -62,6 +70,10 @@ class DataConfig:
     toy_offset: int = 0  # training prompts of the world left to other stages
     toy_valid: int = 512
 
+    def token_folder(self, workdir: Path) -> Path:
+        """Where a run with this work directory keeps tokenised documents."""
+        return workdir / "tokens" if self.token_dir is None else Path(self.token_dir)
+
 
 class Source(Protocol):
     """Rows by split: "train", "valid" or "test" (files have one held-out part for both)."""
@@ -74,11 +86,11 @@ class Source(Protocol):
         """The licence of every file and hub id, for people and for the record."""
         ...
 
-    def documents(self, split: Split) -> Sequence[Document]:
-        """Pretraining text."""
+    def text(self, split: Split) -> Text:
+        """Pretraining text, one document at a time."""
         ...
 
-    def tokenizer_texts(self) -> Sequence[str]:
+    def tokenizer_texts(self) -> Iterable[str]:
         """Text of all kinds that the tokenizer will meet, to train it on."""
         ...
 
@@ -124,21 +136,40 @@ class FileSource:
         paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
         return {name: licence for path in paths for name, licence in find_licences(path).items()}
 
-    def documents(self, split: Split) -> Sequence[Document]:
+    def text(self, split: Split) -> Text:
         """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
+        config, held_out = self.config, split != "train"
+        paths = self._paths("documents")
 
-        def read(path: str, **options: Any) -> list[Document]:
-            rows = read_documents(path, split=self.config.split_text, **options)
-            return [piece for row in rows for piece in _pieces(row)]
+        def read(
+            name: str, reports: list[FileReport], watch: Callable[[BinaryIO], object]
+        ) -> Iterator[Document]:
+            rows = stream_documents(
+                name,
+                limit=config.limit,
+                on_bad_row=config.on_bad_row,
+                split=config.split_text,
+                reports=reports,
+                watch=watch,
+            )
+            with closing(rows):
+                yield from (row for row in rows if self._is_held_out(row.text) == held_out)
 
-        return self._rows("documents", read, split, lambda row: row.text)
+        fields = ("documents", "seed", "valid_fraction", "split_text", "limit")
+        return Text(
+            "valid" if held_out else "train",
+            # A limit counts the rows of all files of a path: those cannot be read apart.
+            tuple(paths if config.limit is not None else _each_file(paths)),
+            {"held_out": held_out, **{field: getattr(config, field) for field in fields}},
+            read,
+            strict=config.on_bad_row == "error",
+        )
 
-    def tokenizer_texts(self) -> Sequence[str]:
+    def tokenizer_texts(self) -> Iterator[str]:
         """The documents, and the demonstrations where there are any."""
-        texts = [row.text for row in self.documents("train")]
+        yield from (row.text for row in self.text("train"))
         if self.config.demonstrations:
-            texts += [row.prompt + row.response for row in self.demonstrations("train")]
-        return texts
+            yield from (row.prompt + row.response for row in self.demonstrations("train"))
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Demonstrations of `config.demonstrations`."""
@@ -175,11 +206,8 @@ class FileSource:
         split: Split,
         key: Callable[[Row], str],
     ) -> list[Row]:
-        paths = getattr(self.config, field)
-        if not paths:
-            raise DataError(f"data.{field} is empty; name the files (or hub ids) to read")
         rows: list[Row] = []
-        for path in paths:
+        for path in self._paths(field):
             rows += read(
                 path,
                 template=self.config.template,
@@ -189,18 +217,20 @@ class FileSource:
         held_out = split != "train"
         return [row for row in rows if self._is_held_out(key(row)) == held_out]
 
+    def _paths(self, field: str) -> tuple[str, ...]:
+        paths: tuple[str, ...] = getattr(self.config, field)
+        if not paths:
+            raise DataError(f"data.{field} is empty; name the files (or hub ids) to read")
+        return paths
+
     def _is_held_out(self, text: str) -> bool:
         digest = hashlib.sha256(f"split:{self.config.seed}:{text}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.config.valid_fraction * 2**64
 
 
-def _pieces(document: Document, *, size: int = 20_000) -> list[Document]:
-    """The document cut at paragraph ends, into pieces of `size` characters or a little more."""
-    pieces, start = [], 0
-    while (end := document.text.find("\n\n", start + size)) >= 0:
-        pieces.append(Document(document.text[start : end + 2], document.meta))
-        start = end + 2
-    return [*pieces, Document(document.text[start:], document.meta)]
+def _each_file(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
+        yield from [path] if hub.is_hub_id(path) else map(str, find_files(path))
 
 
 class ToySource:
@@ -213,18 +243,28 @@ class ToySource:
 
     def provenance(self) -> dict[str, Any]:
         """The seed and the knobs of the world, and sha256 of the comparisons."""
-        world = {"seed": self.world.seed, "config": asdict(self.world.config)}
-        return {"toyworld": world, **self._files.provenance()}
+        return {**self._made_by(), **self._files.provenance()}
+
+    def _made_by(self) -> dict[str, Any]:
+        return {"toyworld": {"seed": self.world.seed, "config": asdict(self.world.config)}}
 
     def licences(self) -> dict[str, str]:
         """None to tell: the world is part of this package, and comparisons are made in it."""
         return {}
 
-    def documents(self, split: Split) -> Sequence[Document]:
+    def text(self, split: Split) -> Text:
         """The corpus; its last `toy_valid` documents are held out."""
         n, held_out = self.config.toy_documents, self.config.toy_valid
-        corpus = self.world.pretraining_corpus(n + held_out)
-        return corpus[:n] if split == "train" else corpus[n:]
+        bounds = (0, n) if split == "train" else (n, n + held_out)
+
+        def read(
+            name: str, reports: list[FileReport], watch: Callable[[BinaryIO], object]
+        ) -> Iterator[Document]:
+            del name, reports, watch
+            return map(self.world.document, range(*bounds))
+
+        made = {"version": __version__, "bounds": bounds, **self._made_by()}
+        return Text("train" if split == "train" else "valid", ("toyworld",), made, read, made=True)
 
     def tokenizer_texts(self) -> Sequence[str]:
         """Documents, prompts and answers of the world."""

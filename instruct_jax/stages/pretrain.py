@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
+from instruct_jax.data.tokens import TokenRows
 from instruct_jax.losses import sum_and_count
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
@@ -73,11 +74,11 @@ def next_is_target(batch: dict[str, jax.Array]) -> jax.Array:
     return jnp.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1)))
 
 
-def language_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+def language_rows(tokens: np.ndarray | TokenRows) -> dict[str, Any]:
     """Packed documents int32[N, T] as rows of `language_loss`: every token is real and is a
     target.
     """
-    real = np.ones(tokens.shape, bool)
+    real = np.broadcast_to(np.True_, tokens.shape)  # which takes no memory
     return {"tokens": tokens, "mask": real, "loss_mask": real}
 
 
@@ -85,7 +86,7 @@ def train(
     config: PretrainConfig,
     model: Model,
     params: Any,
-    tokens: np.ndarray,
+    tokens: np.ndarray | TokenRows,
     *,
     mesh: Mesh,
     workdir: Path,

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches, Mixture
+from instruct_jax.data.tokens import TokenRows
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.pretrain import language_loss, language_rows
@@ -57,7 +58,7 @@ def train(
     params: Any,
     demonstrations: dict[str, np.ndarray],
     *,
-    pretraining: np.ndarray | None = None,
+    pretraining: np.ndarray | TokenRows | None = None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
@@ -83,7 +84,7 @@ def train(
         assert pretraining is not None, "pretrain_fraction > 0 needs pretraining rows"
         text = language_rows(pretraining)
         if "segment_ids" in rows:
-            text["segment_ids"] = np.ones(pretraining.shape, np.int32)
+            text["segment_ids"] = np.broadcast_to(np.int32(1), pretraining.shape)
         extra = Batches(text, mixed, seed=config.seed + 1)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch

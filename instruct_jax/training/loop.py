@@ -86,7 +86,7 @@ def train(
     With a `checkpointer` the state is saved every `save_every` steps (0: never), at the end and on
     a signal, which then raises SystemExit(0). `evaluate(step, state)` is logged every `eval_every`
     steps, before the save, so that none is lost. Logged metrics are means over the steps of a log
-    interval.
+    interval; `batch_wait_seconds` is how long a step waited for its batch: 0 where that keeps up.
 
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
     `apply_gradients`); the state, which they did not touch, is saved first.
@@ -110,10 +110,10 @@ def train(
             run.evaluate(start.step, state)
         with signals as stop, closing(_ahead(batch_at, range(start.step, steps))) as batches:
             interval, anyone = _Interval(), AnyProcess()
-            for i, batch in batches:
+            for i, batch, waited in batches:
                 state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
                 done = i + 1
-                interval.add(metrics)
+                interval.add(metrics, waited)
                 due = done % log_every == 0 or done == steps
                 run.report(done, state, interval.end() if due else {})
                 if anyone.ask(bool(stop)):
@@ -237,14 +237,20 @@ def _accounted(ledger: Ledger, logger: MetricLogger) -> Iterator[None]:
             logger.note(str(account))
 
 
-def _ahead(batch_at: Callable[[int], Any], steps: range) -> Generator[tuple[int, Any], None, None]:
-    """(i, batch_at(i)) for i in `steps`; the next batch is made in a thread meanwhile."""
+def _ahead(
+    batch_at: Callable[[int], Any], steps: range
+) -> Generator[tuple[int, Any, float], None, None]:
+    """(i, batch_at(i), seconds that it was waited for) for i in `steps`; the next batch is made in
+    a thread meanwhile.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = [pool.submit(batch_at, i) for i in steps[:1]]
         for i in steps:
+            began = time.monotonic()
             batch = upcoming.pop().result()
+            waited = time.monotonic() - began
             upcoming = [pool.submit(batch_at, j) for j in range(i + 1, min(i + 2, steps.stop))]
-            yield i, batch
+            yield i, batch, waited
 
 
 class _Interval:
@@ -252,14 +258,16 @@ class _Interval:
 
     def __init__(self) -> None:
         self._metrics: list[Mapping[str, jax.Array]] = []
+        self._waited = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self._timed = len(self._metrics)
         self._began = time.monotonic()
 
-    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+    def add(self, metrics: Mapping[str, jax.Array], waited: float) -> None:
         self._metrics.append(metrics)
+        self._waited += waited
 
     def end(self) -> dict[str, float]:
         """Means over the steps, without values that are not finite; the last value of a streak."""
@@ -269,7 +277,8 @@ class _Interval:
             means["skipped_in_a_row"] = float(rows[-1]["skipped_in_a_row"])
         elapsed = time.monotonic() - self._began
         means["steps_per_second"] = (len(rows) - self._timed) / max(elapsed, 1e-9)
-        self._metrics = []
+        means["batch_wait_seconds"] = self._waited / len(rows)
+        self._metrics, self._waited = [], 0.0
         self.restart_clock()
         return means
 

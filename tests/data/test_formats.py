@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from instruct_jax.data import files
 from instruct_jax.data.formats import (
     Comparison,
     DataError,
@@ -18,6 +19,7 @@ from instruct_jax.data.formats import (
     read_dialogues,
     read_documents,
     read_prompts,
+    stream_documents,
     write_rows,
 )
 from instruct_jax.data.templates import ALPACA, CHAT, HH
@@ -338,3 +340,32 @@ def test_lines_of_a_text_file_are_prompts_and_paragraphs_may_be_documents(tmp_pa
     assert [row.text for row in read_prompts(path)] == ["one", "two", "lines"]
     assert [row.text for row in read_documents(path, split="paragraph")] == ["one", "two\nlines"]
     assert read_documents(path)[0].text == "one\n\ntwo\nlines\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_is_cut_as_it_is_read_as_if_it_had_been_read_whole(tmp_path, monkeypatch, rng, end):
+    """Lines, paragraphs and pieces, at any number of empty lines, with the line they start on."""
+    monkeypatch.setattr(files, "PIECE", 6)
+    path = tmp_path / "text.txt"
+    for _ in range(300):
+        letters = ["a", "é", "\n", "\n\n"]
+        text = "".join(rng.permuted(["a", *rng.choice(letters, rng.integers(1, 24))]))
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        for split, parts in (("line", text.split("\n")), ("paragraph", text.split("\n\n"))):
+            ((_, records),) = files.open_records(path, split=split)
+            found = [(record.line, record.fields["text"]) for record in records]
+            assert [words for _, words in found] == [p.strip("\n") for p in parts if p.strip()]
+            lines = text.split("\n")
+            assert all(lines[line - 1] == words.split("\n")[0] for line, words in found)
+        streamed = list(stream_documents(path, reports=[]))
+        assert [row.text for row in streamed] == list(files.pieces(text))
+        (whole,) = read_documents(path)
+        assert whole.text == text
+
+
+def test_a_long_text_is_cut_at_the_first_end_of_a_paragraph_after_so_many_characters(monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 4)
+    text = "ab\n\ncdefgh\n\n\nij\n\nkl\n\n"
+    assert list(files.pieces(text)) == ["ab\n\ncdefgh\n\n", "\nij\n\nkl\n\n"]
+    assert "".join(files.pieces(text)) == text
+    assert list(files.pieces("abcdef\n\n\n\n")) == ["abcdef\n\n"], "without the blank end"

@@ -216,6 +216,34 @@ def test_a_logged_metric_is_the_mean_over_its_interval(tmp_path):
     assert all(row["steps_per_second"] > 0 for row in logged)
 
 
+@pytest.mark.parametrize(("reading", "stepping"), [(0.05, 0.0), (0.0, 0.05)])
+def test_the_log_tells_how_long_steps_waited_for_their_batches(tmp_path, reading, stepping):
+    """Reading a batch of 50 ms starves a step of no time; a step of 50 ms hides it all."""
+
+    def batch_at(i):
+        time.sleep(reading)
+
+    def step_fn(state, batch, key):
+        time.sleep(stepping)
+        return state + 1, {"value": jnp.float32(0.0)}
+
+    with MetricLogger(tmp_path, "wait", total=12) as logger:
+        train(
+            step_fn,
+            jnp.int32(0),
+            batch_at=batch_at,
+            steps=12,
+            key=jax.random.key(0),
+            logger=logger,
+            log_every=6,
+        )
+    waits = [row["batch_wait_seconds"] for row in rows(tmp_path, "wait")]
+    if reading:
+        assert all(wait > 0.03 for wait in waits)
+    else:
+        assert waits[1] < 0.01
+
+
 def test_without_a_checkpointer_signals_are_left_alone(tmp_path):
     seen = []
 

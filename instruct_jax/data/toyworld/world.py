@@ -81,7 +81,7 @@ class ToyWorld:
 
     def pretraining_corpus(self, n_documents: int) -> list[Document]:
         """Documents to pretrain on; `meta["kind"]` says which sort."""
-        return [self._document(i) for i in range(n_documents)]
+        return [self.document(i) for i in range(n_documents)]
 
     def tokenizer_texts(self, n: int) -> list[str]:
         """Text to train a small BPE on: documents, and as many words of dialogue as keep it whole.
@@ -181,7 +181,8 @@ class ToyWorld:
         )
         return SKILLS[name].make(rng, variant)
 
-    def _document(self, index: int) -> Document:
+    def document(self, index: int) -> Document:
+        """The document of this number, of a corpus without end."""
         rng = Random(f"{self.seed}/document/{index}")
         kind = self.config.corpus.draw(rng)
         if kind == "story":

@@ -1,0 +1,321 @@
+"""Text of any size as files of tokens: tokenised once, a few megabytes at a time, and read by rows.
+
+    FOLDER/NAME-KEY/plan.json       what the tokens are of: files, their sizes and sha256; parts
+    FOLDER/NAME-KEY/00000.tokens    the documents of part 0, EOS after each; uint16 or uint32
+    FOLDER/NAME-KEY/00000.json      how much of part 0 is safely there, and whether that is all
+
+KEY is a hash of the tokenizer and of the settings that choose the documents, so corpora lie side by
+side in one folder and are found again. Files that have changed since are noticed, never used in
+silence: a run that goes on would go on with other text.
+
+A part is a run of source files, or one large file; several processes make the parts that are theirs
+(`Corpus.make`). Ids are appended to a part and then, every COMMIT_TOKENS, counted in its journal;
+what a killed process left behind the last count is cut off by the next, which reads the part's text
+again from its start but tokenises only what is missing. So the tokens are the same, byte for byte,
+however often the work was stopped. Rows of any length are cut from the parts end to end.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from instruct_jax.data import hub
+from instruct_jax.data.files import hash_files, list_files, remember_hashes
+from instruct_jax.data.formats import FileReport
+from instruct_jax.data.progress import Progress
+from instruct_jax.data.rows import DataError, Document
+from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokens import TokenRows, token_batches
+
+FORMAT = 1
+PART_BYTES = 256 * 2**20
+MAX_PARTS = 256  # every part is an open file of the process that reads
+COMMIT_TOKENS = 4 * 2**20
+POLL_SECONDS = 1.0
+
+# Of every name its files, each with size and time of change.
+Groups = Mapping[str, Mapping[str, dict[str, Any]]]
+Read = Callable[[str, list[FileReport], Callable[[BinaryIO], object]], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The documents of one split of a source, for `Corpus`.
+
+    `names` are files, globs or hub ids, each read apart from the others, and in this order, by
+    `read(name, reports, watch)` (arguments of `formats.stream_documents`). `settings` are JSON
+    values: all else that decides which documents come. Behind the names of a text that is `made` by
+    the program there are no files. With `strict`, tokens made without the bad rows are refused.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+    read: Read
+    made: bool = False
+    strict: bool = True
+
+    def __iter__(self) -> Iterator[Document]:
+        reports: list[FileReport] = []
+        return itertools.chain.from_iterable(
+            self.read(name, reports, lambda file: None) for name in self.names
+        )
+
+
+@dataclass(frozen=True)
+class Journal:
+    """How much of a part is safely in its file; `bad` are the verdicts on files with bad rows."""
+
+    documents: int = 0
+    tokens: int = 0
+    complete: bool = False
+    bad: tuple[str, ...] = ()
+
+    def after(self, documents: int, tokens: int) -> "Journal":
+        """With so many more."""
+        return Journal(self.documents + documents, self.tokens + tokens)
+
+
+class Corpus:
+    """The tokens of a Text in a folder: `plan()` by one process, then `make()` by one or several,
+    then `rows(length)`.
+    """
+
+    def __init__(self, text: Text, tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
+        identity = json.dumps([tokenizer.fingerprint, text.settings], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self.text = text
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.directory = Path(folder) / f"{text.name}-{key}"
+
+    def plan(self) -> None:
+        """Divides the text into parts, or finds it divided.
+
+        DataError where the files are not those whose tokens are here; where these are not all made
+        yet, they are begun anew.
+        """
+        path = self.directory / "plan.json"
+        groups = self._groups(self.text.names)
+        found = {p: stat for group in groups.values() for p, stat in group.items()}
+        if path.exists():
+            before = self._read_plan()
+            change = _change(before["files"], groups)
+            complete = all(self._journal(i).complete for i in range(len(before["parts"])))
+            if change is None and (complete or found.keys() == before["files"].keys()):
+                return
+            if complete:
+                raise DataError(
+                    f"{change} since its tokens were made",
+                    path=self.directory,
+                    hint="restore it; or, for a new run on the new text, delete this folder",
+                )
+            shutil.rmtree(self.directory)
+        for file, sha256 in _hashes(groups).items():
+            found[file]["sha256"] = sha256
+        with _named(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        parts = _parts(self.text.names, _sizes(groups))
+        _write_json(path, {"format": FORMAT, "files": found, "parts": parts})
+
+    def make(self, share: int = 0, of: int = 1) -> None:
+        """Tokenises what is missing of the parts share, share + of, ...; shows how far it is.
+
+        DataError at a row that cannot be used. To be called by all processes with their own share;
+        then each may `wait` for the others.
+        """
+        plan = self._read_plan()
+        mine = range(share, len(plan["parts"]), of)
+        groups = self._groups(name for i in mine for name in plan["parts"][i])
+        with Progress(f"tokens of {self.text.name}", _sizes(groups)) as progress:
+            for i in mine:
+                names = plan["parts"][i]
+                with self._locked(i):
+                    try:
+                        self._make_part(i, names, progress)
+                    except DataError:
+                        if of == 1:
+                            self._leave_nothing()
+                        raise
+                progress.end(names)
+
+    def wait(self) -> None:
+        """Returns when all parts are made. The files tell: no collective waits for an hour."""
+        for i in range(len(self._read_plan()["parts"])):
+            while not self._journal(i).complete:
+                time.sleep(POLL_SECONDS)
+
+    def rows(self, length: int) -> TokenRows:
+        """The text in rows of `length` tokens; DataError where it is not all made, or too short."""
+        journals = [self._journal(i) for i in range(len(self._read_plan()["parts"]))]
+        if not all(journal.complete for journal in journals):
+            raise DataError("its tokens are not all made", path=self.directory)
+        bad = [report for journal in journals for report in journal.bad]
+        if bad and self.text.strict:
+            hint = "mend them and delete this folder, or accept it with on_bad_row=skip"
+            raise DataError(f"made without bad rows: {bad[0]}", path=self.directory, hint=hint)
+        paths = [self._path(i) for i in range(len(journals))]
+        return TokenRows(paths, [j.tokens for j in journals], self.dtype, length)
+
+    def _make_part(self, i: int, names: Sequence[str], progress: Progress) -> None:
+        done = self._journal(i)
+        if done.complete:
+            return
+        reports: list[FileReport] = []
+
+        def documents() -> Generator[Document, None, None]:
+            for name in names:
+                yield from self.text.read(name, reports, progress.watch)
+                progress.end([name])
+
+        committed = done.tokens
+        with _named(self._path(i)), open(self._path(i), "r+b") as file:
+            size = done.tokens * self.dtype.itemsize
+            if file.seek(0, os.SEEK_END) < size:
+                hint = "delete this folder"
+                raise DataError("shorter than its journal says", path=self._path(i), hint=hint)
+            file.truncate(size)
+            file.seek(size)
+            with closing(documents()) as text:
+                missing = itertools.islice(text, done.documents, None)
+                for count, ids in token_batches(missing, self.tokenizer, self.dtype):
+                    file.write(ids.data)
+                    done = done.after(count, len(ids))
+                    progress.show(len(ids))
+                    if done.tokens - committed >= COMMIT_TOKENS:
+                        self._commit(i, done, file)
+                        committed = done.tokens
+            bad = tuple(str(report) for report in reports if report.bad)
+            self._commit(i, Journal(done.documents, done.tokens, True, bad), file)
+
+    def _commit(self, i: int, journal: Journal, file: BinaryIO) -> None:
+        """The order is the point: a journal never counts what the file does not hold."""
+        file.flush()
+        os.fsync(file.fileno())
+        _write_json(self._path(i).with_suffix(".json"), vars(journal))
+
+    def _leave_nothing(self) -> None:
+        """Takes back what a mistake in the first rows left behind."""
+        if not any(f.suffix == ".json" and f.stem != "plan" for f in self.directory.iterdir()):
+            shutil.rmtree(self.directory)
+            with suppress(OSError):
+                self.directory.parent.rmdir()  # where nothing else is in it
+
+    def _groups(self, names: Iterable[str]) -> Groups:
+        return {name: {} if self.text.made else _files_of(name) for name in names}
+
+    def _read_plan(self) -> dict[str, Any]:
+        path = self.directory / "plan.json"
+        if not path.exists():
+            hint = "every process must see the same folder"
+            raise DataError("no plan of tokens here", path=path, hint=hint)
+        plan = json.loads(path.read_text())
+        if plan["format"] != FORMAT:
+            raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
+        remember_hashes(plan["files"])
+        return plan
+
+    def _journal(self, i: int) -> Journal:
+        path = self._path(i).with_suffix(".json")
+        return Journal(**json.loads(path.read_text())) if path.exists() else Journal()
+
+    def _path(self, i: int) -> Path:
+        return self.directory / f"{i:05}.tokens"
+
+    @contextmanager
+    def _locked(self, i: int) -> Iterator[None]:
+        """Within it no other run makes this part; the system lets go when the process ends."""
+        with _named(self._path(i)):
+            descriptor = os.open(self._path(i), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _files_of(name: str) -> dict[str, dict[str, Any]]:
+    """Size in bytes and time of change of the files behind a name; a hub id has none to give."""
+    if hub.is_hub_id(name):
+        return {name: {"size": 0, "mtime_ns": 0}}
+    stats = {str(path): path.stat() for path in list_files(name)}
+    return {path: {"size": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats.items()}
+
+
+def _sizes(groups: Groups) -> dict[str, int]:
+    return {name: sum(s["size"] for s in group.values()) for name, group in groups.items()}
+
+
+def _hashes(groups: Groups) -> dict[str, str]:
+    """sha256 by path."""
+    named = (name for name, group in groups.items() if group)
+    return {path: sha256 for name in named for path, sha256 in hash_files(name).items()}
+
+
+def _change(before: Mapping[str, Any], groups: Groups) -> str | None:
+    """The first difference in words, or None.
+
+    Contents are compared where the sizes and times, which cost nothing to know, are not the same.
+    """
+    now = {path: stat for group in groups.values() for path, stat in group.items()}
+    if list(now) == list(before) and all(now[p].items() <= before[p].items() for p in now):
+        return None
+    hashes = _hashes(groups)
+    if list(hashes.values()) == [stat["sha256"] for stat in before.values()]:
+        return None
+    for path, sha256 in hashes.items():
+        if path not in before:
+            return f"{path} is new"
+        if sha256 != before[path]["sha256"]:
+            return f"{path} has changed ({before[path]['size']:,} bytes, now {now[path]['size']:,})"
+    gone = [path for path in before if path not in now]
+    return f"{gone[0]} is gone" if gone else "the order of the files has changed"
+
+
+def _parts(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in runs of PART_BYTES or a little more, of larger ones where there were too many."""
+    parts: list[list[str]] = [[]]
+    room = limit = max(PART_BYTES, -(-sum(map(sizes.__getitem__, names)) // (MAX_PARTS // 2)))
+    for name in names:
+        if parts[-1] and sizes[name] > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= sizes[name]
+    return parts
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            with partial.open("w") as file:
+                json.dump(value, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within it an error of the system names a file: a full disk does not say which one was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
