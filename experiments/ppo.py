@@ -77,7 +77,6 @@ def main(config: Config, run: cli.Run) -> Path:
     policy = start.model
     held_out_prompts = source.prompts("valid")
     run.record_data(source.provenance(), source.licences())
-    mesh = make_mesh(run.mesh)
     fitting = encode_prompts(
         held_out_prompts, start.tokenizer, prompt_length=config.ppo.prompt_length
     )["index"]

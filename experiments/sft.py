@@ -53,7 +53,6 @@ def main(config: Config, run: cli.Run) -> Path:
         folder, width = config.data.token_folder(run.workdir), rows["tokens"].shape[1]
         pretraining = text_rows(source, "train", start.tokenizer, length=width, folder=folder)
     run.record_data(source.provenance(), source.licences())
-    mesh = make_mesh(run.mesh)
 
     model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
     model = language_model(model_config)
