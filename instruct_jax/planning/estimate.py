@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from instruct_jax.losses.chunked import CHUNK_LOGITS
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.planning import costs
-from instruct_jax.planning.programs import Job, Program, device_bytes
+from instruct_jax.planning.abstract import Program, device_bytes
+from instruct_jax.planning.jobs import Job
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 BATCH = ("data", "fsdp")

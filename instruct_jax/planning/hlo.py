@@ -21,6 +21,8 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|(?:branch|called)_computations|(?:true|false)_computation)"
     r"=\{?([^,}]+(?:, ?%[^,}]+)*)\}?"
 )
+# Operations that give what is there already another name.
+_NAMES_ONLY = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
@@ -77,12 +79,11 @@ def largest_temporaries(text: str, *, count: int = 5) -> list[tuple[float, str]]
     fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", text))
     for line in (line for name, lines in bodies.items() if name not in fused for line in lines):
         match = _OPERATION.search(line)
-        if match is None or match[2] in ("parameter", "get-tuple-element", "tuple", "bitcast"):
+        if match is None or match[2] in _NAMES_ONLY or match[2].endswith(("-start", "-done")):
             continue
-        if match[1].startswith("("):
-            continue
-        name = f"{match[1].partition('{')[0]} {match[2]}"
-        seen[name] = _size(match[1])
+        for dtype, dims in _SHAPE.findall(match[1]):
+            shape = f"{dtype}[{dims}]"
+            seen[f"{shape} {match[2]}"] = _size(shape)
     return sorted(((size, name) for name, size in seen.items()), reverse=True)[:count]
 
 

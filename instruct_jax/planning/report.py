@@ -13,9 +13,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from instruct_jax.planning import estimate
+from instruct_jax.planning.abstract import Program
 from instruct_jax.planning.costs import PEAKS, Cost, time_limit, total
 from instruct_jax.planning.hlo import Collective, collectives, largest_temporaries
-from instruct_jax.planning.programs import Job, Program, programs
+from instruct_jax.planning.jobs import Job
+from instruct_jax.planning.programs import programs
 from instruct_jax.planning.topologies import Topology
 from instruct_jax.training.mesh import describe
 
@@ -93,6 +95,10 @@ class Plan:
         """All of it, and what follows from it."""
         peak = self.peak if math.isfinite(self.peak) else None
         row = asdict(self) | {"peak": peak, "fits": self.fits}
+        for part in row["parts"]:
+            sent = part["compiled"] and part["compiled"]["collectives"]
+            for kind, found in (sent or {}).items():
+                sent[kind] = {"count": found.count, "bytes": found.bytes}
         if self.step_seconds is not None:
             days = self.step_seconds * self.steps / 86_400
             row |= {"step_seconds": self.step_seconds, "days": days}

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
 from instruct_jax.planning import topologies
+from instruct_jax.planning.abstract import abstract_params
 from instruct_jax.planning.hlo import collectives
-from instruct_jax.planning.programs import Job, abstract_params
+from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.report import Compiled, Plan, compile_part, make_plan, remedies, render
 from instruct_jax.planning.search import candidates
 from instruct_jax.planning.topologies import (
