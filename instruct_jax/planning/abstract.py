@@ -39,9 +39,11 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of one device's part of shapes with shardings."""
+    """Bytes of one device's part of shapes with shardings; what its host keeps does not count."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind == "pinned_host":
+            continue
         shape = leaf.sharding.shard_shape(leaf.shape)
         size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         for n in shape:
