@@ -141,9 +141,12 @@ def _saved(loss: Loss, parts: Parts) -> float:
     positions = loss.rows * loss.length / parts.sequence
     if c.remat:
         return c.num_layers * positions * c.d_model * k
-    width = 8 * c.d_model + (3 if c.gated else 2) * c.ff_size / parts.tensor
+    # What `jax.vjp` of a layer keeps: four norms' float32, six more of width D; of width F the
+    # pieces of a tanh or a gate, or of a ReLU its input, its sign and its output.
+    wide = 2.25 if c.activation == "relu" else 6
+    width = (16 + 6 * k) * c.d_model + wide * k * c.ff_size / parts.tensor
     scores = _scores(c, loss.rows, loss.length, parts)
-    return c.num_layers * (positions * width * k + scores * (k if k == 4 else 4 + k))
+    return c.num_layers * (positions * width + scores * (k if k == 4 else 4 + k))
 
 
 def _work(loss: Loss, parts: Parts) -> float:

@@ -89,6 +89,10 @@ WIDE = {"prompt_length": 64, "response_length": 64}
 MIXED = PPOConfig(rollout_batch=64, minibatch=32, ptx_coef=1.0, ptx_ratio=2, **WIDE)
 ESTIMATED = {
     "pretrain": (Job("pretrain", PretrainConfig(batch_size=64, length=256), SMALL), "fsdp:8"),
+    "kept": (
+        Job("pretrain", PretrainConfig(batch_size=64, length=256), replace(SMALL, remat=False)),
+        "fsdp:8",
+    ),
     "micro_batches": (
         Job("pretrain", PretrainConfig(batch_size=64, length=256, micro_batches=4), SMALL),
         "fsdp:4,tensor:2",
