@@ -19,13 +19,15 @@ collectives are then the compiler's. The time is a roofline: no run is faster.
 
 --estimate_only stops before the compiler. --search tries meshes, micro-batches and remat, and
 compiles the best few. --scaling compiles for growing slices, with the batch as it is (strong) and
-grown with the devices (weak). --json=FILE also writes the figures.
+grown with the devices (weak). --json=FILE also writes the figures; --table=FILE makes the Markdown
+tables of all plan-*.json beside it, and nothing else. On cards attention is cuDNN's unless
+--attention=xla, which compiles without cuDNN too.
 """
 
 import argparse
 import inspect
 import json
-import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -39,11 +41,11 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.planning.jobs import job_of
-from instruct_jax.planning.programs import Job, Stage
-from instruct_jax.planning.report import GIB, compile_part, make_plan, render
+from instruct_jax.planning.jobs import Job, Stage, job_of
+from instruct_jax.planning.report import compile_part, make_plan, render
 from instruct_jax.planning.scaling import scaling_rows
 from instruct_jax.planning.search import candidates
+from instruct_jax.planning.tables import plan_tables, scaling_table
 from instruct_jax.planning.topologies import (
     Topology,
     abstract_mesh,
@@ -86,10 +88,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag("--rows", type=int, default=100_000, help="examples in the data, for the run's length")
     flag("--price", type=float, help="of a chip-hour, in any currency")
     flag("--remat", choices=("on", "off"), help="recompute activations (default: the model's)")
+    flag("--attention", choices=("xla", "cudnn", "splash"), help="default: by the chip")
     flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
     flag("--estimate_only", action="store_true", help="do not compile")
     flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")
     flag("--json", type=Path, metavar="FILE", help="also write the figures")
+    flag("--table", type=Path, metavar="FILE", help="tables of the plan-*.json in its folder")
     rest, overrides = split_overrides(argv)
     return parser.parse_args(rest), overrides
 
@@ -97,6 +101,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 def main(argv: list[str]) -> None:
     """Prints the plan of a command line."""
     flags, overrides = parse(argv)
+    if flags.table is not None:
+        write_tables(flags.table)
+        return
     if flags.scaling and flags.topology.startswith("cpu"):
         flags.topology = f"cpu:{max(map(int, flags.scaling.split(',')))}"
     topology = parse_topology(flags.topology)
@@ -105,13 +112,17 @@ def main(argv: list[str]) -> None:
     job = job_of(flags.config, overrides, SCHEMAS, **sizes)
     if flags.remat is not None:
         job = job.with_remat(flags.remat == "on")
+    if flags.attention is not None:
+        job = job.with_attention(flags.attention)
     if flags.scaling:
-        results = scale(flags, job, topology)
+        results = {"scaling": scale(flags, job, topology)}
     elif flags.search:
-        results = search(flags, job, topology)
+        results = {"plans": search(flags, job, topology)}
     else:
-        results = [plan(flags, job, topology, flags.mesh)]
+        results = {"plans": [plan(flags, job, topology, flags.mesh)]}
     if flags.json is not None:
+        words = [word for word in argv if not word.startswith("--json")]
+        results = {"command": shlex.join(["python", "experiments/plan.py", *words]), **results}
         flags.json.parent.mkdir(parents=True, exist_ok=True)
         flags.json.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -146,15 +157,7 @@ def search(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict
     print(f"{count} candidates, {len(chosen)} may fit; compiling {min(flags.search, len(chosen))}")
     results = [plan(flags, c.job, topology, c.spec) for c in chosen[: flags.search]]
     results.sort(key=lambda r: (not r["fits"], r.get("step_seconds") or 0.0, r["peak"] or 0.0))
-    print(
-        "\n| mesh | micro-batches | remat | fits | peak GiB | step s |\n|---|---|---|---|---|---|"
-    )
-    for row in results:
-        step = f"{row['step_seconds']:.2f}" if "step_seconds" in row else "-"
-        print(
-            f"| {row['mesh']} | {row['micro_batches']} | {row['remat']} | {row['fits']} "
-            f"| {(row['peak'] or math.inf) / GIB:.2f} | {step} |"
-        )
+    print("\n" + plan_tables([{"command": "", "plans": results}]).partition("\n\n")[0])
     return results
 
 
@@ -162,15 +165,20 @@ def scale(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict[
     """Collectives and bytes of a device, at growing numbers of devices."""
     counts = [int(n) for n in flags.scaling.split(",")]
     results = scaling_rows(job, flags.config, topology, counts)
-    print("| | devices | mesh | rows | peak GiB | " + "collectives | GiB sent | gather | reduce |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in results:
-        print(
-            f"| {row['kind']} | {row['devices']} | {row['mesh']} | {row['rows']} "
-            f"| {row['peak'] / GIB:.3f} | {row['count']:.0f} | {row['sent'] / GIB:.3f} "
-            f"| {row['gathered'] / GIB:.3f} | {row['reduced'] / GIB:.3f} |"
-        )
+    print(scaling_table(results))
     return results
+
+
+def write_tables(path: Path) -> None:
+    """The tables of every plan-*.json in the folder of `path`."""
+    found = [json.loads(file.read_text()) for file in sorted(path.parent.glob("plan-*.json"))]
+    plans = [result for result in found if "plans" in result]
+    text = "# Plans\n\n" + plan_tables(plans) + "\n"
+    for result in found:
+        if "scaling" in result:
+            text += f"\n    {result['command']}\n\n{scaling_table(result['scaling'])}\n"
+    path.write_text(text)
+    print(f"{path}: {len(found)} files")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,40 @@
 """What a step needs on one device, by formula, without compiling anything.
 
 What a program reads is exact: the shards of its arguments. What it makes on the way is a model of
-XLA's, for rows b on a device, T tokens, widths D and F, heads N, vocabulary V, tensor parts t:
+what XLA was seen to keep, for rows b on a device, T tokens, widths D and F, heads N, vocabulary V,
+tensor parts t, N_p parameters, k bytes a number:
 
-    saved       L b T D k, one activation a layer with remat; without it all that a layer makes
-    layer       b N/t T T (4 + k) + b T (4 D + 2 F/t) k, one layer's own: scores in fp32, streams
-    weights     2 D (4 D + 2 F) k / t, the matrices of this layer and the next, whole over fsdp
-    gradients   4 N_p / shards, once more for accumulation and once for each gradient kept
-    head        3 chunk V 4, and the token table whole over fsdp: V D (4 + k) / t
+    saved       L b T D k, the input of every layer, with remat; else all that a layer makes
+    layer       b T (6 D + F / t) k streams; and where all scores are made at once 8 b N/t T^2, two
+                float32 of them, and k more backwards
+    gradients   4 N_p a device, of every loss; once more where micro-batches are summed
+    copies      k N_p a device, the matrices cast before the loop over the layers, which holds them
+    tables      4 V D / t, the token table whole over fsdp: for the look-up, and for its gradient by
+                the look-up and by the head
+    logits      of one chunk of positions in float32: they and their exponentials, their gradients
+    weights     k N / t, what decoding gathers once, beside a cache of 2 L b T D k
 
-tests/planning/test_plan.py holds the arguments to the compiler's. The rest is rough: for the one
-program compiled for a TPU so far it is a fifth too low (experiments/LOG.md, section 8).
+Nothing orders the losses of an update, so the compiler runs one backwards while it has begun the
+next: what is saved, and the tables, add up; of the layers one is at work. Loops over micro-batches
+do follow each other, and the worst is the peak. experiments/results/plans.md has these estimates
+beside the compiler's numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from instruct_jax.losses.chunked import CHUNK_LOGITS
+from instruct_jax.models.attention import implementation
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.planning import costs
-from instruct_jax.planning.programs import Job, Program, device_bytes
+from instruct_jax.planning.abstract import Program, device_bytes
+from instruct_jax.planning.jobs import Job
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-BATCH = ("data", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -39,113 +50,186 @@ class Memory:
         return sum(self.arguments.values()) + sum(self.temporaries.values())
 
 
+class Parts(NamedTuple):
+    """Into how many the axes of a mesh cut rows, parameters, heads and positions."""
+
+    rows: int
+    fsdp: int
+    tensor: int
+    sequence: int
+
+
+class Loss(NamedTuple):
+    """One loss of an update: a model over rows of a device, and the bytes of its gradient there."""
+
+    model: TransformerConfig
+    kind: costs.Kind
+    rows: float
+    length: int
+    gradient: float
+
+
 def memory(job: Job, mesh: Mesh, program: Program) -> Memory:
     """The estimate for one program of `job`."""
     arguments = {role: float(device_bytes(tree)) for role, tree in program.arguments.items()}
-    shape = dict(mesh.shape)
-    if program.name == "rollout":
-        return Memory(arguments, _decoding(job, shape, program))
-    if program.name == "score":
-        return Memory(arguments, _scoring(job, shape))
-    return Memory(arguments, _training(job, shape, program))
+    sizes = dict(mesh.shape)
+    rows = sizes["data"] * sizes["fsdp"]
+    parts = Parts(rows, sizes["fsdp"], sizes["tensor"], sizes["sequence"])
+    # The models choose their attention by the platform of the mesh.
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        if program.name == "rollout":
+            return Memory(arguments, _decoding(job, parts))
+        if program.name == "score":
+            return Memory(arguments, _scoring(job, parts))
+        losses = _losses(job, parts, program.arguments)
+        apart = job.config.micro_batches > 1
+        return Memory(arguments, _in_turn(losses, parts) if apart else _at_once(losses, parts))
 
 
-def _parts(shape: dict[str, int], *names: str) -> int:
-    total = 1
-    for name in names:
-        total *= shape.get(name, 1)
-    return total
+def _streams(c: TransformerConfig, rows: float, length: int, parts: Parts) -> float:
+    """The residual stream, its norms, and the feed-forward layer of one layer at work."""
+    width = 6 * c.d_model + (2 if c.gated else 1) * c.ff_size / parts.tensor
+    return rows * length / parts.sequence * width * _BYTES[c.dtype]
 
 
-def _forward(c: TransformerConfig, rows: float, length: int, shape: dict[str, int]) -> float:
-    """One layer at work."""
-    k, tensor = _BYTES[c.dtype], _parts(shape, "tensor")
-    own = length / _parts(shape, "sequence")
-    scores = rows * c.num_heads / tensor * own * length * (4 + k)
-    streams = rows * own * (4 * c.d_model + (3 if c.gated else 2) * c.ff_size / tensor) * k
-    return scores + streams
-
-
-def _gathered(c: TransformerConfig, shape: dict[str, int]) -> float:
-    """The matrices of this layer and the next, whole over fsdp, where there is any."""
-    if _parts(shape, "fsdp") == 1:
+def _scores(c: TransformerConfig, rows: float, length: int, parts: Parts) -> float:
+    """How many scores stand in memory at once: all of a layer, or none."""
+    if implementation(c, length) != "xla":
         return 0.0
-    layer = costs.matmul_parameters(c, kind="scalar") / c.num_layers
-    return 2 * layer * _BYTES[c.dtype] / _parts(shape, "tensor")
+    return rows * c.num_heads / parts.tensor * length / parts.sequence * length
 
 
-def _head(c: TransformerConfig, shape: dict[str, int]) -> float:
-    tensor = _parts(shape, "tensor")
-    table = c.vocab_rows * c.d_model * (4 + _BYTES[c.dtype]) / tensor
-    return 3 * 4 * max(CHUNK_LOGITS, 64 * c.vocab_rows) / tensor + table
+def _copies(c: TransformerConfig, parts: Parts) -> float:
+    """The matrices of the layers in the compute dtype, where that is not the master's."""
+    matrices = costs.matmul_parameters(c, kind="scalar")
+    share = parts.fsdp * parts.tensor
+    return 0.0 if c.dtype == "float32" else matrices * _BYTES[c.dtype] / share
 
 
-def _activations(c: TransformerConfig, rows: float, length: int, shape: dict[str, int]) -> float:
-    """What the backward pass of one micro-batch needs of the forward pass."""
-    own = length / _parts(shape, "sequence")
-    saved = c.num_layers * rows * own * c.d_model * _BYTES[c.dtype]
-    layer = _forward(c, rows, length, shape)
-    # The gradient of a layer holds its scores and streams once more.
-    return saved + 2 * layer if c.remat else c.num_layers * layer + 2 * layer
+def _table(c: TransformerConfig, parts: Parts) -> float:
+    """The token table in float32, whole over fsdp."""
+    return 4.0 * c.vocab_rows * c.d_model / parts.tensor
 
 
-def _training(job: Job, shape: dict[str, int], program: Program) -> dict[str, float]:
+def _logits(c: TransformerConfig, positions: float, parts: Parts) -> float:
+    """The logits of a chunk of positions in float32."""
+    chunk = min(positions, max(64, CHUNK_LOGITS // c.vocab_rows))
+    return 4 * chunk * c.vocab_rows / parts.tensor
+
+
+def _losses(job: Job, parts: Parts, arguments: dict[str, Any]) -> list[Loss]:
     config = job.config
-    rows = job.rows / config.micro_batches / _parts(shape, *BATCH)
+    rows = job.rows / config.micro_batches / parts.rows
     if job.stage != "ppo":
-        trained = float(device_bytes(program.arguments["parameters"]))
-        copies = 2 if config.micro_batches > 1 else 1
-        return {
-            "gradients": copies * trained,
-            "activations": _activations(job.model, rows, job.length, shape),
-            "gathered weights": _gathered(job.model, shape),
-            "loss": _head(job.model, shape) if job.stage != "reward_model" else 0.0,
-        }
-    policy = float(device_bytes(program.arguments["policy"]))
-    value = program.arguments["value model"]
-    accumulated = 2 if config.micro_batches > 1 else 1
-    kept = policy if config.ptx_coef > 0 else 0.0
-    phases = [
-        (
-            kept + accumulated * policy,
-            _activations(job.model, rows, job.length, shape),
-            _gathered(job.model, shape),
-            _head(job.model, shape),
-        )
-    ]
+        kind: costs.Kind = "scalar" if job.stage == "reward_model" else "language"
+        trained = float(device_bytes(arguments["parameters"]))
+        return [Loss(job.model, kind, rows, job.length, trained)]
+    policy = float(device_bytes(arguments["policy"]))
+    losses = [Loss(job.model, "language", rows, job.length, policy)]
     if config.ptx_coef > 0:
         mixed = rows * config.ptx_ratio
-        activations = _activations(job.model, mixed, job.ptx_length, shape)
-        phases.append((kept + accumulated * policy, activations, *phases[0][2:]))
-    if value is not None and job.scalar is not None:
-        activations = _activations(job.scalar, rows, job.length, shape)
-        gradients = accumulated * float(device_bytes(value))
-        phases.append((gradients, activations, _gathered(job.scalar, shape), 0.0))
-    worst = max(phases, key=sum)
-    return dict(zip(("gradients", "activations", "gathered weights", "loss"), worst, strict=True))
+        losses.append(Loss(job.model, "language", mixed, job.ptx_length, policy))
+    if arguments["value model"] is not None and job.scalar is not None:
+        value = float(device_bytes(arguments["value model"]))
+        losses.append(Loss(job.scalar, "scalar", rows, job.length, value))
+    return losses
 
 
-def _scoring(job: Job, shape: dict[str, int]) -> dict[str, float]:
-    rows = job.config.rollout_batch / _parts(shape, *BATCH)
-    models = [job.model] + ([job.scalar] if job.scalar else [])
-    worst = max(models, key=lambda c: _forward(c, rows, job.length, shape))
+def _saved(loss: Loss, parts: Parts) -> float:
+    """What the backward pass needs of the forward pass."""
+    c, k = loss.model, _BYTES[loss.model.dtype]
+    positions = loss.rows * loss.length / parts.sequence
+    if c.remat:
+        return c.num_layers * positions * c.d_model * k
+    # What `jax.vjp` of a layer keeps: four norms' float32, six more of width D; of width F the
+    # pieces of a tanh or a gate, or of a ReLU its input, its sign and its output.
+    wide = 2.25 if c.activation == "relu" else 6
+    width = (16 + 6 * k) * c.d_model + wide * k * c.ff_size / parts.tensor
+    scores = _scores(c, loss.rows, loss.length, parts)
+    return c.num_layers * (positions * width + scores * (k if k == 4 else 4 + k))
+
+
+def _work(loss: Loss, parts: Parts) -> float:
+    """One layer backwards."""
+    of = loss.model, loss.rows, loss.length, parts
+    return _streams(*of) + (8 + _BYTES[loss.model.dtype]) * _scores(*of)
+
+
+def _tables(loss: Loss, parts: Parts) -> float:
+    """Gradients of the token table: by the look-up, and by the head where that is tied to it."""
+    return (2 if loss.kind == "language" else 1) * _table(loss.model, parts)
+
+
+def _head(loss: Loss, parts: Parts) -> float:
+    """Logits, their exponentials, and their gradients."""
+    if loss.kind == "scalar":
+        return 0.0
+    return 3 * _logits(loss.model, loss.rows * loss.length / parts.sequence, parts)
+
+
+def _look_ups(models: Sequence[TransformerConfig], parts: Parts) -> float:
+    """The tables gathered, once a model."""
+    return sum(_table(c, parts) for c in set(models)) if parts.fsdp > 1 else 0.0
+
+
+def _at_once(losses: list[Loss], parts: Parts) -> dict[str, float]:
+    """Every loss on whole minibatches: they overlap."""
+    models = [loss.model for loss in losses]
+    tables = sum(_tables(loss, parts) for loss in losses) + _look_ups(models, parts)
     return {
-        "activations": _forward(worst, rows, job.length, shape),
-        "gathered weights": max(_gathered(c, shape) for c in models),
-        "loss": _head(job.model, shape),
+        "gradients": sum(loss.gradient for loss in losses),
+        "activations": sum(_saved(loss, parts) for loss in losses),
+        "copies": sum(_copies(c, parts) for c in set(models)),
+        "head or a layer": max(
+            tables + max(_head(loss, parts) for loss in losses),
+            *(_work(loss, parts) for loss in losses),
+        ),
     }
 
 
-def _decoding(job: Job, shape: dict[str, int], program: Program) -> dict[str, float]:
-    c, config = job.model, job.config
-    rows = config.rollout_batch / _parts(shape, *BATCH)
-    tensor = _parts(shape, "tensor")
-    cache = rows * job.length * costs.kv_bytes(c) / tensor
-    # The loop is given the weights whole over fsdp, once, in the compute dtype.
-    weights = costs.weight_bytes(c) / tensor
-    prompts = config.prompts / _parts(shape, *BATCH)
+def _in_turn(losses: list[Loss], parts: Parts) -> dict[str, float]:
+    """A loop over micro-batches for every loss, one after the other."""
+    worst: dict[str, float] = {}
+    kept = 0.0
+    for loss in losses:
+        tables = _tables(loss, parts) + _look_ups([loss.model], parts)
+        phase = {
+            "gradients": kept + 2 * loss.gradient,
+            "activations": _saved(loss, parts),
+            "copies": _copies(loss.model, parts),
+            "head or a layer": max(tables + _head(loss, parts), _work(loss, parts)),
+        }
+        kept += loss.gradient
+        worst = max(worst, phase, key=lambda found: sum(found.values()))
+    return worst
+
+
+def _scoring(job: Job, parts: Parts) -> dict[str, float]:
+    rows = job.config.rollout_batch / parts.rows
+    models = [job.model] + ([job.scalar] if job.scalar else [])
+
+    def layer(c: TransformerConfig) -> float:
+        of = c, rows, job.length, parts
+        return _streams(*of) + 8 * _scores(*of)
+
+    head = 2 * _logits(job.model, rows * job.length, parts)
+    if parts.fsdp > 1:
+        head += max(_table(c, parts) * (1 + _BYTES[c.dtype] / 4) for c in models)
     return {
-        "cache": cache,
-        "gathered weights": weights,
-        "activations": _forward(c, prompts, config.prompt_length, shape),
+        "copies": max(_copies(c, parts) for c in models),
+        "head or a layer": max(head, *map(layer, models)),
+    }
+
+
+def _decoding(job: Job, parts: Parts) -> dict[str, float]:
+    """The loop with its cache and weights, while the last layers of the prompts are read."""
+    c, config = job.model, job.config
+    rows, prompts = config.rollout_batch / parts.rows, config.prompts / parts.rows
+    of_prompts = c, prompts, config.prompt_length, parts
+    # Cached rows attend to all columns, by scores in memory.
+    scores = prompts * c.num_heads / parts.tensor * config.prompt_length * job.length
+    return {
+        "cache": rows * job.length * costs.kv_bytes(c) / parts.tensor,
+        "weights": costs.weight_bytes(c) / parts.tensor,
+        "a layer": _streams(*of_prompts) + 4 * scores,
     }

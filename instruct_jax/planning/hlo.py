@@ -21,6 +21,8 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|(?:branch|called)_computations|(?:true|false)_computation)"
     r"=\{?([^,}]+(?:, ?%[^,}]+)*)\}?"
 )
+# Operations that give what is there already another name.
+_NAMES_ONLY = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
@@ -54,7 +56,11 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Collectiv
     counts: dict[str, float] = defaultdict(float)
     sent: dict[str, float] = defaultdict(float)
     for name, factor in times.items():
+        starts = any("AsyncCollectiveStart" in line for line in bodies[name])
         for line in bodies[name]:
+            # A TPU writes one that runs beside others down in each of them: its start counts.
+            if "chain_id=" in line and not starts:
+                continue
             found = _collective(line, everyone, scattered=name.startswith("all-reduce-scatter"))
             if found is not None:
                 kind, size = found
@@ -64,16 +70,20 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Collectiv
 
 
 def largest_temporaries(text: str, *, count: int = 5) -> list[tuple[float, str]]:
-    """The largest arrays that the program makes, as (bytes, "type[shape] operation")."""
+    """The largest arrays that the program makes, as (bytes, "type[shape] operation").
+
+    What is made inside of a fusion is never in memory as a whole, and does not count.
+    """
     seen: dict[str, float] = {}
-    for line in text.splitlines():
+    bodies, _ = _computations(text)
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", text))
+    for line in (line for name, lines in bodies.items() if name not in fused for line in lines):
         match = _OPERATION.search(line)
-        if match is None or match[2] in ("parameter", "get-tuple-element", "tuple", "bitcast"):
+        if match is None or match[2] in _NAMES_ONLY or match[2].endswith(("-start", "-done")):
             continue
-        if match[1].startswith("("):
-            continue
-        name = f"{match[1].partition('{')[0]} {match[2]}"
-        seen[name] = _size(match[1])
+        for dtype, dims in _SHAPE.findall(match[1]):
+            shape = f"{dtype}[{dims}]"
+            seen[f"{shape} {match[2]}"] = _size(shape)
     return sorted(((size, name) for name, size in seen.items()), reverse=True)[:count]
 
 
@@ -167,6 +177,11 @@ def _size(shape: str) -> float:
 
 def _group_size(line: str, everyone: int) -> int:
     """Devices that take part together; where no groups are listed, `everyone`."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
+    if named:  # mesh['a'=16,'b'=4] {'b'}, or {'a':(1)2} for a part of an axis
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return max(int(iota[2]), 1)

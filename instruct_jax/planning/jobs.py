@@ -1,17 +1,76 @@
-"""Which stage a configuration is of, and which models it is for, before any of them is there."""
+"""What is planned: which stage a configuration is of, and which models it is for, before any of
+them is there.
+"""
 
 import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import TransformerConfig
-from instruct_jax.planning.programs import Job, Stage
+from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.preference import PreferenceConfig
+from instruct_jax.stages.pretrain import PretrainConfig
+from instruct_jax.stages.reward_model import RewardModelConfig
+from instruct_jax.stages.sft import SFTConfig
+
+Stage = Literal["pretrain", "sft", "reward_model", "preference", "ppo"]
+StageConfig = PretrainConfig | SFTConfig | RewardModelConfig | PreferenceConfig | PPOConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to plan. `scalar` is the reward and value model of PPO."""
+
+    stage: Stage
+    config: Any
+    model: TransformerConfig
+    scalar: TransformerConfig | None = None
+    ptx_length: int = 0
+    # Steps (iterations of PPO) in the run.
+    steps: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, or of a minibatch of PPO."""
+        return self.config.minibatch if self.stage == "ppo" else self.config.batch_size
+
+    def with_micro_batches(self, micro_batches: int) -> "Job":
+        """The same, with the batch in so many parts."""
+        config = dataclasses.replace(self.config, micro_batches=micro_batches)
+        return dataclasses.replace(self, config=config)
+
+    def with_remat(self, remat: bool) -> "Job":
+        """The same, activations kept or computed again."""
+        scalar = self.scalar and dataclasses.replace(self.scalar, remat=remat)
+        model = dataclasses.replace(self.model, remat=remat)
+        return dataclasses.replace(self, model=model, scalar=scalar)
+
+    def with_attention(self, attention: str) -> "Job":
+        """The same, with attention computed so (`TransformerConfig.attention`)."""
+        scalar = self.scalar and dataclasses.replace(self.scalar, attention=attention)
+        model = dataclasses.replace(self.model, attention=attention)
+        return dataclasses.replace(self, model=model, scalar=scalar)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        config = self.config
+        if self.stage == "pretrain":
+            return config.length
+        if self.stage == "sft":
+            return config.pack_length or config.prompt_length + config.response_length
+        if self.stage == "ppo":
+            return config.prompt_length + config.response_length
+        # One row holds the prompt and its completions.
+        return config.prompt_length + config.completions * config.response_length
+
 
 # Sizes by the names of presets; the embedded world's models are `mini`, of 767 tokens.
 SIZES = {"1p3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b", "124m": "gpt2-small"}

@@ -13,9 +13,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from instruct_jax.planning import estimate
+from instruct_jax.planning.abstract import Program
 from instruct_jax.planning.costs import PEAKS, Cost, time_limit, total
 from instruct_jax.planning.hlo import Collective, collectives, largest_temporaries
-from instruct_jax.planning.programs import Job, Program, programs
+from instruct_jax.planning.jobs import Job
+from instruct_jax.planning.programs import programs
 from instruct_jax.planning.topologies import Topology
 from instruct_jax.training.mesh import describe
 
@@ -93,6 +95,10 @@ class Plan:
         """All of it, and what follows from it."""
         peak = self.peak if math.isfinite(self.peak) else None
         row = asdict(self) | {"peak": peak, "fits": self.fits}
+        for part in row["parts"]:
+            sent = part["compiled"] and part["compiled"]["collectives"]
+            for kind, found in (sent or {}).items():
+                sent[kind] = {"count": found.count, "bytes": found.bytes}
         if self.step_seconds is not None:
             days = self.step_seconds * self.steps / 86_400
             row |= {"step_seconds": self.step_seconds, "days": days}
@@ -144,7 +150,9 @@ def compile_part(part: Part, program: Program, topology: Topology) -> None:
     arguments = analysis.argument_size_in_bytes
     temporaries = analysis.temp_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak = getattr(analysis, "peak_memory_in_bytes", 0) or arguments + outputs + temporaries
+    # For a CPU the compiler's peak leaves out what the program makes.
+    here = topology.chip == "cpu"
+    peak = arguments + outputs + temporaries if here else analysis.peak_memory_in_bytes
     # What this program does not read is on the device all the same.
     peak += max(part.held - arguments, 0.0)
     sent = collectives(text, unknown_trips=program.trips)

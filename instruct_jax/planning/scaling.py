@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from instruct_jax.planning.hlo import Collective
-from instruct_jax.planning.programs import Job
+from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.report import compile_part, make_plan
 from instruct_jax.planning.topologies import (
     CARDS,
@@ -58,6 +58,7 @@ def scaling_rows(
                     "devices": devices,
                     "mesh": plan.mesh,
                     "rows": grown.rows,
+                    "held": max(part.held for part in plan.parts),
                     "peak": plan.peak,
                     "count": sum(c.count for of in sent for c in of.values()),
                     "sent": sum(c.bytes for of in sent for c in of.values()),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.planning.programs import Job
+from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.report import Plan, make_plan
 from instruct_jax.planning.topologies import Topology
 

@@ -31,8 +31,10 @@ USABLE = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30}
 TPUS = ("v4", "v5e", "v5p", "v6e")
 CARDS = ("h100", "h200")
 
-# Without these libtpu looks for the machine it is on, and complains.
+# Without these libtpu looks for the machine it is on, and complains, or finds another process that
+# compiles beside this one.
 _QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -176,5 +178,11 @@ def mesh_sizes(topology: Topology, spec: str) -> dict[str, int]:
 def abstract_mesh(topology: Topology, spec: str) -> Any:
     """The mesh of `spec` without devices: enough for shapes and shardings, not for a compiler."""
     sizes = mesh_sizes(topology, spec)
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    platform = "tpu" if topology.chip in TPUS else "gpu" if topology.chip in CARDS else "cpu"
+    return jax.sharding.AbstractMesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(AXES),
+        # What the models choose by the platform, they choose for an estimate too.
+        abstract_device=jax.sharding.AbstractDevice(topology.chip, None, platform),
+    )

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.models.transformer import Model, unstack_layers
+from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.choose import Sampling
 from instruct_jax.sampling.sampler import check_lengths
 from instruct_jax.sampling.slots import (
@@ -43,6 +43,7 @@ from instruct_jax.sampling.slots import (
     prefill,
     spread_rows,
 )
+from instruct_jax.sampling.weights import decoding_weights
 from instruct_jax.training import hosts
 from instruct_jax.training.mesh import BATCH_AXES, axes_size, replicated
 
@@ -89,7 +90,7 @@ class Engine:
         self._put = partial(hosts.spread, sharding=replicated(mesh)) if mesh else jax.device_put
         self._model, self._sampling = model, sampling
         with self._scope():
-            self._params = _unstacked(params, dtype=model.config.dtype)
+            self._params = _weights(params, dtype=model.config.dtype)
         self.slots = -(-slots // self._parts) * self._parts
         self._arrival = -(-self.slots // ARRIVAL)
         self._state: Slots | None = None
@@ -292,9 +293,7 @@ def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _unstacked(params: Any, *, dtype: str) -> Any:
-    return unstack_layers(params, dtype=dtype)
+_weights = jax.jit(decoding_weights, static_argnames="dtype")
 
 
 @partial(jax.jit, static_argnames="model")

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.models.transformer import Model, unstack_layers
+from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.choose import Sampling
 from instruct_jax.sampling.slots import Slots, advance, prefill, spread_rows
+from instruct_jax.sampling.weights import decoding_weights
 
 
 class Rollout(NamedTuple):
@@ -95,7 +96,7 @@ def _generate(
     min_new_tokens: int,
 ) -> Rollout:
     rows, width = keys.shape[0], prompts.shape[1]
-    params = unstack_layers(params, dtype=model.config.dtype)
+    params = decoding_weights(params, dtype=model.config.dtype)
     cache = prefill(model, params, prompts, prompt_mask, columns=width - 1 + max_new_tokens)
     if samples := rows // prompts.shape[0] - 1:
         repeat = partial(jnp.repeat, repeats=samples + 1, axis=0)

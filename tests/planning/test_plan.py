@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.families import preset
 from instruct_jax.planning import topologies
+from instruct_jax.planning.abstract import abstract_params
 from instruct_jax.planning.hlo import collectives
-from instruct_jax.planning.programs import Job, abstract_params
+from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.report import Compiled, Plan, compile_part, make_plan, remedies, render
 from instruct_jax.planning.search import candidates
 from instruct_jax.planning.topologies import (
@@ -83,6 +84,36 @@ def test_arguments_are_as_the_compiler_counts_them(stage):
     assert part.compiled.arguments == pytest.approx(arguments, rel=0.01)
 
 
+SMALL = replace(preset("small"), num_layers=4, max_length=256, scan_unroll=1, remat=True)
+WIDE = {"prompt_length": 64, "response_length": 64}
+MIXED = PPOConfig(rollout_batch=64, minibatch=32, ptx_coef=1.0, ptx_ratio=2, **WIDE)
+ESTIMATED = {
+    "pretrain": (Job("pretrain", PretrainConfig(batch_size=64, length=256), SMALL), "fsdp:8"),
+    "kept": (
+        Job("pretrain", PretrainConfig(batch_size=64, length=256), replace(SMALL, remat=False)),
+        "fsdp:8",
+    ),
+    "micro_batches": (
+        Job("pretrain", PretrainConfig(batch_size=64, length=256, micro_batches=4), SMALL),
+        "fsdp:4,tensor:2",
+    ),
+    "sft": (Job("sft", SFTConfig(batch_size=64, **WIDE), SMALL), "data:8"),
+    "ppo": (Job("ppo", MIXED, SMALL, replace(SMALL, d_model=512), ptx_length=128), "fsdp:8"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "micro_batches",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ESTIMATED if c != "micro_batches"),
+    ],
+)
+def test_the_estimate_is_within_a_tenth_of_the_compilers_memory(case):
+    for part in compiled_plan(*ESTIMATED[case]).parts:
+        assert part.peak_estimated == pytest.approx(part.compiled.peak, rel=0.1), part.name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "preference"])
 def test_every_stage_compiles(stage):
@@ -132,6 +163,42 @@ ENTRY %main (q: f32[16,8]) -> f32[16,8] {
   ROOT %s = f32[4,8]{1,0} reduce-scatter(%z), replica_groups=[2,4]<=[8], to_apply=%sum
 }
 """  # noqa: E501
+
+
+def test_one_that_runs_beside_others_is_counted_where_it_starts_in_groups_of_named_axes():
+    """A TPU writes the gather down in every fusion that it runs beside."""
+    gather = (
+        "%g = bf16[16,8]{1,0} all-gather(%x), channel_id=7, "
+        "replica_groups=mesh['a'=16,'b'=4] {'b'}, frontend_attributes={chain_id=\"1\"}"
+    )
+    text = f"""\
+%start (x: bf16[4,8]) -> bf16[16,8] {{
+  {gather}
+  ROOT %c = bf16[16,8] custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (x: bf16[4,8]) -> bf16[16,8] {{
+  ROOT {gather}
+}}
+
+ENTRY %main (q: bf16[4,8]) -> bf16[16,8] {{
+  %s = bf16[16,8]{{1,0}} fusion(%q), kind=kCustom, calls=%start
+  ROOT %f = bf16[16,8]{{1,0}} fusion(%q), kind=kOutput, calls=%beside
+}}
+"""
+    assert collectives(text) == {"all-gather": (1, 16 * 8 * 2 * 3 / 4)}
+
+
+def test_decoding_gathers_the_weights_once_and_not_for_every_token():
+    mesh = compile_mesh(CPU, "fsdp:8", open_devices(CPU))
+    _, (rollout, *_) = make_plan(JOBS["ppo"], "ppo", CPU, mesh)
+    text = rollout.lower().compile().as_text()
+    one, many = (
+        sum(c.bytes for c in collectives(text, unknown_trips=turns).values()) for turns in (1, 101)
+    )
+    weights = 4 * sum(x.size for x in jax.tree.leaves(abstract_params(NARROW, "language")))
+    assert one > weights / 2
+    assert (many - one) / 100 < weights / 20
 
 
 def test_bytes_are_those_of_a_ring_times_the_turns_of_the_loops():
