@@ -51,6 +51,7 @@ ALPACA = {
     "tokenizer": GPT2_TOKENIZER,
     "data.source": "files",
     "data.demonstrations": (SHARED + "sft/alpaca_52k.jsonl.gz",),
+    "data.prompts": (SHARED + "sft/alpaca_52k.jsonl.gz",),
     "data.template": "alpaca",
     "data.limit": 1_000,
     "data.on_bad_row": "skip",
@@ -142,6 +143,7 @@ PRESETS = {
     | TRL
     | {
         "data.demonstrations": (),
+        "data.prompts": (),
         "shape.prompt": 384,
         "shape.response": 128,
         "phases": ("reward_model",),
