@@ -65,14 +65,16 @@ def test_a_bad_return_skips_the_value_model_alone(lab, batch, bad):
     assert learnt(lab.state.policy, state.policy) and untouched(lab.state.value, state.value)
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_a_bad_ratio_skips_the_policy_alone(lab, batch, bad):
-    """Where the advantage is negative, the side on which the clip does not bound the loss."""
-    log_probs, advantages = batch.log_probs, batch.advantages.at[0, 0].set(-1.0)
-    old = log_probs[0, 0] - jnp.log(jnp.float32(bad)) if bad > 0 else jnp.float32(bad)
-    spoilt = batch._replace(log_probs=log_probs.at[0, 0].set(old), advantages=advantages)
+@pytest.mark.parametrize("log_ratio", [jnp.nan, jnp.inf, -jnp.inf, jnp.log(1e6)])
+def test_a_bad_ratio_moves_the_policy_nowhere(lab, batch, log_ratio):
+    """Where the advantage is negative, the side on which the clip does not bound the loss. An
+    infinite one is clamped, so that its token has no gradient; the others are learnt from.
+    """
+    old = batch.log_probs.at[0, 0].add(-log_ratio)
+    spoilt = batch._replace(log_probs=old, advantages=batch.advantages.at[0, 0].set(-1.0))
     state, _ = labs.step(lab, spoilt)
-    assert untouched(lab.state.policy, state.policy) and learnt(lab.state.value, state.value)
+    policy = learnt if jnp.isinf(log_ratio) else untouched
+    assert policy(lab.state.policy, state.policy) and learnt(lab.state.value, state.value)
 
 
 @pytest.mark.parametrize("bad", BAD)
