@@ -29,7 +29,7 @@ SHARED = "../shared/data/"
 GPT2_TOKENIZER = SHARED + "tokenizer/gpt2"
 
 TRL = {"peer": "trl"}
-SKEWED = {"shape.mean_response": 16}
+SKEWED = {"shape.mean_response": 16, "shape.micro_batches": 4, "shape.length_buckets": 4}
 
 GPT2 = {
     "shape.model": "gpt2-small",

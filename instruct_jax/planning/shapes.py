@@ -61,6 +61,7 @@ class Shape:
     minibatch: int = 32
     inner_epochs: int = 1
     micro_batches: int = 1
+    length_buckets: int = 1
     ptx_ratio: int = 0
     seed: int = 0
 
@@ -108,6 +109,7 @@ class Shape:
             minibatch=self.minibatch,
             inner_epochs=self.inner_epochs,
             micro_batches=self.micro_batches,
+            length_buckets=self.length_buckets,
             prompt_length=self.prompt,
             response_length=self.response,
             old_log_probs="sampler" if self.dtype == "float32" else "forward",
