@@ -244,7 +244,7 @@ def _rollout(
 
 
 def _sft(spec: dict[str, Any], shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> list[Case]:
-    """Against padded rows as many demonstrations an update, against packed ones as many rows."""
+    """As many demonstrations an update on either side, against padded rows and against packed."""
     config = shape.policy_config()
     if shape.pack_length is None:
         raise ConfigError("config.shape.pack_length: packed rows are what is compared")
@@ -259,7 +259,7 @@ def _sft(spec: dict[str, Any], shape: Shape, rows: Rows, models: Models, mesh: M
         ours = _updates(step, batches, lambda batch: batch["mask"].sum())
         return Case("sft", variant, "tokens", ours, spec | more)
 
-    return [case(", padded", alike), case(", packed", shape.rows, packed=True)]
+    return [case(", padded", alike), case(", packed", alike, packed=True, rows=alike)]
 
 
 def _reward(
