@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.mesh import batch_sharding, make_mesh, shard_batch
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
@@ -70,36 +69,6 @@ def test_three_updates_are_those_of_one_device(mesh, micro_batches):
             state, metrics = step(state, shard_batch(tiny.batch(i), target), KEY)
         results.append(jax.device_get((state, metrics)))
     assert_close(*results)
-
-
-def test_moments_kept_by_the_host_change_no_bit_of_an_update(tmp_path):
-    """They stay there, also where a step is skipped and where they come from a checkpoint."""
-    tx, mesh = adamw(1e-2, weight_decay=0.1), make_mesh("fsdp:2,tensor:2")
-    start = init_state(tiny.init(KEY), tx, ema=True)
-    results = []
-    for offload in (False, True):
-        state = shard_state(start, mesh, tiny.RULES, offload=offload)
-        step = compile_step(make_train_step(tiny.loss_fn, tx, ema_decay=0.9), mesh, state)
-        for i in range(4):
-            batch = tiny.batch(i)
-            if i == 2:
-                batch["y"] = np.full_like(batch["y"], np.nan)
-            state, metrics = step(state, shard_batch(batch, mesh), KEY)
-        results.append(jax.device_get((state, metrics)))
-    assert same_bits(*results)
-    assert results[0][0].skipped == 1
-
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(4, {"state": state})
-        items, _ = checkpointer.restore({"state": state})
-    restored = items["state"]
-    assert same_bits(restored, state)
-    for tree in (state, restored):
-        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree.opt_state) if x.ndim}
-        assert kinds == {"pinned_host"}
-        assert {x.sharding.memory_kind for x in jax.tree.leaves((tree.params, tree.ema))} == {
-            "device"
-        }
 
 
 def test_a_micro_batch_lies_where_its_rows_lie():
