@@ -9,13 +9,13 @@ import pytest
 from instruct_jax.training.mesh import batch_sharding, make_mesh, shard_batch
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
-    _split,
     accumulate_gradients,
     apply_gradients,
     compile_step,
     init_state,
     make_train_step,
     shard_state,
+    split_rows,
     state_shardings,
 )
 from tests.training import tiny
@@ -74,17 +74,17 @@ def test_three_updates_are_those_of_one_device(mesh, micro_batches):
 def test_a_micro_batch_lies_where_its_rows_lie():
     mesh = make_mesh("data:2,fsdp:4")
     x = jax.ShapeDtypeStruct((32, 3), jnp.float32, sharding=batch_sharding(mesh))
-    program = jax.jit(lambda x: _split(x, 4)).lower(x).compile()
+    program = jax.jit(lambda x: split_rows(x, 4)).lower(x).compile()
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert collective not in program.as_text()
     assert program.output_shardings.shard_shape((4, 8, 3)) == (4, 1, 3)
 
 
 def test_micro_batches_partition_the_batch():
-    parts = _split(np.arange(12), 3)
+    parts = split_rows(np.arange(12), 3)
     np.testing.assert_array_equal(parts, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
     with pytest.raises(ValueError, match="5 micro-batches do not divide a batch of 12 rows"):
-        _split(np.arange(12), 5)
+        split_rows(np.arange(12), 5)
 
 
 def test_every_micro_batch_has_its_own_key():
