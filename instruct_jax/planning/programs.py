@@ -89,7 +89,7 @@ def _fit(job: Job, mesh: Mesh) -> Program:
         lambda key, params: split(key, params, config.lora), abstract_key(mesh), whole
     )
     state = jax.eval_shape(lambda params: init_state(params, tx), trained)
-    state = placed(state, state_shardings(state, mesh, RULES, offload=config.offload))
+    state = placed(state, state_shardings(state, mesh, RULES))
     base, batch = on_mesh(mesh, base), fit_batch(job, batch_sharding(mesh))
     step = make_step(config, loss, tx)
     kept = jax.tree.map(lambda x: x.sharding, state)

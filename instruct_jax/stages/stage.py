@@ -114,8 +114,6 @@ class FitConfig:
     # Rank 0 trains all parameters.
     lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
-    # Adam's moments lie in the host's memory, and are on the devices for the update alone.
-    offload: bool = False
     # An update whose gradient has this norm or a larger one, before clipping, is skipped and
     # counted, as one that is not finite always is; None sets no limit.
     skip_above: float | None = None
@@ -195,7 +193,7 @@ def fit(
     tx = make_optimizer(config, steps=steps)
     key, lora = jax.random.key(config.seed), config.lora
     base, trained = split(jax.random.fold_in(key, ADAPTER), params, lora)
-    state = shard_state(init_state(trained, tx), mesh, RULES, offload=config.offload)
+    state = shard_state(init_state(trained, tx), mesh, RULES)
     base, beside = place_params(base, mesh), place_params(frozen or {}, mesh)
 
     def plain(step: int, state: TrainState) -> dict[str, float]:

@@ -209,21 +209,16 @@ def apply_gradients(
     if loss is not None:
         accepted &= jnp.isfinite(loss)
 
-    moments = jax.tree.map(lambda x: _moved(x, jax.memory.Space.Device), state.opt_state)
-
     def update() -> tuple[Any, Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer count
-            updates, opt_state = tx.update(grads, moments, state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else ema_update(state.ema, params, ema_decay)
         return params, opt_state, ema
 
     # A branch: a select of every leaf would keep a second copy of the state alive.
     params, opt_state, ema = jax.lax.cond(
-        accepted, update, lambda: (state.params, moments, state.ema)
-    )
-    opt_state = jax.tree.map(
-        lambda new, old: _moved(new, jax.typeof(old).memory_space), opt_state, state.opt_state
+        accepted, update, lambda: (state.params, state.opt_state, state.ema)
     )
     skipped = (~accepted).astype(jnp.int32)
     in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
@@ -241,11 +236,6 @@ def apply_gradients(
         "skipped": skipped.astype(jnp.float32),
         "skipped_in_a_row": in_a_row.astype(jnp.float32),
     }
-
-
-def _moved(x: Array, space: jax.memory.Space) -> Array:
-    """`x` in the memory of the devices or of the host."""
-    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 TrainStep = Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
@@ -294,14 +284,11 @@ def compile_step(step: Callable[..., Any], mesh: Mesh, state: Any, *fixed: Any) 
     return (lambda state, *inputs: compiled(state, *fixed, *inputs)) if fixed else compiled
 
 
-def state_shardings(
-    state: TrainState, mesh: Mesh, rules: PartitionRules, *, offload: bool = False
-) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
     """The sharding of every leaf of `state` (arrays, or shapes from `jax.eval_shape`).
 
-    Moments and average are sharded like their parameter. With `offload` the moments lie in pinned
-    memory of the host, and are on the devices for the update alone. jit by itself would replicate
-    them, whatever the sharding of the parameters, so a state too large for one device is born with
+    Moments and average are sharded like their parameter. jit alone would replicate the moments,
+    whatever the sharding of the parameters, so a state too large for one device is born with
 
         make = lambda key: init_state(model.init(key), tx)
         abstract = jax.eval_shape(make, key)
@@ -320,15 +307,12 @@ def state_shardings(
         for start in range(len(path) + 1):
             shape, sharding = parameters.get(path[start:], (None, None))
             if shape == leaf.shape:
-                kept_by_host = offload and path[0].name == "opt_state"
-                return sharding.with_memory_kind("pinned_host") if kept_by_host else sharding
+                return sharding
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(like_parameter, state)
 
 
-def shard_state(
-    state: TrainState, mesh: Mesh, rules: PartitionRules, *, offload: bool = False
-) -> TrainState:
+def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
     """Puts `state` on `mesh`, in buffers of its own: donating it spares what was given."""
-    return place(state, state_shardings(state, mesh, rules, offload=offload))
+    return place(state, state_shardings(state, mesh, rules))

@@ -6,17 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.mesh import batch_sharding, make_mesh, shard_batch
 from instruct_jax.training.optim import adamw, warmup_constant_schedule
 from instruct_jax.training.state import (
-    _split,
     accumulate_gradients,
     apply_gradients,
     compile_step,
     init_state,
     make_train_step,
     shard_state,
+    split_rows,
     state_shardings,
 )
 from tests.training import tiny
@@ -72,50 +71,20 @@ def test_three_updates_are_those_of_one_device(mesh, micro_batches):
     assert_close(*results)
 
 
-def test_moments_kept_by_the_host_change_no_bit_of_an_update(tmp_path):
-    """They stay there, also where a step is skipped and where they come from a checkpoint."""
-    tx, mesh = adamw(1e-2, weight_decay=0.1), make_mesh("fsdp:2,tensor:2")
-    start = init_state(tiny.init(KEY), tx, ema=True)
-    results = []
-    for offload in (False, True):
-        state = shard_state(start, mesh, tiny.RULES, offload=offload)
-        step = compile_step(make_train_step(tiny.loss_fn, tx, ema_decay=0.9), mesh, state)
-        for i in range(4):
-            batch = tiny.batch(i)
-            if i == 2:
-                batch["y"] = np.full_like(batch["y"], np.nan)
-            state, metrics = step(state, shard_batch(batch, mesh), KEY)
-        results.append(jax.device_get((state, metrics)))
-    assert same_bits(*results)
-    assert results[0][0].skipped == 1
-
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(4, {"state": state})
-        items, _ = checkpointer.restore({"state": state})
-    restored = items["state"]
-    assert same_bits(restored, state)
-    for tree in (state, restored):
-        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree.opt_state) if x.ndim}
-        assert kinds == {"pinned_host"}
-        assert {x.sharding.memory_kind for x in jax.tree.leaves((tree.params, tree.ema))} == {
-            "device"
-        }
-
-
 def test_a_micro_batch_lies_where_its_rows_lie():
     mesh = make_mesh("data:2,fsdp:4")
     x = jax.ShapeDtypeStruct((32, 3), jnp.float32, sharding=batch_sharding(mesh))
-    program = jax.jit(lambda x: _split(x, 4)).lower(x).compile()
+    program = jax.jit(lambda x: split_rows(x, 4)).lower(x).compile()
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert collective not in program.as_text()
     assert program.output_shardings.shard_shape((4, 8, 3)) == (4, 1, 3)
 
 
 def test_micro_batches_partition_the_batch():
-    parts = _split(np.arange(12), 3)
+    parts = split_rows(np.arange(12), 3)
     np.testing.assert_array_equal(parts, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
     with pytest.raises(ValueError, match="5 micro-batches do not divide a batch of 12 rows"):
-        _split(np.arange(12), 5)
+        split_rows(np.arange(12), 5)
 
 
 def test_every_micro_batch_has_its_own_key():
