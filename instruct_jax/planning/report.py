@@ -177,14 +177,15 @@ def _seconds(
 
 
 def remedies(plan: Plan, job: Job) -> list[str]:
-    """What to change where it does not fit, the cheapest first."""
-    worst = max(plan.parts, key=lambda part: part.peak)
+    """What to change where it does not fit, the cheapest first, for all that is over the limit."""
+    limit = math.inf if plan.memory is None else plan.memory
+    over = {part.name for part in plan.parts if part.peak > limit}
     sizes = dict(axis.split(":") for axis in plan.mesh.split(","))
     found = []
     if not job.model.remat:
         found.append("--remat: compute activations again in the backward pass")
     split = job.config.micro_batches * int(sizes["data"]) * int(sizes["fsdp"])
-    if job.rows % (2 * split) == 0 and worst.name in ("update", "train step"):
+    if job.rows % (2 * split) == 0 and over & {"update", "train step"}:
         field_name = "ppo" if job.stage == "ppo" else job.stage
         found.append(
             f"--config.{field_name}.micro_batches={2 * job.config.micro_batches}: "

@@ -284,7 +284,7 @@ def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsy
     import plan
 
     monkeypatch.setattr(plan, "prepare", lambda *_: None)
-    out = tmp_path / "plan.json"
+    out = tmp_path / "plan-a.json"
     plan.main(
         [
             "--config=configs/ppo.py:instructgpt_1p3b_ptx",
@@ -297,6 +297,10 @@ def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsy
     )
     text = capsys.readouterr().out
     assert "verdict:" in text
-    assert json.loads(out.read_text())[0]["steps"] == 500
+    written = json.loads(out.read_text())
+    assert written["plans"][0]["steps"] == 500
+    assert written["command"].startswith("python experiments/plan.py --config=configs/ppo.py")
+    plan.main([f"--table={tmp_path / 'plans.md'}"])
+    assert "| ppo instructgpt_1p3b_ptx | v5e:8x8 | fsdp:64 |" in (tmp_path / "plans.md").read_text()
     with pytest.raises(ConfigError, match="--policy"):
         plan.main(["--config=configs/sft.py:toyworld", "--policy=gpt3-6b", "--topology=cpu:8"])
