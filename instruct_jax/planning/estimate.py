@@ -6,7 +6,7 @@ tensor parts t, N_p parameters, k bytes a number:
 
     saved       L b T D k, the input of every layer, with remat; else all that a layer makes
     layer       b T (6 D + F / t) k streams; and where all scores are made at once 8 b N/t T^2, two
-                float32 of them, and k more backwards
+                float32 of them (on cards 4 + k), and k more backwards
     gradients   4 N_p a device, of every loss; once more where micro-batches are summed
     copies      k N_p a device, the matrices cast before the loop over the layers, which holds them
     tables      4 V D / t, the token table whole over fsdp: for the look-up, and for its gradient by
@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.losses.chunked import CHUNK_LOGITS
 from instruct_jax.models.attention import implementation
+from instruct_jax.models.sharding import platform
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.planning import costs
 from instruct_jax.planning.abstract import Program, device_bytes
@@ -210,7 +211,9 @@ def _scoring(job: Job, parts: Parts) -> dict[str, float]:
 
     def layer(c: TransformerConfig) -> float:
         of = c, rows, job.length, parts
-        return _streams(*of) + 8 * _scores(*of)
+        # A TPU makes the softmax beside the scores; elsewhere it is fused, and casts.
+        each = 8 if platform() == "tpu" else 4 + _BYTES[c.dtype]
+        return _streams(*of) + each * _scores(*of)
 
     head = 2 * _logits(job.model, rows * job.length, parts)
     if parts.fsdp > 1:
