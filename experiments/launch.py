@@ -115,7 +115,9 @@ def _wait(processes: Sequence[Process], prefix: bool) -> int:
     while time.monotonic() < deadline:
         codes = [process.popen.poll() for process in processes]
         if failed is None:
-            failed = next((p for p, code in zip(processes, codes, strict=True) if code), None)
+            # What a signal ended is the cause, where others have failed of its absence meanwhile.
+            fallen = [p for p, code in zip(processes, codes, strict=True) if code]
+            failed = min(fallen, key=lambda p: p.popen.returncode > 0, default=None)
             if failed is not None:
                 failed.report(prefix)
                 deadline = time.monotonic() + GRACE
