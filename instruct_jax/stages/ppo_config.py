@@ -38,7 +38,7 @@ class PPOConfig:
     response_length: int = 1024
     temperature: float = 1.0
     # Where the log-probs of the policy that sampled come from: a forward over the whole rows
-    # (PPO-5), or the sampler, which saves a seventh of an iteration's products and is exact to
+    # (PPO-5), or the sampler, which saves a tenth of an iteration's products and is exact to
     # rounding in float32. In bfloat16 the two differ by 0.03 nats, and the ratio is not 1 at first.
     old_log_probs: Literal["forward", "sampler"] = "forward"
     # So many samples of a prompt are one group; batches and episodes count samples.
