@@ -6,7 +6,9 @@ Arrays are positional, hyper-parameters keyword-only. Nothing is reduced unless 
 """
 
 from instruct_jax.losses.chunked import (
+    CrossEntropySum,
     TokenStatistics,
+    chunked_cross_entropy_sum,
     chunked_next_token_loss,
     chunked_token_log_probs,
     chunked_token_statistics,
@@ -89,6 +91,7 @@ from instruct_jax.losses.reward import (
 )
 
 __all__ = [
+    "CrossEntropySum",
     "GoldFit",
     "PairCounts",
     "TokenStatistics",
@@ -96,6 +99,7 @@ __all__ = [
     "best_of_k_loss",
     "best_of_n_kl",
     "centering_loss",
+    "chunked_cross_entropy_sum",
     "chunked_next_token_loss",
     "chunked_token_log_probs",
     "chunked_token_statistics",

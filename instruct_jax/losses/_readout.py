@@ -1,13 +1,13 @@
-r"""The rule behind `chunked.py`: statistics of positions from hidden states, chunk by chunk.
+r"""The rules behind `chunked.py`: statistics of positions from hidden states, chunk by chunk, and
+the sum of their cross-entropies.
 
 Rows come in G blocks of N positions, hidden states float[G, N, D] and tokens int[G, N]. An `Order`
 brings the positions that are asked for to the front of their block; chunks behind the last of them
-are never made. The mathematics of the gradient are in `chunked.py`.
+are never made. The mathematics of the gradients are in `chunked.py`.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,6 +79,14 @@ def _in_place(x: jax.Array, order: Order | None, length: int) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1, mode="clip")
 
 
+def _part(x: jax.Array, *, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+
+
+def _write(x: jax.Array, new: jax.Array, *, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, new, i * new.shape[1], axis=1)
+
+
 def _live_chunks(order: Order | None, positions: int, chunk: int) -> jax.Array | int:
     """How many chunks hold a position that is asked for."""
     return -(-(positions if order is None else order.most) // chunk)
@@ -96,10 +104,23 @@ def _columns(logits: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
 
 
-def _reduced(logits: jax.Array, tokens: jax.Array, ask: Ask) -> Statistics:
+class _Normalizer(NamedTuple):
+    """softmax(logits) = exp(logits - largest) / total; each float[G, n]."""
+
+    largest: jax.Array  # finite: so is MASKED_LOGIT
+    total: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array) -> _Normalizer:
+        """Of float[G, n, V]."""
+        largest = jnp.max(logits, axis=-1)
+        return cls(largest, jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+
+
+def _reduced(logits: jax.Array, normalizer: _Normalizer, tokens: jax.Array, ask: Ask) -> Statistics:
     """The statistics of float[G, n, V] logits and int[G, n] tokens."""
     columns = _columns(logits)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    log_normalizer = normalizer.largest + jnp.log(normalizer.total)
     # A comparison instead of a gather: it fuses, and works on a sharded vocabulary.
     picked = jnp.sum(jnp.where(columns == tokens[..., None], logits, 0.0), axis=-1)
     moments = hits = None
@@ -111,8 +132,12 @@ def _reduced(logits: jax.Array, tokens: jax.Array, ask: Ask) -> Statistics:
             mean_logit=jnp.sum(real, axis=-1) / ask.vocab_size,
         )
     if ask.hits:
-        hits = (jnp.argmax(logits, axis=-1) == tokens).astype(logits.dtype)
+        hits = (picked >= normalizer.largest).astype(logits.dtype)
     return Statistics(picked - log_normalizer, log_normalizer, moments, hits)
+
+
+def _read(logits: jax.Array, tokens: jax.Array, ask: Ask) -> Statistics:
+    return _reduced(logits, _Normalizer.of(logits), tokens, ask)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -157,18 +182,16 @@ def _forward(
     logits = None
     if chunk == positions:
         logits = _logits(hidden, weights, temperature, ask)
-        statistics = _reduced(logits, tokens, ask)
+        statistics = _read(logits, tokens, ask)
     else:
         rows, ids = (_in_order(x, order, chunk) for x in (hidden, tokens))
 
         def one_chunk(i: jax.Array, done: Statistics) -> Statistics:
             part = partial(_part, i=i, chunk=chunk)
-            new = _reduced(_logits(part(rows), weights, temperature, ask), part(ids), ask)
+            new = _read(_logits(part(rows), weights, temperature, ask), part(ids), ask)
             return jax.tree.map(partial(_write, i=i), done, new)
 
-        shapes = jax.eval_shape(
-            lambda: _reduced(_logits(rows, weights, temperature, ask), ids, ask)
-        )
+        shapes = jax.eval_shape(lambda: _read(_logits(rows, weights, temperature, ask), ids, ask))
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         live = _live_chunks(order, positions, chunk)
         ordered = jax.lax.fori_loop(0, live, one_chunk, nothing)
@@ -177,14 +200,6 @@ def _forward(
     normalizer = statistics.log_normalizer
     kept = hidden, head, tokens, temperature, order, normalizer, entropy, logits
     return statistics, _Residuals(*kept)
-
-
-def _part(x: jax.Array, *, i: jax.Array, chunk: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
-
-
-def _write(x: jax.Array, new: jax.Array, *, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, new, i * new.shape[1], axis=1)
 
 
 def _to_logits(
@@ -198,20 +213,63 @@ def _to_logits(
     ask: Ask,
 ) -> jax.Array:
     """float[G, n, V]: the gradient of the products with the head, before cap and temperature."""
-    columns = _columns(logits)
     log_p = logits - log_normalizer[..., None]
-    to_log_prob = cotangents.log_probs[..., None]
-    to_p = cotangents.log_normalizer[..., None] - to_log_prob
+    to_log_prob = cotangents.log_probs
+    to_p = (cotangents.log_normalizer - to_log_prob)[..., None]
     moments = cotangents.moments
     if moments is not None and entropy is not None:
         to_p -= moments.entropy[..., None] * (log_p + entropy[..., None])
     gradient = jnp.exp(log_p) * to_p
     if moments is not None:
         gradient += moments.mean_logit[..., None] / ask.vocab_size
-    gradient += jnp.where(columns == tokens[..., None], to_log_prob, 0.0)
+    return _to_products(logits, tokens, gradient, to_log_prob, temperature=temperature, ask=ask)
+
+
+def _to_products(
+    logits: jax.Array,
+    tokens: jax.Array,
+    gradient: jax.Array,
+    to_picked: jax.Array,
+    *,
+    temperature: jax.Array,
+    ask: Ask,
+) -> jax.Array:
+    """The gradient float[G, n, V] of the logits, and float[G, n] of those of `tokens` on top of it,
+    as one of the products with the head.
+    """
+    columns = _columns(logits)
+    gradient += jnp.where(columns == tokens[..., None], to_picked[..., None], 0.0)
     if ask.softcap is not None:
         gradient *= 1.0 - jnp.square(logits * temperature / ask.softcap)
     return jnp.where(columns < ask.vocab_size, gradient / temperature, 0.0)
+
+
+def _add_gradient(
+    sums: tuple[jax.Array, jax.Array],
+    i: jax.Array,
+    states: jax.Array,
+    weights: jax.Array,
+    to_logits: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of head float[G, V, D] and hidden float[G, N, D] with those of chunk i in them.
+
+    `to_logits` float[G, n, V] is the gradient of the products of `states` with `weights`. The head
+    has a sum for each block of rows: they meet once, after the last chunk. It is kept as a table
+    of tokens, V rows of D: what most models tie it to, and the faster product on a CPU.
+    """
+    to_head, to_hidden = sums
+    dot = partial(jnp.einsum, preferred_element_type=to_head.dtype)
+    to_logits = to_logits.astype(states.dtype)
+    # On a CPU a product with a batch axis, even of size 1, runs on one core.
+    one = states.shape[0] == 1
+    addend = dot("gnv,gnd->vd" if one else "gnv,gnd->gvd", to_logits, states)
+    of_states = dot("gnv,dv->gnd", to_logits, weights).astype(to_hidden.dtype)
+    return to_head + addend.reshape(to_head.shape), _write(to_hidden, of_states, i=i)
+
+
+def _no_gradient(rows: jax.Array, head: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What `_add_gradient` starts from, for all `rows` float[G, N, D]."""
+    return jnp.zeros((rows.shape[0], *head.shape[::-1]), dtype), jnp.zeros_like(rows)
 
 
 def _backward(
@@ -221,51 +279,112 @@ def _backward(
     several chunks.
     """
     hidden, head, tokens, temperature, order, log_normalizer, entropy, logits = kept
-    weights, accumulator = head.astype(hidden.dtype), temperature.dtype
-    dot = partial(jnp.einsum, preferred_element_type=accumulator)
+    weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
     by_position = (tokens, log_normalizer, entropy, cotangents._replace(hits=None))
+    rows, *by_position = jax.tree.map(lambda x: _in_order(x, order, chunk), (hidden, *by_position))
 
-    def to_hidden(to_logits: jax.Array) -> jax.Array:
-        return dot("gnv,dv->gnd", to_logits, weights).astype(hidden.dtype)
+    def one_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> Any:
+        part = partial(_part, i=i, chunk=chunk)
+        states, known = part(rows), jax.tree.map(part, by_position)
+        made = _logits(states, weights, temperature, ask) if logits is None else logits
+        to_logits = _to_logits(made, *known, temperature=temperature, ask=ask)
+        return _add_gradient(sums, i, states, weights, to_logits)
 
-    def from_logits(logits: jax.Array, known: Any) -> jax.Array:
-        return _to_logits(logits, *known, temperature=temperature, ask=ask).astype(hidden.dtype)
-
-    if logits is not None:
-        to_logits = from_logits(logits, by_position)
-        to_head = dot("gnd,gnv->dv", hidden, to_logits)
-        of_hidden = to_hidden(to_logits)
-    else:
-        positions, chunk = tokens.shape[1], ask.chunk
-        rows = _in_order(hidden, order, chunk)
-        by_position = jax.tree.map(lambda x: _in_order(x, order, chunk), by_position)
-        blocks, width = hidden.shape[0], head.shape[0]
-        # What is added to the gradient of the head is as large as its rows: a few at a time.
-        groups = math.gcd(width, 4)
-        # On a CPU a product with a batch axis, even of size 1, runs on one core.
-        products = "gnd,gnv->dv" if blocks == 1 else "gnd,gnv->gdv"
-
-        def one_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> Any:
-            to_head, of_hidden = sums
-            part = partial(_part, i=i, chunk=chunk)
-            states, known = part(rows), jax.tree.map(part, by_position)
-            to_logits = from_logits(_logits(states, weights, temperature, ask), known)
-            states = states.reshape(blocks, chunk, groups, -1)
-
-            def add(group: jax.Array, total: jax.Array) -> jax.Array:
-                addend = dot(products, states[:, :, group], to_logits)
-                return total.at[group].add(addend.reshape(total.shape[1:]))
-
-            to_head = jax.lax.fori_loop(0, groups, add, to_head)
-            return to_head, _write(of_hidden, to_hidden(to_logits), i=i)
-
-        # A sum for each block of rows: they meet once, after the last chunk.
-        nothing = jnp.zeros((groups, blocks, width // groups, head.shape[1]), accumulator)
-        live = _live_chunks(order, positions, chunk)
-        sums = jax.lax.fori_loop(0, live, one_chunk, (nothing, jnp.zeros_like(rows)))
-        to_head = sums[0].sum(axis=1).reshape(head.shape)
-        of_hidden = _in_place(sums[1], order, positions)
-    return of_hidden, to_head.astype(head.dtype), None, jnp.zeros_like(temperature), None
+    nothing = _no_gradient(rows, head, temperature.dtype)
+    live = _live_chunks(order, positions, chunk)
+    to_head, of_hidden = jax.lax.fori_loop(0, live, one_chunk, nothing)
+    of_hidden = _in_place(of_hidden, order, positions)
+    to_head = to_head.sum(axis=0).T.astype(head.dtype)
+    return of_hidden, to_head, None, jnp.zeros_like(temperature), None
 
 
 statistics_of.defvjp(_forward, _backward)
+
+
+class Sums(NamedTuple):
+    """Over the positions that are asked for, each float[]."""
+
+    loss: jax.Array
+    hits: jax.Array | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def sums_of(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    where: jax.Array,
+    order: Order | None,
+    ask: Ask,
+) -> Sums:
+    """The sum of -log p over `where` bool[G, N], and of the hits; no position is kept apart."""
+    return _summed(hidden, head, tokens, where, order, ask, differentiated=False)[0]
+
+
+def _summed(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    where: jax.Array,
+    order: Order | None,
+    ask: Ask,
+    *,
+    differentiated: bool,
+) -> tuple[Sums, tuple[jax.Array, jax.Array] | None]:
+    """The sums and, made of the same logits, their gradients of hidden and head."""
+    weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
+    dtype = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
+    temperature = jnp.ones([], dtype)
+    rows, ids, asked = (_in_order(x, order, chunk) for x in (hidden, tokens, where))
+
+    def one_chunk(i: jax.Array, done: Any) -> Any:
+        sums, gradients = done
+        states, known, weight = (_part(x, i=i, chunk=chunk) for x in (rows, ids, asked))
+        logits, weight = _logits(states, weights, temperature, ask), weight.astype(dtype)
+        normalizer = _Normalizer.of(logits)
+        new = _reduced(logits, normalizer, known, ask)
+        sums = Sums(
+            sums.loss - (weight * new.log_probs).sum(axis=1),
+            None if new.hits is None else sums.hits + (weight * new.hits).sum(axis=1),
+        )
+        if gradients is not None:
+            # Not exp(logits - log_normalizer): XLA would take a row's logarithm at every column.
+            scale = (weight / normalizer.total)[..., None]
+            to_logits = jnp.exp(logits - normalizer.largest[..., None]) * scale
+            to_logits = _to_products(
+                logits, known, to_logits, -weight, temperature=temperature, ask=ask
+            )
+            gradients = _add_gradient(gradients, i, states, weights, to_logits)
+        return sums, gradients
+
+    zeros = jnp.zeros(hidden.shape[:1], dtype)
+    nothing = _no_gradient(rows, head, dtype) if differentiated else None
+    start = Sums(zeros, zeros if ask.hits else None), nothing
+    live = _live_chunks(order, positions, chunk)
+    sums, gradients = jax.lax.fori_loop(0, live, one_chunk, start)
+    if gradients is not None:
+        to_head, of_hidden = gradients
+        gradients = _in_place(of_hidden, order, positions), to_head.sum(axis=0).T
+    return jax.tree.map(jnp.sum, sums), gradients
+
+
+def _sums_forward(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    where: jax.Array,
+    order: Order | None,
+    ask: Ask,
+) -> tuple[Sums, Any]:
+    sums, gradients = _summed(hidden, head, tokens, where, order, ask, differentiated=True)
+    return sums, (gradients, jnp.zeros([], head.dtype))
+
+
+def _sums_backward(ask: Ask, kept: Any, cotangents: Sums) -> tuple[Any, Any, None, None, None]:
+    """The gradients are there: the loss is linear in the losses of its positions."""
+    (of_hidden, to_head), like_head = kept
+    scaled = cotangents.loss.astype(of_hidden.dtype) * of_hidden
+    return scaled, (cotangents.loss * to_head).astype(like_head.dtype), None, None, None
+
+
+sums_of.defvjp(_sums_forward, _sums_backward)

@@ -24,37 +24,60 @@ Positions are chunked, not the vocabulary, which can stay sharded over tensor: t
 become all-reduces of one number a position. Rows that are spread over G devices are G `row_blocks`,
 each with its own order and its own sum for the head, so that no hidden state leaves its device.
 
-A longer chunk needs more memory and less time: each chunk reads and writes the gradient of the
-head, float32[D, V], once. The entropy, the mean logit and the hits are made only where they are
-asked for.
+The entropy, the mean logit and the hits are made only where they are asked for. A loss that is a
+sum of cross-entropies needs none of this for each position: `chunked_cross_entropy_sum` makes its
+gradient where it makes the logits, with 3 products.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._readout import Ask, Statistics, statistics_of, targets_first
+from instruct_jax.losses._readout import (
+    Ask,
+    Order,
+    Statistics,
+    statistics_of,
+    sums_of,
+    targets_first,
+)
 
-CHUNK_LOGITS = 2**23
-"""Logits at a time in each block of rows, where no chunk is given: 32 MiB in float32, 167 positions
-of GPT-2's vocabulary. tests/losses/test_chunked.py has the limits of memory and time."""
+CHUNK_LOGITS = 2**24
+"""Most logits at a time in each block of rows, where no chunk is given: 64 MiB in float32, 333
+positions of GPT-2's vocabulary. tests/losses/test_chunked.py has the limits of memory and time."""
+
+
+def default_chunk(width: int, columns: int) -> int:
+    """Positions at a time in each block of rows, for a head float[width, columns].
+
+    A chunk reads and writes the gradient of the head, which is 12 D V bytes beside 6 n D V
+    operations: at n = 2 D positions that is a small part of the work anywhere.
+    """
+    return max(64, min(2 * width, CHUNK_LOGITS // columns))
 
 
 class TokenStatistics(NamedTuple):
     """What one pass over the logits gives at each position; each float[B, T].
 
-    `hits` is 1 where the token is the likeliest one, 0 elsewhere, and has no gradient; like the
-    entropy and the mean logit it is None where it was not asked for.
+    `hits` is 1 where no token is likelier, 0 elsewhere, and has no gradient; like the entropy and
+    the mean logit it is None where it was not asked for.
     """
 
     log_probs: jax.Array
     entropy: jax.Array | None
     log_normalizer: jax.Array
     mean_logit: jax.Array | None
+    hits: jax.Array | None = None
+
+
+class CrossEntropySum(NamedTuple):
+    """Over the positions that were asked for, each float[]; `hits` as in `TokenStatistics`."""
+
+    loss: jax.Array
     hits: jax.Array | None = None
 
 
@@ -85,9 +108,9 @@ def chunked_token_statistics(
       head: float[D, V]; a tied embedding goes in transposed. Its gradient has its dtype.
       tokens: int[B, T]; `hidden[:, t]` scores `tokens[:, t]`.
       where: bool[B, T], the positions to read out; elsewhere all is 0. None reads out all.
-      chunk: positions of each block at a time, as many as `CHUNK_LOGITS` allows by default. The
-        peak is about 3 * row_blocks * chunk * V * 4 bytes, and in the backward pass a quarter of
-        float32[D, V], the addend of the head's gradient.
+      chunk: positions of each block at a time, by default `default_chunk`. The peak is about
+        3 * row_blocks * chunk * V * 4 bytes, and in the backward pass once more float32[D, V], the
+        addend of the head's gradient.
       temperature: tau > 0, float[].
       vocab_size: number of real columns of the head; None takes all.
       softcap: c, of logits that the model caps; None caps nothing.
@@ -106,7 +129,7 @@ def chunked_token_statistics(
     >>> print(jnp.exp(stats.entropy).round(4))
     [[8. 8. 8.]]
     """
-    log_probs, log_normalizer, made, hit = _checked(
+    log_probs, log_normalizer, made, hit = _statistics(
         hidden,
         head,
         tokens,
@@ -161,7 +184,7 @@ def chunked_token_log_probs(
     >>> print(jnp.exp(log_probs))
     [[0.125 0.125 0.125]]
     """
-    return _checked(
+    return _statistics(
         hidden,
         head,
         tokens,
@@ -216,13 +239,12 @@ def chunked_next_token_loss(
     """
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
-    log_probs, log_normalizer, moments, _ = _checked(
+    log_probs, log_normalizer, moments, _ = _statistics(
         hidden[:, :-1],
         head,
         tokens[:, 1:],
         where=None if where is None else jnp.asarray(where)[:, 1:],
         chunk=chunk,
-        temperature=1.0,
         vocab_size=vocab_size,
         softcap=softcap,
         row_blocks=row_blocks,
@@ -235,21 +257,93 @@ def chunked_next_token_loss(
     return z_loss * jnp.square(log_normalizer) - target
 
 
-def _checked(
+def chunked_cross_entropy_sum(
+    hidden: chex.Array,
+    head: chex.Array,
+    tokens: chex.Array,
+    *,
+    where: chex.Array,
+    chunk: int | None = None,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    row_blocks: int = 1,
+    hits: bool = False,
+) -> CrossEntropySum:
+    r"""The summed cross-entropy of the positions `where`, its gradient made of the same logits.
+
+    .. math:: -\sum_{b, t \in \text{where}} \log p(y_{b, t} \mid h_{b, t})
+
+    What a language model is trained on. The loss is linear in the losses of its positions, so their
+    gradient is known up to one factor while the logits of a chunk are there: nothing is made twice,
+    and differentiating costs 3 products with the head, not 4. Without differentiation it is 1.
+
+    Not done: no shift, no mean. The caller divides by its own count.
+
+    Args:
+      hidden: float[B, T, D], the states that the head is applied to.
+      head: float[D, V]; a tied embedding goes in transposed. Its gradient has its dtype.
+      tokens: int[B, T]; `hidden[:, t]` scores `tokens[:, t]`.
+      where: bool[B, T], the positions that are summed.
+      chunk: positions of each block at a time, by default `default_chunk`.
+      vocab_size: number of real columns of the head; None takes all.
+      softcap: c, of logits that the model caps; None caps nothing.
+      row_blocks: G, the devices that B is spread over, in contiguous blocks of rows.
+      hits: whether to count the tokens that none is likelier than.
+
+    Returns:
+      CrossEntropySum of float[]; NaN where an id of `where` is outside of [0, V).
+
+    Raises:
+      ValueError: `row_blocks` does not divide B.
+
+    >>> loss, _ = chunked_cross_entropy_sum(
+    ...     jnp.ones((1, 3, 2)), jnp.zeros((2, 8)), jnp.array([[0, 1, 2]]),
+    ...     where=jnp.array([[True, False, True]]))
+    >>> print(jnp.exp(loss).round(4))
+    64.0
+    """
+    read = _readout(
+        hidden,
+        head,
+        tokens,
+        where=where,
+        chunk=chunk,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        row_blocks=row_blocks,
+        hits=hits,
+    )
+    sums = sums_of(read.hidden, read.head, read.tokens, read.where, read.order, read.ask)
+    known = (read.known | ~read.where).all()
+    return CrossEntropySum(jnp.where(known, sums.loss, jnp.nan), sums.hits)
+
+
+class _Readout(NamedTuple):
+    """Checked arguments in blocks of rows [G, N, ...]."""
+
+    hidden: jax.Array
+    head: jax.Array
+    tokens: jax.Array
+    known: jax.Array  # bool[G, N], ids that the head has
+    where: jax.Array  # bool[G, N]
+    order: Order | None
+    ask: Ask
+
+
+def _readout(
     hidden: chex.Array,
     head: chex.Array,
     tokens: chex.Array,
     *,
     where: chex.Array | None,
     chunk: int | None,
-    temperature: chex.Numeric,
     vocab_size: int | None,
     softcap: float | None,
     row_blocks: int,
     moments: bool = False,
     hits: bool = False,
-) -> Statistics:
-    """Checks the arguments of a public function, and computes what it asks for; float[B, T]."""
+) -> _Readout:
+    """Checks the arguments of a public function and brings them into blocks."""
     hidden, head, tokens = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(tokens)
     chex.assert_type([hidden, head, tokens], [float, float, int])
     chex.assert_rank([hidden, head, tokens], [3, 2, 2])
@@ -259,11 +353,9 @@ def _checked(
     chex.assert_scalar_in(vocab_size, 1, head.shape[1])
     if tokens.shape[0] % row_blocks:
         raise ValueError(f"{row_blocks} row blocks do not divide {tokens.shape[0]} rows")
-    accumulator = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
-    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, accumulator))
     positions = tokens.size // row_blocks
     if chunk is None:
-        chunk = max(64, CHUNK_LOGITS // head.shape[1])
+        chunk = default_chunk(*head.shape)
         # Chunks of one length: the last is no shorter, so little of it is padding.
         chunk = -(-positions // -(-positions // chunk)) if positions else 1
     chex.assert_scalar_positive(chunk)
@@ -273,16 +365,35 @@ def _checked(
         return x.reshape(row_blocks, positions, *x.shape[2:])
 
     order = None
-    if where is not None:
+    if where is None:
+        where = jnp.ones(tokens.shape, jnp.bool_)
+    else:
         chex.assert_type(where, bool)
         chex.assert_shape(where, tokens.shape)
         if ask.chunk < positions:
             order = targets_first(blocks(jnp.asarray(where)))
-    statistics = statistics_of(blocks(hidden), head, blocks(tokens), temperature, order, ask)
-    statistics = jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
     known = (tokens >= 0) & (tokens < head.shape[1])
-    log_probs = jnp.where(known, statistics.log_probs, jnp.nan)
+    tokens, known, where = (blocks(jnp.asarray(x)) for x in (tokens, known, where))
+    return _Readout(blocks(hidden), head, tokens, known, where, order, ask)
+
+
+def _statistics(
+    hidden: chex.Array,
+    head: chex.Array,
+    tokens: chex.Array,
+    *,
+    temperature: chex.Numeric = 1.0,
+    **options: Any,
+) -> Statistics:
+    """What a public function asks for at each position, float[B, T]."""
+    read = _readout(hidden, head, tokens, **options)
+    accumulator = jnp.float64 if read.hidden.dtype == jnp.float64 else jnp.float32
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, accumulator))
+    statistics = statistics_of(
+        read.hidden, read.head, read.tokens, temperature, read.order, read.ask
+    )
+    log_probs = jnp.where(read.known, statistics.log_probs, jnp.nan)
     statistics = statistics._replace(log_probs=log_probs)
-    if where is None:
-        return statistics
-    return jax.tree.map(lambda x: jnp.where(where, x, 0.0), statistics)
+    return jax.tree.map(
+        lambda x: jnp.where(read.where, x, 0.0).reshape(jnp.shape(tokens)), statistics
+    )

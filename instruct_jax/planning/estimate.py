@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from instruct_jax.losses.chunked import CHUNK_LOGITS
+from instruct_jax.losses.chunked import default_chunk
 from instruct_jax.models.attention import implementation
 from instruct_jax.models.sharding import platform
 from instruct_jax.models.transformer import TransformerConfig
@@ -114,7 +114,7 @@ def _table(c: TransformerConfig, parts: Parts) -> float:
 
 def _logits(c: TransformerConfig, positions: float, parts: Parts) -> float:
     """The logits of a chunk of positions in float32."""
-    chunk = min(positions, max(64, CHUNK_LOGITS // c.vocab_rows))
+    chunk = min(positions, default_chunk(c.d_model, c.vocab_rows))
     return 4 * chunk * c.vocab_rows / parts.tensor
 
 

@@ -10,7 +10,12 @@ import math
 
 import jax
 
-from instruct_jax.losses import TokenStatistics, chunked_token_statistics
+from instruct_jax.losses import (
+    CrossEntropySum,
+    TokenStatistics,
+    chunked_cross_entropy_sum,
+    chunked_token_statistics,
+)
 from instruct_jax.models.sharding import HEADS, ROWS, WHOLE, constrain
 from instruct_jax.models.transformer import Model, Params
 
@@ -40,6 +45,29 @@ def token_scores(
         softcap=config.logit_softcap,
         row_blocks=row_blocks(tokens.shape[0]),
         moments=moments,
+        hits=hits,
+    )
+
+
+def cross_entropy_sum(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    *,
+    where: jax.Array,
+    hits: bool = False,
+) -> CrossEntropySum:
+    """`chunked_cross_entropy_sum` of `model`'s own read-out, of the arguments of `token_scores`."""
+    config = model.config
+    return chunked_cross_entropy_sum(
+        hidden,
+        constrain(model.head(params), WHOLE, HEADS),
+        tokens,
+        where=where,
+        vocab_size=config.vocab_size,
+        softcap=config.logit_softcap,
+        row_blocks=row_blocks(tokens.shape[0]),
         hits=hits,
     )
 

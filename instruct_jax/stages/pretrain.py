@@ -20,10 +20,9 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.tokens import TokenRows
-from instruct_jax.losses import sum_and_count
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
-from instruct_jax.sampling.scores import token_scores
+from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -60,11 +59,11 @@ def language_loss(model: Model, *, dropout: bool = False, accuracy: bool = True)
         )
         # The state at t scores token t + 1; the last one scores nothing.
         following, targets = jnp.roll(batch["tokens"], -1, axis=1), next_is_target(batch)
-        scores = token_scores(model, params, hidden, following, where=targets, hits=accuracy)
-        total, count = sum_and_count(-scores.log_probs, targets)
-        if scores.hits is None:
-            return total, count, {}
-        return total, count, {"accuracy": sum_and_count(scores.hits, targets)}
+        total, hits = cross_entropy_sum(
+            model, params, hidden, following, where=targets, hits=accuracy
+        )
+        count = targets.sum(dtype=jnp.float32)
+        return total, count, {} if hits is None else {"accuracy": (hits, count)}
 
     return loss
 
