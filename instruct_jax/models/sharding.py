@@ -42,6 +42,12 @@ def axes_size(axes: tuple[str, ...]) -> int:
     return math.prod(shape.get(name, 1) for name in axes)
 
 
+def row_blocks(rows: int) -> int:
+    """The devices that so many rows are spread over, in contiguous blocks; 1 where they are not."""
+    parts = axes_size(ROWS)
+    return 1 if rows % parts else parts
+
+
 def partition(shape: tuple[int, ...], *axes: tuple[str, ...]) -> PartitionSpec:
     """Each dimension of `shape` split over its mesh axes; one that they do not divide is whole."""
     mesh = jax.sharding.get_abstract_mesh()

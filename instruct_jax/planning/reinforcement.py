@@ -63,6 +63,7 @@ class Reinforcement:
             *inputs,
             max_new_tokens=self.shape.response,
             eos_id=self.rows.eos_id,
+            halvings=self.config.length_buckets - 1,
         )
 
     def ptx(self) -> dict[str, np.ndarray] | None:

@@ -152,7 +152,11 @@ def rollout(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     config = shape.policy_config()
     model, params = language_model(config), place_params(models.policy, mesh)
     inputs = first_prompts(shape, rows, mesh)
-    settings = {"max_new_tokens": shape.response, "eos_id": rows.eos_id}
+    settings = {
+        "max_new_tokens": shape.response,
+        "eos_id": rows.eos_id,
+        "halvings": shape.length_buckets - 1,
+    }
     program = compiled(lambda *args: generate(model, *args, **settings), params, *inputs)
 
     def account(result: Any) -> Account:

@@ -4,7 +4,7 @@ from instruct_jax.sampling.choose import Sampling, choose, draw, truncate
 from instruct_jax.sampling.complete import Completion, complete, completions_of
 from instruct_jax.sampling.engine import Engine, Response, respond
 from instruct_jax.sampling.sampler import Rollout, generate
-from instruct_jax.sampling.scores import token_scores
+from instruct_jax.sampling.scores import cross_entropy_sum, token_scores
 
 __all__ = [
     "Completion",
@@ -15,6 +15,7 @@ __all__ = [
     "choose",
     "complete",
     "completions_of",
+    "cross_entropy_sum",
     "draw",
     "generate",
     "respond",

@@ -1,7 +1,8 @@
 """One shot: a batch of prompts in, a batch of sampled responses out, in one compiled program.
 
-The rows start together and the program ends with the longest of them; `engine.Engine` gives the
-slots of those that end earlier to others, over the same loop (`slots.py`, where its rules are).
+The rows start together and the program ends with the longest of them, in fewer and fewer slots
+where that is asked for; `engine.Engine` gives the slots of rows that end earlier to others, over
+the same loop (`slots.py`, where its rules are).
 
 - Prompts are LEFT-padded. With n keys a prompt, each prompt is read once for its n responses.
 - log_probs are those of the full softmax at the sampling temperature, log pi(y_t), *before* top-k,
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.choose import Sampling
-from instruct_jax.sampling.slots import Slots, advance, prefill, spread_rows
+from instruct_jax.sampling.slots import Slots, advance_shrinking, prefill, spread_rows
 from instruct_jax.sampling.weights import decoding_weights
 
 
@@ -48,13 +49,16 @@ def generate(
     min_new_tokens: int = 0,
     stop_ids: Sequence[int] = (),
     stop_sequences: Sequence[Sequence[int]] = (),
+    halvings: int = 0,
 ) -> Rollout:
     """Sample one response a key; prompts left-padded.
 
     int32[N, P], bool[N, P], keys[B] -> Rollout. B is a multiple of N: keys i*n to (i+1)*n, and the
     rows of the rollout, are the n samples of prompt i. Temperature 0 is greedy. Neither `eos_id`
     nor `stop_ids` can come among the first `min_new_tokens`, and no stop sequence ends a row there.
-    A row whose prompt is all padding stays empty and holds nothing up. Every keyword is static: one
+    A row whose prompt is all padding stays empty and holds nothing up. Where lengths differ much,
+    `halvings` spares the turns of rows that have ended: so many times the rows that live go on in a
+    batch of half the size, each of which is one more loop to compile. Every keyword is static: one
     compiled program for each set of them, each `model` and each shape. On a mesh, call it under
     `jax.set_mesh` with the rows spread over data and fsdp: the cache follows them.
 
@@ -80,10 +84,14 @@ def generate(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
+        halvings=halvings,
     )
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "max_new_tokens", "min_new_tokens"))
+@partial(
+    jax.jit,
+    static_argnames=("model", "sampling", "max_new_tokens", "min_new_tokens", "halvings"),
+)
 def _generate(
     model: Model,
     params: Any,
@@ -94,6 +102,7 @@ def _generate(
     sampling: Sampling,
     max_new_tokens: int,
     min_new_tokens: int,
+    halvings: int,
 ) -> Rollout:
     rows, width = keys.shape[0], prompts.shape[1]
     params = decoding_weights(params, dtype=model.config.dtype)
@@ -114,7 +123,7 @@ def _generate(
         head=jnp.int32(width - 1),
         cache=cache,
     )
-    slots = advance(model, params, spread_rows(slots), sampling)
+    slots = advance_shrinking(model, params, spread_rows(slots), sampling, halvings=halvings)
     response_mask = jnp.arange(max_new_tokens)[None, :] < slots.length[:, None]
     return Rollout(
         tokens=slots.tokens,

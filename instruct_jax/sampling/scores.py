@@ -6,8 +6,6 @@ mesh stay where they are. The matrix of the read-out is gathered once, before th
 except for its columns, which stay spread over tensor.
 """
 
-import math
-
 import jax
 
 from instruct_jax.losses import (
@@ -16,7 +14,7 @@ from instruct_jax.losses import (
     chunked_cross_entropy_sum,
     chunked_token_statistics,
 )
-from instruct_jax.models.sharding import HEADS, ROWS, WHOLE, constrain
+from instruct_jax.models.sharding import HEADS, WHOLE, constrain, row_blocks
 from instruct_jax.models.transformer import Model, Params
 
 
@@ -70,10 +68,3 @@ def cross_entropy_sum(
         row_blocks=row_blocks(tokens.shape[0]),
         hits=hits,
     )
-
-
-def row_blocks(rows: int) -> int:
-    """The devices of the ambient mesh that so many rows are spread over; 1 where they are not."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(shape.get(axis, 1) for axis in ROWS)
-    return 1 if rows % parts else parts

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from instruct_jax.models.sharding import row_blocks
 from instruct_jax.models.transformer import Model, init_cache
 from instruct_jax.sampling.choose import Sampling, choose
 from instruct_jax.training.mesh import BATCH_AXES
@@ -59,9 +60,17 @@ def prefill(model: Model, params: Any, prompts: jax.Array, mask: jax.Array, *, c
 
 
 def advance(
-    model: Model, params: Any, slots: Slots, sampling: Sampling, *, until: jax.Array | int = 0
+    model: Model,
+    params: Any,
+    slots: Slots,
+    sampling: Sampling,
+    *,
+    until: jax.Array | int = 0,
+    blocks: int = 1,
 ) -> Slots:
-    """Decodes until no more than `until` rows live or the columns are used up."""
+    """Decodes until no more than `until` rows of any of the contiguous `blocks` live, or the
+    columns are used up.
+    """
     columns = slots.cache.mask.shape[1]
 
     def body(slots: Slots) -> Slots:
@@ -88,9 +97,49 @@ def advance(
         )
 
     def unfinished(slots: Slots) -> jax.Array:
-        return (slots.live.sum(dtype=jnp.int32) > until) & (slots.head < columns)
+        live = slots.live.reshape(blocks, -1).sum(axis=1, dtype=jnp.int32)
+        return (live.max() > until) & (slots.head < columns)
 
     return jax.lax.while_loop(unfinished, body, slots)
+
+
+def advance_shrinking(
+    model: Model, params: Any, slots: Slots, sampling: Sampling, *, halvings: int
+) -> Slots:
+    """Decodes until no row lives, and up to `halvings` times in half as many slots, as soon as no
+    more are needed.
+
+    Rows that are spread over devices stay on theirs: each has a block of its own, and all shrink
+    when the fullest can. What the cache has read is not brought back, only what was drawn.
+    """
+    rows = len(slots.live)
+    blocks = row_blocks(rows)
+    half = rows // blocks // 2
+    if not halvings or half * 2 * blocks != rows or not half:
+        return advance(model, params, slots, sampling)
+    slots = advance(model, params, slots, sampling, until=half, blocks=blocks)
+    order = jnp.argsort(~slots.live.reshape(blocks, -1), axis=1, stable=True)[:, :half]
+
+    def taken(x: jax.Array) -> jax.Array:
+        if not x.ndim:
+            return x
+        of_blocks = x.reshape(blocks, -1, *x.shape[1:])
+        return jax.vmap(lambda x, i: x[i])(of_blocks, order).reshape(-1, *x.shape[1:])
+
+    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+        of_blocks = x.reshape(blocks, -1, *x.shape[1:])
+        new = new.reshape(blocks, half, *x.shape[1:])
+        return jax.vmap(lambda x, i, new: x.at[i].set(new))(of_blocks, order, new).reshape(x.shape)
+
+    few = spread_rows(jax.tree.map(taken, slots))
+    few = advance_shrinking(model, params, few, sampling, halvings=halvings - 1)
+    return slots._replace(
+        tokens=put(slots.tokens, few.tokens),
+        log_probs=put(slots.log_probs, few.log_probs),
+        length=put(slots.length, few.length),
+        live=put(slots.live, few.live),
+        head=few.head,
+    )
 
 
 def empty_slots(cache: Any, *, rows: int, columns: int, head: jax.Array, key: jax.Array) -> Slots:

@@ -264,6 +264,7 @@ def make_iteration(
             max_new_tokens=config.response_length,
             eos_id=eos_id,
             temperature=config.temperature,
+            halvings=config.length_buckets - 1,
         )
         experience, scored = score(state, frozen, rollout)
         ptx = hosts.spread(batch["ptx"], ptx_rows) if "ptx" in batch else None

@@ -82,8 +82,9 @@ class PPOConfig:
     lora: LoraConfig = LoraConfig()
     micro_batches: int = 1
     # With more than 1, rows are sorted by length within a minibatch, and each micro-batch computed
-    # at the least of so many widths that has room for its responses; scoring goes the same way. It
-    # changes no result, and pays where lengths differ: each width is compiled.
+    # at the least of so many widths that has room for its responses; scoring goes the same way, and
+    # sampling goes on in half as many rows, up to one time less than that. It changes no result,
+    # and pays where lengths differ: each width and each number of rows is compiled.
     length_buckets: int = 1
     seed: int = 0
     log_every: int = 1

@@ -26,6 +26,19 @@ def test_draws_follow_the_softmax():
     assert ((observed - count * cooler) ** 2 / (count * cooler)).sum() > CHI_SQUARE_LIMIT
 
 
+@pytest.mark.parametrize("columns", [100, 128, 1000])
+def test_a_draw_is_the_first_entry_past_its_uniform_number(columns):
+    """y = min { i : sum_{j<=i} p_j > u }, in float64, across blocks of columns."""
+    keys = jax.random.split(jax.random.key(1), 200)
+    logits = 2 * jax.random.normal(jax.random.key(2), (200, columns))
+    uniforms = np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
+    weights = np.exp(np.asarray(logits, np.float64))
+    cumulative = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(
+        draw(keys, logits), (cumulative > uniforms[:, None]).argmax(axis=1)
+    )
+
+
 def test_an_entry_without_probability_is_never_drawn():
     """T10: neither excluded columns nor those whose weight underflows to zero, at either end."""
     logits = np.full((20_000, 50), -1e9, np.float32)

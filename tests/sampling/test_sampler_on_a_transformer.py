@@ -1,5 +1,7 @@
 """The generation loop on the real model: cache, positions, padding, batches and meshes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,25 @@ def test_a_batch_samples_what_each_row_alone_would(gpt, rollout):
         alone = generate(*gpt, *prompt, keys_of(4)[b : b + 1], **SETTINGS)
         assert np.array_equal(alone.tokens[0, width:], rollout.tokens[b, WIDTH:])
         np.testing.assert_allclose(alone.log_probs[0], rollout.log_probs[b], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "data:2", "data:2,fsdp:2"])
+def test_a_batch_that_shrinks_samples_what_one_that_does_not_would(gpt, mesh):
+    """Rows of 1 to 12 tokens, in blocks of 16, 8 or 4 that are halved three times or twice."""
+    rows, keys = ROWS * 4, keys_of(16, seed=3)
+    stops = {"stop_ids": tuple(range(0, VOCAB, 6))}
+    wanted = generate(*gpt, *prompts_of(rows), keys, **SETTINGS, **stops)
+    lengths = np.sort(wanted.response_mask.sum(1))
+    assert lengths[0] < lengths[8] < lengths[12] < lengths[-1], "lengths that say nothing"
+    model, params = gpt
+    batch = (*prompts_of(rows), keys)
+    with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        if mesh:
+            batch = jax.device_put(batch, batch_sharding(make_mesh(mesh)))
+        got = generate(model, params, *batch, **SETTINGS, **stops, halvings=3)
+    for name in ("tokens", "mask", "response_mask"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
+    np.testing.assert_allclose(got.log_probs, wanted.log_probs, atol=1e-5)
 
 
 def test_more_padding_on_the_left_changes_nothing(gpt, rollout):
