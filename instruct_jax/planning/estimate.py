@@ -10,7 +10,7 @@ tensor parts t, N_p parameters, k bytes a number:
     gradients   4 N_p a device, of every loss; once more where micro-batches are summed
     copies      k N_p a device, the matrices cast before the loop over the layers, which holds them
     tables      4 V D / t, the token table whole over fsdp: for the look-up, and for its gradient by
-                the look-up and by the head
+                the look-up, by the head, and by one chunk of positions of the head
     logits      of one chunk of positions in float32: they and their exponentials, their gradients
     weights     k N / t, what decoding gathers once, beside a cache of 2 L b T D k
 
@@ -157,8 +157,8 @@ def _work(loss: Loss, parts: Parts) -> float:
 
 
 def _tables(loss: Loss, parts: Parts) -> float:
-    """Gradients of the token table: by the look-up, and by the head where that is tied to it."""
-    return (2 if loss.kind == "language" else 1) * _table(loss.model, parts)
+    """Gradients of the token table: by the look-up, and by the head and a chunk of it."""
+    return (3 if loss.kind == "language" else 1) * _table(loss.model, parts)
 
 
 def _head(loss: Loss, parts: Parts) -> float:
@@ -215,7 +215,9 @@ def _scoring(job: Job, parts: Parts) -> dict[str, float]:
         each = 8 if platform() == "tpu" else 4 + _BYTES[c.dtype]
         return _streams(*of) + each * _scores(*of)
 
-    head = 2 * _logits(job.model, rows * job.length, parts)
+    # The policy, where it is read, and the reference, at once.
+    readings = 2 if job.config.old_log_probs == "forward" else 1
+    head = 2 * readings * _logits(job.model, rows * job.config.response_length, parts)
     if parts.fsdp > 1:
         head += max(_table(c, parts) * (1 + _BYTES[c.dtype] / 4) for c in models)
     return {
