@@ -12,6 +12,8 @@ gpt2_124m_bf16, 1p3b      one accelerator, bfloat16: 124M and 1.3B
 deepspeed_chat            1.3B actor, 350M reward and value, 256 + 256, no mix: decode-heavy
 paper_ptx                 1.3B with 8 rows of text for each episode: nearly all is ptx
 sweep                     throughput against batch size, length and model size
+startup                   seconds to the first step of every stage, with an empty compilation cache
+                          and with a full one
 
 With a peer (TRL 1.16 and transformers 5; for PPO TRL 1.12.0, the last that had it), named by
 --config.peer_python; the default is the interpreter at hand:
@@ -133,6 +135,7 @@ PRESETS = {
             ("d_model", (128, 256, 512)),
         ),
     },
+    "startup": {"startup.preset": "toyworld", "repeats": 3},
     "generate_trl": GPT2 | TRL | {"phases": ("rollout",)},
     "generate_1m_trl": TRL
     | {"shape.num_layers": 4, "shape.d_model": 128, "shape.num_heads": 4, "phases": ("rollout",)},

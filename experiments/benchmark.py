@@ -4,6 +4,7 @@
     python experiments/benchmark.py --config=configs/benchmark.py:sweep --workdir=runs/sweep
     python experiments/benchmark.py --config=configs/benchmark.py:ppo_trl --workdir=runs/ppo_trl \\
         --config.peer_python=/path/to/venv/bin/python
+    python experiments/benchmark.py --config=configs/benchmark.py:startup --workdir=runs/startup
 
 The phases are the stages' own programs at the shape of the preset (instruct_jax/planning/). Seconds
 are medians of `repeats` runs, compilation apart. The roofline fraction is the time limit of
@@ -13,13 +14,16 @@ of the vendor's peaks where the device is known, else of the measured ones.
 
 With `--config.peer=trl` the same work is done by TRL and transformers in another process, turn by
 turn with ours, and the ratio of the speeds is printed. With `--config.profile=true` a
-jax.profiler trace of one run of each phase is left in WORKDIR/profile.
+jax.profiler trace of one run of each phase is left in WORKDIR/profile. `startup` times the stages'
+scripts instead: to the end of their first step, with an empty compilation cache and with a full
+one.
 
 Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
 """
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +44,7 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.roofline import (
     peer_table,
     phase_table,
+    startup_table,
     sweep_table,
     write_roofline,
     write_sweeps,
@@ -54,8 +59,12 @@ from instruct_jax.planning.measure import (
     seconds_of,
 )
 from instruct_jax.planning.shapes import Rows, Shape, random_models, synthetic_rows
+from instruct_jax.planning.startup import StartupConfig, make_inputs, measure_startup
 from instruct_jax.planning.workloads import BUILDERS, PHASES
 from instruct_jax.training.mesh import make_mesh
+
+
+STARTUP_SCRIPT = "benchmark_startup.py"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Config:
     """`data` with a `tokenizer` gives real rows to the phases that have any; else random tokens.
 
     `sweep` is a list of (field of the shape, its values), each measured with the rest as it is.
+    With `startup` the start of stages is measured, and no phase.
     """
 
     shape: Shape = Shape()
@@ -71,6 +81,7 @@ class Config:
     data: DataConfig | None = None
     tokenizer: str | None = None
     sweep: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    startup: StartupConfig | None = None
     profile: bool = False
     peer: Literal["none", "trl"] = "none"
     # The interpreter that has the peer; None is this one.
@@ -93,35 +104,64 @@ class Config:
 
 def main(config: Config, run: cli.Run) -> Path:
     """Measures, prints the tables and returns the JSON file."""
-    machine = measure_machine((config.shape.dtype,))
     report: dict[str, Any] = {
         "config": dataclasses.asdict(config),
-        "environment": environment(),
-        "machine": describe_machine(machine),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": json.loads((run.workdir / "config.json").read_text()).get("commit"),
     }
-    flops, bandwidth = machine.flops[config.shape.dtype], machine.bandwidth
-    print(f"machine: {flops / 1e9:,.0f} GFLOP/s {config.shape.dtype}, {bandwidth / 1e9:,.1f} GB/s")
-    texts = []
-    if config.peer != "none":
-        report["peers"] = compare_peers(config, run)
-        texts.append(peer_table(report["peers"]))
-    elif config.sweep:
-        report["sweep"] = run_sweep(config, machine, run)
-        texts.append(sweep_table(report["sweep"]))
-        write_sweeps(run.workdir / "sweep.png", report["sweep"])
+    if config.startup is not None:
+        # Before anything here touches a device that the stages need.
+        report["startup"] = run_startup(config, config.startup, run)
+        report["environment"] = environment()
+        table = startup_table(report["startup"])
     else:
-        report["phases"] = run_phases(config, config.shape, machine, run)
-        texts.append(phase_table(report["phases"]))
-        title = f"{report['environment']['device']}, {config.shape.dtype}"
-        picture = run.workdir / "roofline.png"
-        write_roofline(picture, report["phases"], flops=flops, bandwidth=bandwidth, title=title)
+        report["environment"] = environment()
+        table = compare(config, run, report)
     out = run.workdir / "benchmark.json"
     out.write_text(json.dumps(report, indent=2) + "\n")
-    (run.workdir / "benchmark.md").write_text("\n".join(texts))
-    print("\n" + "\n".join(texts))
+    (run.workdir / "benchmark.md").write_text(table)
+    print("\n" + table)
     return out
+
+
+def compare(config: Config, run: cli.Run, report: dict[str, Any]) -> str:
+    """Puts phases, a sweep or a peer's into `report`, with this machine's limits; their table."""
+    machine = measure_machine((config.shape.dtype,))
+    report["machine"] = describe_machine(machine)
+    flops, bandwidth = machine.flops[config.shape.dtype], machine.bandwidth
+    print(f"machine: {flops / 1e9:,.0f} GFLOP/s {config.shape.dtype}, {bandwidth / 1e9:,.1f} GB/s")
+    if config.peer != "none":
+        report["peers"] = compare_peers(config, run)
+        return peer_table(report["peers"])
+    if config.sweep:
+        report["sweep"] = run_sweep(config, machine, run)
+        write_sweeps(run.workdir / "sweep.png", report["sweep"])
+        return sweep_table(report["sweep"])
+    report["phases"] = run_phases(config, config.shape, machine, run)
+    title = f"{report['environment']['device']}, {config.shape.dtype}"
+    picture = run.workdir / "roofline.png"
+    write_roofline(picture, report["phases"], flops=flops, bandwidth=bandwidth, title=title)
+    return phase_table(report["phases"])
+
+
+def run_startup(config: Config, startup: StartupConfig, run: cli.Run) -> list[dict[str, Any]]:
+    """The first start and `repeats` second ones of every stage."""
+    folder, script = run.workdir.absolute() / "startup", Path(__file__).with_name(STARTUP_SCRIPT)
+    shutil.rmtree(folder, ignore_errors=True)  # a first start has nothing to read
+    folder.mkdir()
+    make_inputs(startup, folder, script=script, mesh=run.mesh)
+    results = []
+    for stage in startup.stages:
+        result = measure_startup(
+            stage, startup, folder, script=script, mesh=run.mesh, repeats=config.repeats
+        )
+        print(
+            f"{stage:13} {result.first.seconds:6.2f} s, then {result.second.seconds:6.2f} s"
+            f"   ratio {result.ratio:.2f}",
+            flush=True,
+        )
+        results.append(dataclasses.asdict(result))
+    return results
 
 
 def run_phases(

@@ -38,6 +38,14 @@ __all__ = [
 
 Config = TypeVar("Config")
 
+# Every program is kept, those of a few operations too: a stage has some thirty of them before its
+# first step, which take longer to compile than to read. A variable of the same name comes first.
+_COMPILATION_CACHE = {
+    "jax_compilation_cache_dir": str(Path.home() / ".cache" / "instruct_jax" / "xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
 # XLA flags for a CPU that stands for several devices, which must meet in every collective.
 HOST_DEVICE_FLAGS = (
     # On a busy machine threads come late; by default 40 s of waiting end the process.
@@ -164,8 +172,6 @@ def _configure_jax(host_devices: int | None) -> None:
     if host_devices is not None:
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *HOST_DEVICE_FLAGS])
         jax.config.update("jax_num_cpu_devices", host_devices)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path.home() / ".cache" / "instruct_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in _COMPILATION_CACHE.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)

@@ -14,6 +14,7 @@ PALETTE = ("#2f7fc1", "#d9621e", "#0b9a6d", "#b07fd8", "#868e96", "#b58900", "#c
            "#5c940d")  # fmt: skip
 
 Row = Mapping[str, Any]
+_START_PARTS = ("imports", "setup", "tracing", "compiling", "step")
 
 
 def phase_table(rows: Sequence[Row]) -> str:
@@ -74,6 +75,30 @@ def sweep_table(rows: Sequence[Row]) -> str:
             f"{row['roofline']:.2f}",
         )
         for row in rows
+    ]
+    return _markdown(head, body)
+
+
+def startup_table(rows: Sequence[Row]) -> str:
+    """One line a start, two a stage, of the JSON rows."""
+    head = (
+        "stage", "compilation cache", "seconds", "ratio", "imports", "data and models", "tracing",
+        "compiling or reading", "step", "programs",
+    )  # fmt: skip
+    body = [
+        (
+            row["stage"],
+            cache,
+            f"{start['seconds']:.2f}",
+            ratio,
+            *(f"{start[part]:.2f}" for part in _START_PARTS),
+            str(start["programs"]),
+        )
+        for row in rows
+        for cache, start, ratio in (
+            ("empty", row["first"], ""),
+            ("full", row["second"], f"{row['ratio']:.2f}"),
+        )
     ]
     return _markdown(head, body)
 

@@ -8,7 +8,7 @@ they can stand in one few-shot prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from random import Random
 
 
@@ -57,7 +57,8 @@ class Spec:
 
     def to_meta(self) -> dict[str, object]:
         """The spec as plain values that survive JSON."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        # vars and not asdict, which copies every value of every prompt: 0.3 s of 10,000.
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
 
     @property
     def closed_domain(self) -> bool:
