@@ -22,6 +22,10 @@ generate_{1m,7m}_trl      smaller ones, 32 and 64 rows
 sft_trl, reward_model_trl Alpaca rows and HH pairs, 6 layers x 256, GPT-2 vocabulary, batch 16
 ppo_trl, ppo_skewed_trl   the shape of mini and mini_skewed
 
+With Tunix 0.1.7, which is in JAX, named in the same way:
+ppo_tunix                 the shape of mini in the form of Qwen 2; Tunix has a Python reward where
+                          we have a reward model of the policy's size
+
 What a preset leaves out has the default of its dataclass.
 """
 
@@ -153,6 +157,7 @@ PRESETS = {
     },
     "ppo_trl": TRL | {"phases": ("iteration",)},
     "ppo_skewed_trl": TRL | SKEWED | {"phases": ("iteration",)},
+    "ppo_tunix": {"peer": "tunix", "shape.model": "small-qwen2", "phases": ("iteration",)},
 }
 
 

@@ -13,10 +13,11 @@ bytes/s are those of a large matrix product and a large copy in the same run. MF
 of the vendor's peaks where the device is known, else of the measured ones.
 
 With `--config.peer=trl` the same work is done by TRL and transformers in another process, turn by
-turn with ours, and the ratio of the speeds is printed. With `--config.profile=true` a
-jax.profiler trace of one run of each phase is left in WORKDIR/profile. `startup` times the stages'
-scripts instead: to the end of their first step, with an empty compilation cache and with a full
-one.
+turn with ours, and the ratio of the speeds is printed; with `tunix` by Tunix, which is in JAX. With
+`--config.profile=true` a jax.profiler trace of one run of each phase is left in WORKDIR/profile.
+
+`startup` times the stages' own scripts instead, to the end of their first step, with an empty
+compilation cache and with a full one (instruct_jax/planning/startup.py).
 
 Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
 """
@@ -63,7 +64,6 @@ from instruct_jax.planning.startup import StartupConfig, make_inputs, measure_st
 from instruct_jax.planning.workloads import BUILDERS, PHASES
 from instruct_jax.training.mesh import make_mesh
 
-
 STARTUP_SCRIPT = "benchmark_startup.py"
 
 
@@ -83,7 +83,7 @@ class Config:
     sweep: tuple[tuple[str, tuple[int, ...]], ...] = ()
     startup: StartupConfig | None = None
     profile: bool = False
-    peer: Literal["none", "trl"] = "none"
+    peer: Literal["none", "trl", "tunix"] = "none"
     # The interpreter that has the peer; None is this one.
     peer_python: str | None = None
 
@@ -203,14 +203,15 @@ def compare_peers(config: Config, run: cli.Run) -> list[dict[str, Any]]:
     models = random_models(config.shape, eos_id=rows.eos_id)
     mesh, results = make_mesh(run.mesh), []
     folder = run.workdir / "peer"
-    peers.write_inputs(folder, config.shape, rows, models, tokenizer)
+    library = peers.LIBRARIES[config.peer]
+    peers.write_inputs(folder, library, config.shape, rows, models, tokenizer)
     with jax.set_mesh(mesh):
         for phase in config.phases:
-            for case in peers.cases(phase, config.shape, rows, models, mesh):
+            for case in peers.cases(phase, library, config.shape, rows, models, mesh):
                 comparison = peers.compare(
                     case,
                     python=config.peer_python or peers.default_python(),
-                    script=peers.default_script(),
+                    script=peers.script_of(library),
                     folder=folder,
                     repeats=config.repeats,
                 )

@@ -6,6 +6,7 @@ every line "go" on its standard input, and answers each with one JSON line. Ever
 the CPU; activation checkpointing, on by default in TRL, is off, as it is on our side.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,38 @@ import numpy as np
 
 
 def main(folder):
-    """Serves turns until the pipe closes."""
+    """Serves turns of TRL, or of transformers for rollouts."""
+    serve(folder, {"torch": "torch", "transformers": "transformers", "trl": "trl"}, peer, run)
+
+
+def peer(spec, versions):
+    """Who does the work of a phase."""
+    if spec["phase"] == "rollout":
+        return f"transformers {versions['transformers']}"
+    return f"TRL {versions['trl']}"
+
+
+def run(folder, spec, rows, turns):
+    """The phase that `spec` names."""
+    import torch
+    import transformers
+
+    torch.manual_seed(spec["seed"])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    transformers.utils.logging.set_verbosity_error()
+    work = {"rollout": rollout, "sft": sft, "reward_model": reward_model, "iteration": iteration}
+    try:
+        work[spec["phase"]](folder, spec, rows, turns)
+    except ImportError as error:
+        raise ImportError(f"{error}; PPO is in TRL up to 1.12.0") from error
+
+
+def serve(folder, libraries, peer, run):
+    """Serves turns until the pipe closes.
+
+    `libraries` are the modules that must be there and the distributions they are of,
+    `peer(spec, versions)` is its name, `run(folder, spec, rows, turns)` its work.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print goes to the log
 
@@ -26,37 +58,29 @@ def main(folder):
         print(json.dumps(message), file=answers, flush=True)
 
     try:
-        import torch
-        import transformers
-        import trl
+        for module in libraries:
+            importlib.import_module(module)
     except ImportError as error:
-        answer(
-            error=f"{sys.executable} has no {error.name}; name an interpreter with trl and torch"
-        )
+        needed = " and ".join(libraries.values())
+        answer(error=f"{sys.executable} has no {error.name}; name an interpreter with {needed}")
         return
     spec = json.loads((folder / "spec.json").read_text())
-    torch.manual_seed(spec["seed"])
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    transformers.utils.logging.set_verbosity_error()
     with np.load(folder / "rows.npz") as archive:
         rows = dict(archive)
-    names = ("torch", "transformers", "trl")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    labels = {"rollout": f"transformers {versions['transformers']}"}
+    versions = {name: importlib.metadata.version(name) for name in libraries.values()}
 
     def ready():
-        answer(peer=labels.get(spec["phase"], f"TRL {trl.__version__}"), versions=versions)
+        answer(peer=peer(spec, versions), versions=versions)
 
     def wait():
         """Until the next turn; leaves when there is none."""
         if not sys.stdin.readline():
             sys.exit(0)
 
-    work = {"rollout": rollout, "sft": sft, "reward_model": reward_model, "iteration": iteration}
     try:
-        work[spec["phase"]](folder, spec, rows, Turns(ready, wait, answer))
+        run(folder, spec, rows, Turns(ready, wait, answer))
     except ImportError as error:
-        answer(error=f"{sys.executable}: {error}; PPO is in TRL up to 1.12.0")
+        answer(error=f"{sys.executable}: {error}")
 
 
 class Turns:

@@ -356,7 +356,9 @@ class Config:
 
 def main(config, run):
     import jax
-    print(config.steps, run.workdir, jax.device_count(), jax.config.jax_compilation_cache_dir)
+    from jax import config as settings
+    print(config.steps, run.workdir, jax.device_count(), settings.jax_compilation_cache_dir,
+          settings.jax_persistent_cache_min_compile_time_secs)
 
 if __name__ == "__main__":
     cli.run(main, Config, default="presets.py")
@@ -367,7 +369,8 @@ if __name__ == "__main__":
 def script(tmp_path, config_file, repository, monkeypatch):
     (tmp_path / "count.py").write_text(SCRIPT)
     monkeypatch.setenv("PYTHONPATH", str(repository))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def call(*argv):
@@ -395,7 +398,16 @@ def test_a_script_says_what_it_does_and_what_can_be_set(script):
 def test_a_script_runs_with_devices_and_a_cache_of_its_own(script, tmp_path):
     done = script("--host_devices=3", "--config=presets.py:large")
     cache = Path(tmp_path) / ".cache" / "instruct_jax" / "xla"
-    assert done.stdout.split() == ["10", "runs/presets", "3", str(cache)], done.stderr
+    assert done.stdout.split() == ["10", "runs/presets", "3", str(cache), "0.0"], done.stderr
+
+
+def test_a_variable_of_the_cache_comes_first(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    done = script()
+    assert done.stdout.split()[-2:] == [str(tmp_path / "mine"), "0.0"], done.stderr
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3.0")
+    done = script("--workdir=runs/other")
+    assert done.stdout.split()[-2:] == [str(tmp_path / "mine"), "3.0"], done.stderr
 
 
 def test_a_misspelt_key_fails_within_two_seconds(script, tmp_path):

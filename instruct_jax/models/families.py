@@ -82,6 +82,11 @@ _SIZES: dict[str, TransformerConfig] = {
     "tiny": _narrow(256, 2, 64, 2, 256, "gelu"),
     "mini": dataclasses.replace(_narrow(511, 4, 128, 4, 256, "relu"), positions="rope"),
     "small": _narrow(8_191, 6, 256, 8, 512, "gelu"),
+    # As many parameters as small, in the form of Qwen 2.
+    "small-qwen2": dataclasses.replace(
+        _narrow(8_191, 6, 256, 8, 512, "swiglu"),
+        d_ff=704, norm="rmsnorm", norm_eps=1e-6, positions="rope", use_bias=False, qkv_bias=True,
+    ),
     "gpt2-small": _GPT(num_layers=12, d_model=768, num_heads=12),
     "gpt2-medium": _GPT(num_layers=24, d_model=1024, num_heads=16),
     "gpt2-large": _GPT(num_layers=36, d_model=1280, num_heads=20),

@@ -10,6 +10,7 @@ work in them. What a turn is:
     sft             one update, padded rows and packed ones            TRL's SFTTrainer
     reward_model    one update on `ranked` pairs                       TRL's RewardTrainer
     iteration       one PPO iteration                                  TRL's experimental PPOTrainer
+                                                                       or Tunix's PPOLearner
 
 Speeds are of useful work: drawn tokens, real tokens of the rows, pairs, episodes.
 """
@@ -45,7 +46,19 @@ from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss
 from instruct_jax.stages.sft import SFTConfig
 
-SCRIPT = "benchmark_peers.py"
+
+class Library(NamedTuple):
+    """A peer: the script of its side, the model family that it reads, and the phases it has."""
+
+    script: str
+    family: str
+    phases: tuple[str, ...]
+
+
+LIBRARIES = {
+    "trl": Library("benchmark_peers.py", "gpt2", ("rollout", "sft", "reward_model", "iteration")),
+    "tunix": Library("benchmark_tunix.py", "qwen2", ("iteration",)),
+}
 
 
 class Turn(NamedTuple):
@@ -158,12 +171,24 @@ def compare(case: Case, *, python: str, script: Path, folder: Path, repeats: int
 
 
 def write_inputs(
-    folder: Path, shape: Shape, rows: Rows, models: Models, tokenizer: Tokenizer | None
+    folder: Path,
+    library: Library,
+    shape: Shape,
+    rows: Rows,
+    models: Models,
+    tokenizer: Tokenizer | None,
 ) -> None:
-    """The weights as a Hugging Face folder, and the rows as an archive of arrays."""
+    """The weights as a Hugging Face folder, and the rows as an archive of arrays.
+
+    Raises UserError for a model that is not of the library's family.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_pretrained(
-        folder / "model", shape.policy_config(), models.policy, tokenizer=tokenizer, family="gpt2"
+        folder / "model",
+        shape.policy_config(),
+        models.policy,
+        tokenizer=tokenizer,
+        family=library.family,
     )
     ranked, where = rows.comparisons, rows.comparisons["where"]
     np.savez(
@@ -179,17 +204,20 @@ def write_inputs(
     )
 
 
-def cases(phase: str, shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> list[Case]:
+def cases(
+    phase: str, library: Library, shape: Shape, rows: Rows, models: Models, mesh: Mesh
+) -> list[Case]:
     """The comparisons of a phase. Raises ConfigError for a phase that the peer has not."""
-    makers = {"rollout": _rollout, "sft": _sft, "reward_model": _reward, "iteration": _iteration}
-    if phase not in makers:
+    if phase not in library.phases:
         raise ConfigError(
-            f"config.phases: the peer has no {phase!r}; there are {', '.join(makers)}"
+            f"config.phases: the peer has no {phase!r}; there are {', '.join(library.phases)}"
         )
+    makers = {"rollout": _rollout, "sft": _sft, "reward_model": _reward, "iteration": _iteration}
     spec = {
         "phase": phase,
         "pad_id": shape.policy_config().pad_id,
         "eos_id": rows.eos_id,
+        "prompt": shape.prompt,
         "response": shape.response,
         "rows": shape.rows,
         "ranked": shape.ranked,
@@ -203,9 +231,9 @@ def cases(phase: str, shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> l
     return makers[phase](spec, shape, rows, models, mesh)
 
 
-def default_script() -> Path:
-    """experiments/benchmark_peers.py of this checkout."""
-    return Path(__file__).resolve().parents[2] / "experiments" / SCRIPT
+def script_of(library: Library) -> Path:
+    """The library's script in this checkout."""
+    return Path(__file__).resolve().parents[2] / "experiments" / library.script
 
 
 def default_python() -> str:

@@ -68,6 +68,7 @@ def test_every_phase_is_measured(tmp_path):
         ("--config.sweep=(('rose',(1,)),)", "no field 'rose'"),
         ("--config.shape.model=small_", "config.shape"),
         ("--config.tokenizer=tokenizer.json", "both config.data and config.tokenizer"),
+        ("--config.startup.stages=('rlhf',)", "no stage 'rlhf'"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path, capsys, flag, words):
@@ -85,6 +86,25 @@ def test_a_peer_that_is_not_installed_is_told_with_the_remedy(tmp_path, capsys):
         run(tmp_path / "run", "--config.peer=trl", "--config.phases=('rollout',)")
     assert stop.value.code == 2
     assert "has no torch; name an interpreter" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_second_start_reads_what_the_first_compiled(tmp_path):
+    report = run(
+        tmp_path,
+        "--config.startup.preset=debug",
+        "--config.startup.stages=('pretrain','reward_model')",
+        "--config.repeats=1",
+    )
+    rows = report["startup"]
+    assert [row["stage"] for row in rows] == ["pretrain", "reward_model"]
+    for row in rows:
+        assert row["second"]["programs"] == row["first"]["programs"] > 10
+        assert row["second"]["compiling"] < row["first"]["compiling"] / 3
+        assert row["ratio"] < 1
+    table = (tmp_path / "benchmark.md").read_text()
+    assert "| reward_model | full |" in table
+    assert report["environment"]["device"] == "cpu"
 
 
 @pytest.mark.slow

@@ -109,3 +109,6 @@ def test_small_sizes_are_small():
     assert parameter_count(preset("tiny")) < 150_000
     assert 750_000 < parameter_count(preset("mini")) < 950_000
     assert 6e6 < parameter_count(preset("small")) < 8e6
+    assert parameter_count(preset("small-qwen2")) == pytest.approx(
+        parameter_count(preset("small")), rel=0.01
+    )

@@ -138,15 +138,18 @@ def test_parameters_go_straight_to_their_devices(tmp_path, models):
     same_bits(load_pretrained(out)[1], params)
 
 
-@pytest.mark.parametrize("name", ["tiny", "mini", "small"])
-def test_our_own_sizes_have_a_family(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("tiny", "gpt2"), ("mini", "gpt_neox"), ("small", "gpt2"), ("small-qwen2", "qwen2")],
+)
+def test_our_own_sizes_have_a_family(tmp_path, name, family):
     config = dataclasses.replace(preset(name), num_layers=1, max_length=8)
     model = scalar_model(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     out = save_pretrained(tmp_path / "out", config, params)
     raw = json.loads((out / "config.json").read_text())
-    assert raw["model_type"] == ("gpt_neox" if config.positions == "rope" else "gpt2")
+    assert raw["model_type"] == family
     same_bits(load_pretrained(out)[1], jax.tree.map(_without_spare_rows(config), params))
 
 

@@ -1,12 +1,22 @@
 """The protocol, with a peer that only sleeps; the real one is measured by hand."""
 
+import json
 import sys
 
+import numpy as np
 import pytest
 
-from instruct_jax.errors import ConfigError
-from instruct_jax.planning.peers import Case, Turn, cases, compare
-from instruct_jax.planning.shapes import Models, Shape, synthetic_rows
+from instruct_jax.errors import ConfigError, UserError
+from instruct_jax.planning.peers import (
+    LIBRARIES,
+    Case,
+    Turn,
+    cases,
+    compare,
+    script_of,
+    write_inputs,
+)
+from instruct_jax.planning.shapes import Models, Shape, random_models, synthetic_rows
 
 ECHO = """
 import json, pathlib, sys
@@ -57,7 +67,78 @@ def test_an_interpreter_that_is_not_there_is_a_configuration_error(tmp_path):
         compare(case, python="/no/python", script=tmp_path, folder=tmp_path, repeats=1)
 
 
-def test_a_phase_that_the_peer_has_not_is_refused():
+@pytest.mark.parametrize(("peer", "phase"), [("trl", "engine"), ("tunix", "rollout")])
+def test_a_phase_that_the_peer_has_not_is_refused(peer, phase):
     shape = Shape(model="tiny", rows=2, minibatch=2)
-    with pytest.raises(ConfigError, match="no 'engine'"):
-        cases("engine", shape, synthetic_rows(shape), Models(None, None), None)
+    rows, models = synthetic_rows(shape), Models(None, None)
+    with pytest.raises(ConfigError, match=f"no '{phase}'"):
+        cases(phase, LIBRARIES[peer], shape, rows, models, None)
+
+
+@pytest.mark.parametrize(("peer", "model"), [("trl", "tiny"), ("tunix", "small-qwen2")])
+def test_a_peer_is_given_the_weights_in_the_family_that_it_reads(tmp_path, peer, model):
+    shape = Shape(model=model, num_layers=1, rows=2, minibatch=2, prompt=4, response=4)
+    rows, models, library = synthetic_rows(shape), random_models(shape), LIBRARIES[peer]
+    write_inputs(tmp_path, library, shape, rows, models, None)
+    sizes = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert sizes["model_type"] == library.family
+    with np.load(tmp_path / "rows.npz") as archive:
+        np.testing.assert_array_equal(archive["prompts"], rows.prompts["tokens"])
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    shape = Shape(model="tiny", rows=2, minibatch=2)
+    rows, models = synthetic_rows(shape), random_models(shape)
+    with pytest.raises(UserError, match="qwen2"):
+        write_inputs(tmp_path, LIBRARIES["tunix"], shape, rows, models, None)
+
+
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
+def test_a_script_tells_which_library_its_interpreter_has_not(tmp_path, library):
+    """The script itself, in an interpreter whose torch and tunix cannot be imported."""
+    blocked = tmp_path / "blocked"
+    for module in ("torch", "tunix"):
+        (blocked / module).mkdir(parents=True)
+        (blocked / module / "__init__.py").write_text(f"raise ImportError(name={module!r})")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={blocked} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    case = Case("iteration", "", "episodes", lambda: Turn(1.0, 1.0), {"phase": "iteration"})
+    with pytest.raises(ConfigError, match=r"has no (torch|tunix); name an interpreter with"):
+        compare(case, python=str(python), script=script_of(library), folder=tmp_path, repeats=1)
+
+
+TUNIX = """
+import numpy as np
+from pathlib import Path
+import sys
+sys.path.insert(0, {experiments!r})
+from benchmark_peers import serve
+
+def work(folder, spec, rows, turns):
+    def batches():
+        turns.begin()
+        while True:
+            yield rows["prompts"][: spec["rows"]]
+            turns.end(spec["rows"])
+    for batch in batches():  # as Tunix's learner asks for them
+        assert len(batch) == spec["rows"]
+
+serve(Path(sys.argv[1]), {{"numpy": "numpy"}}, lambda spec, _: "fake " + spec["phase"], work)
+"""
+
+
+def test_a_turn_is_from_one_batch_to_the_next(tmp_path):
+    """The protocol of both scripts, with a learner that only asks for batches."""
+    np.savez(tmp_path / "rows.npz", prompts=np.zeros((4, 2), np.int32))
+    path = tmp_path / "peer.py"
+    path.write_text(TUNIX.format(experiments=str(script_of(LIBRARIES["tunix"]).parent)))
+    spec = {"phase": "iteration", "rows": 3}
+    case = Case("iteration", "", "episodes", lambda: Turn(1.0, 3.0), spec)
+    result = compare(case, python=sys.executable, script=path, folder=tmp_path, repeats=2)
+    assert result.peer == "fake iteration"
+    assert result.versions == {"numpy": np.__version__}
+    assert len(result.theirs_seconds) == 2
+    assert result.theirs == pytest.approx(
+        np.median([3 / seconds for seconds in result.theirs_seconds])
+    )
