@@ -8,7 +8,7 @@ they can stand in one few-shot prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 
 
@@ -47,7 +47,7 @@ class Spec:
         task = meta.get("task")
         if not isinstance(task, Mapping):
             raise ValueError("this prompt is not of the embedded world: its meta has no 'task'")
-        known = {field.name for field in fields(cls)}
+        known = cls.__dataclass_fields__
         values = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in task.items()

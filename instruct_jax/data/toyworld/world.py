@@ -70,9 +70,11 @@ class ToyWorld:
         self._judge = Judge(self.config.judge)
         self._shares = self.config.splits.weights()
         self._contributors: dict[str, list[str]] = {split: [] for split in get_args(Split)}
+        self._personas: dict[str, str] = {}
         for i in range(self.config.contributors):
             name = f"c{i:04d}"
             self._contributors[self._split_of(name)].append(name)
+            self._personas[name] = Random(f"{seed}/persona/{name}").choice(tuple(PERSONAS))
         empty = [split for split, names in self._contributors.items() if not names]
         if empty:
             raise ValueError(f"no contributor falls into {empty}: raise WorldConfig.contributors")
@@ -206,7 +208,7 @@ class ToyWorld:
 
     def _prompt(self, split: Split, index: int, contributor: str) -> Prompt:
         rng = Random(f"{self.seed}/prompt/{split}/{index}")
-        persona = Random(f"{self.seed}/persona/{contributor}").choice(tuple(PERSONAS))
+        persona = self._personas[contributor]
         kind, family = self.config.kinds.draw(rng), self.config.families.draw(rng)
         for tries in itertools.count():
             if tries >= 100:  # a small family may have no text of this wording in this split
