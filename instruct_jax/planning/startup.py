@@ -12,7 +12,6 @@ itself. The stages' inputs are small and made by the stages' own scripts.
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,7 @@ _LOOK = 0.02  # seconds between two looks at the metrics
 
 @dataclass(frozen=True)
 class StartupConfig:
-    """`stages` by name, each with its config's preset `preset`."""
+    """Which `stages`, each with the preset of this name in its own config."""
 
     stages: tuple[str, ...] = tuple(STAGES)
     preset: str = "toyworld"
@@ -193,8 +192,7 @@ def _process(argv: Sequence[str], log: Path, cache: Path) -> Iterator[subprocess
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
