@@ -1,5 +1,5 @@
-"""The weights as the loop over tokens wants them: one tree a layer, in the compute dtype, and whole
-over fsdp.
+"""The weights as the loop over tokens wants them: one tree a layer, in the compute dtype, a matrix
+for the read-out, and whole over fsdp.
 
 Training shards every matrix over fsdp and gathers it where it is used. A loop that did so would
 send the whole model for every token: 3.2 TB a device in one rollout of 1,024 tokens of the 1.3B
@@ -20,20 +20,34 @@ _RULES = adapter_rules(PARTITION_RULES)
 
 
 def decoding_weights(params: Any, *, dtype: str) -> Any:
-    """`unstack_layers(params, dtype=dtype)`, gathered over fsdp of the ambient mesh.
+    """`unstack_layers(params, dtype=dtype)`, gathered over fsdp of the ambient mesh; a table that
+    is also the read-out comes with its transpose, as `unembedding`.
 
-    Trees whose layers are unstacked already come back as they are, and so does any tree where there
-    is nothing to gather. Raises ValueError for a parameter that no partition rule knows.
+    Trees whose layers are unstacked already come back as they are. Raises ValueError for a
+    parameter that no partition rule knows.
     """
+    if isinstance(params["layers"], tuple):
+        return params
+    params = _untied(params)
     unstacked = unstack_layers(params, dtype=dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if unstacked is params or mesh.shape.get("fsdp", 1) == 1:
+    if mesh.shape.get("fsdp", 1) == 1:
         return unstacked
     specs = match_partition_rules(_RULES, params)
     layers = [jax.tree.map(_of_layer, layer, specs["layers"]) for layer in unstacked["layers"]]
     rest = {name: tree for name, tree in unstacked.items() if name != "layers"}
     tables = {name: jax.tree.map(_gathered, tree, specs[name]) for name, tree in rest.items()}
     return {**tables, "layers": tuple(layers)}
+
+
+def _untied(params: Any) -> Any:
+    """With a matrix [D, V] for the read-out, which a CPU multiplies by a quarter faster than a
+    table. A quantised table, which is expanded anyway, stays the read-out itself.
+    """
+    table = params["embedder"]["tokens"]
+    if "unembedding" in params or not isinstance(table, jax.Array):
+        return params
+    return {**params, "unembedding": {"kernel": table.T}}
 
 
 def _gathered(w: jax.Array, spec: Any) -> jax.Array:
