@@ -69,7 +69,7 @@ HH_PAIRS = {
 H200 = {
     "shape.dtype": "bfloat16",
     "shape.model": "gpt3-1.3b",
-    "shape.remat": True,
+    "shape.remat": "full",
     "shape.rows": 64,
     "shape.minibatch": 64,
     "shape.micro_batches": 4,

@@ -25,7 +25,7 @@ GPT3 = {
     "data.valid_fraction": 0.001,
     "tokenizer": "data/tokenizer/gpt2",
     "model.dtype": "bfloat16",
-    "model.remat": True,
+    "model.remat": "full",
     "pretrain.length": 2048,
     "pretrain.eval_every": 1000,
     "pretrain.save_every": 1000,

@@ -31,7 +31,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import ppo
 import preference
@@ -41,6 +41,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.models.config import Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
 from instruct_jax.planning.scaling import scaling_rows
@@ -87,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag("--reward", metavar="SIZE", help="size of the reward and value model of PPO")
     flag("--rows", type=int, default=100_000, help="examples in the data, for the run's length")
     flag("--price", type=float, help="of a chip-hour, in any currency")
-    flag("--remat", choices=("on", "off"), help="recompute activations (default: the model's)")
+    flag("--remat", choices=get_args(Remat), help="what to recompute (default: the model's)")
     flag("--attention", choices=("xla", "cudnn", "splash"), help="default: by the chip")
     flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
     flag("--estimate_only", action="store_true", help="do not compile")
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> None:
     sizes = {"policy": flags.policy, "reward": flags.reward, "rows": flags.rows}
     job = job_of(flags.config, overrides, SCHEMAS, **sizes)
     if flags.remat is not None:
-        job = job.with_remat(flags.remat == "on")
+        job = job.with_remat(flags.remat)
     if flags.attention is not None:
         job = job.with_attention(flags.attention)
     if flags.scaling:

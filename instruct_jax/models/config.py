@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import Literal, get_args
+
+Remat = Literal["none", "products", "full"]
 
 _GATED = ("swiglu", "geglu")
 _CHOICES = {
@@ -11,6 +14,7 @@ _CHOICES = {
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn", "splash"),
+    "remat": get_args(Remat),
 }
 
 
@@ -30,6 +34,14 @@ class TransformerConfig:
     are global and local, and is repeated: "lllllg" is Gemma 3's.
 
     `attention` is how whole rows are computed (`attention.py`): "auto" takes what is best here.
+    `remat` is what the backward pass computes again, layer by layer, to save memory, from nothing
+    to everything, and changes no result:
+
+        none        nothing: all that a layer makes is kept, scores of attention included
+        products    norms, activations and attention; the products with weights are kept
+        full        the layer from its input, all but its last product
+
+    XLA for CPUs undoes it where `scan_unroll` leaves no loop over the layers.
     """
 
     vocab_size: int
@@ -71,7 +83,7 @@ class TransformerConfig:
     init_std: float = 0.02
     dtype: str = "float32"
     attention: str = "auto"
-    remat: bool = False
+    remat: Remat = "none"
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:

@@ -86,6 +86,12 @@ _ALL: Any = nn.broadcast
 _EACH: Any = 0
 _SCANNED = Context(everywhere=_ALL, index=_ALL, local=_ALL, is_local=_EACH)
 
+# What the backward pass finds of a layer, beside its input. Scores have batch axes, weights none.
+_KEPT = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class _Trunk(nn.Module):
     """Everything below the read-out; the parameter names are the same for both models."""
@@ -95,7 +101,12 @@ class _Trunk(nn.Module):
     def setup(self) -> None:
         """Create the trunk."""
         c = self.config
-        block = nn.remat(Block, prevent_cse=c.scan_unroll > 1) if c.remat else Block
+        block = Block
+        if c.remat != "none":
+            # Unrolled layers are one program, where what is computed again would be found equal to
+            # what was computed before, and kept.
+            policy = _KEPT[c.remat]
+            block = nn.remat(Block, prevent_cse=c.scan_unroll > 1, policy=policy)
         self.embedder = Embedder(c)
         self.layers = nn.scan(
             block,

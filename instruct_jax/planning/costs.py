@@ -14,6 +14,7 @@ query width d, rows of T tokens, w and k bytes per weight and per cached number:
 
 A recomputed activation (`remat`), a padded token and a masked score are no useful work and count
 nothing; so the limit over the measured time is a fraction of what is possible, not of what is done.
+What is recomputed is told beside it, for plans.
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,18 +72,23 @@ PEAKS: dict[str, Peaks] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, and bytes between memory and the chip."""
+    """Floating-point operations, and bytes between memory and the chip.
+
+    `recomputed` are operations that the backward pass makes a second time; `flops` is without them.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
+    recomputed: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         """Both together, as one piece."""
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        flops, recomputed = self.flops + other.flops, self.recomputed + other.recomputed
+        return Cost(flops, self.bytes + other.bytes, recomputed)
 
     def __mul__(self, times: float) -> "Cost":
         """So many of it."""
-        return Cost(self.flops * times, self.bytes * times)
+        return Cost(self.flops * times, self.bytes * times, self.recomputed * times)
 
     def seconds(self, *, flops: float, bandwidth: float) -> float:
         """max(FLOPs / C, bytes / W): computing and moving overlap perfectly."""
@@ -101,11 +107,15 @@ def total(pieces: Iterable[Cost]) -> Cost:
 
 def matmul_parameters(config: TransformerConfig, *, kind: Kind = "language") -> int:
     """N: the parameters that take part in matrix products, the head among them, biases not."""
-    c, d = config, config.d_model
-    attention = 2 * d * (c.num_heads + c.kv_heads) * c.head_size
-    feed_forward = (3 if c.gated else 2) * d * c.ff_size
-    head = d * (c.vocab_size if kind == "language" else 1)
-    return c.num_layers * (attention + feed_forward) + head
+    head = config.d_model * (config.vocab_size if kind == "language" else 1)
+    return _layer_parameters(config) + head
+
+
+def _layer_parameters(c: TransformerConfig) -> int:
+    """The matrices of all layers."""
+    attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.head_size
+    feed_forward = (3 if c.gated else 2) * c.d_model * c.ff_size
+    return c.num_layers * (attention + feed_forward)
 
 
 def weight_bytes(config: TransformerConfig, *, kind: Kind = "language") -> int:
@@ -139,6 +149,21 @@ def forward_flops(
     """The sum of f(N, T) over rows (or packed segments) of T real tokens."""
     tokens = float(np.asarray(lengths, np.float64).sum())
     return 2.0 * matmul_parameters(config, kind=kind) * tokens + attention_flops(config, lengths)
+
+
+def recomputed_flops(config: TransformerConfig, tokens: float, attention: float) -> float:
+    """What `config.remat` computes again of a forward pass over so many real tokens.
+
+    `attention` are the FLOPs of its scores and sums. The last product of a layer is never made
+    again, unless a norm follows it: nothing in the layer's gradient depends on its result.
+    """
+    c = config
+    if c.remat == "none":
+        return 0.0
+    if c.remat == "products":
+        return attention
+    last = c.num_layers * c.d_model * c.ff_size if c.norm_order == "pre" else 0
+    return 2.0 * (_layer_parameters(c) - last) * tokens + attention
 
 
 def prefill(config: TransformerConfig, prompts: Sequence[int] | np.ndarray) -> Cost:
@@ -204,13 +229,21 @@ def train(
     epochs: int = 1,
 ) -> Cost:
     """Forward and backward over rows (or segments), `epochs` times in all of `updates` updates."""
-    flops = 3.0 * epochs * forward_flops(config, lengths, kind=kind)
-    return Cost(flops, float(UPDATE_BYTES * updates * parameter_count(config)))
+    flops = 3.0 * forward_flops(config, lengths, kind=kind)
+    bytes_moved = float(UPDATE_BYTES * updates * parameter_count(config))
+    return Cost(flops * epochs, bytes_moved, _recomputed_rows(config, lengths) * epochs)
 
 
 def ptx(config: TransformerConfig, lengths: Sequence[int] | np.ndarray) -> Cost:
     """The gradient of the pretraining mix; its update is the policy's."""
-    return Cost(3.0 * forward_flops(config, lengths), float(weight_bytes(config)))
+    flops, bytes_moved = 3.0 * forward_flops(config, lengths), float(weight_bytes(config))
+    return Cost(flops, bytes_moved, _recomputed_rows(config, lengths))
+
+
+def _recomputed_rows(config: TransformerConfig, lengths: Sequence[int] | np.ndarray) -> float:
+    """`recomputed_flops` of rows (or segments) of T real tokens."""
+    tokens = float(np.asarray(lengths, np.float64).sum())
+    return recomputed_flops(config, tokens, attention_flops(config, lengths))
 
 
 def branch_lengths(prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, float]:
@@ -229,6 +262,7 @@ def train_branches(
     """`train` of a reward model that reads prompts int[B] once for their completions int[B, K]."""
     tokens, pairs = branch_lengths(prompts, completions)
     width = config.num_heads * config.head_size
-    forward = 2.0 * matmul_parameters(config, kind="scalar") * float(tokens.sum())
-    forward += 4.0 * config.num_layers * width * pairs
-    return Cost(3.0 * forward, float(UPDATE_BYTES * updates * parameter_count(config)))
+    count, attention = float(tokens.sum()), 4.0 * config.num_layers * width * pairs
+    forward = 2.0 * matmul_parameters(config, kind="scalar") * count + attention
+    bytes_moved = float(UPDATE_BYTES * updates * parameter_count(config))
+    return Cost(3.0 * forward, bytes_moved, recomputed_flops(config, count, attention))

@@ -4,7 +4,8 @@ What a program reads is exact: the shards of its arguments. What it makes on the
 what XLA was seen to keep, for rows b on a device, T tokens, widths D and F, heads N, vocabulary V,
 tensor parts t, N_p parameters, k bytes a number:
 
-    saved       L b T D k, the input of every layer, with remat; else all that a layer makes
+    saved       L b T D k, the input of every layer, with full remat; that and the results of its
+                products, but the last, with remat "products"; else all that a layer makes
     layer       b T (6 D + F / t) k streams; and where all scores are made at once 8 b N/t T^2, two
                 float32 of them (on cards 4 + k), and k more backwards
     gradients   4 N_p a device, of every loss; once more where micro-batches are summed
@@ -140,8 +141,12 @@ def _saved(loss: Loss, parts: Parts) -> float:
     """What the backward pass needs of the forward pass."""
     c, k = loss.model, _BYTES[loss.model.dtype]
     positions = loss.rows * loss.length / parts.sequence
-    if c.remat:
+    if c.remat == "full":
         return c.num_layers * positions * c.d_model * k
+    if c.remat == "products":
+        heads = (c.num_heads + 2 * c.kv_heads) * c.head_size
+        split = heads + (2 if c.gated else 1) * c.ff_size
+        return c.num_layers * positions * (2 * c.d_model + split / parts.tensor) * k
     # What `jax.vjp` of a layer keeps: four norms' float32, six more of width D; of width F the
     # pieces of a tanh or a gate, or of a ReLU its input, its sign and its output.
     wide = 2.25 if c.activation == "relu" else 6

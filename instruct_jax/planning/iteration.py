@@ -95,7 +95,7 @@ def _lower(job: Job, mesh: Mesh, frozen: Frozen, state: PPOState, rows: Rows, na
 def _models(job: Job, mesh: Mesh) -> tuple[Frozen, PPOState]:
     """What PPO freezes and what it trains, placed."""
     # What a search varies changes no shape.
-    plain = job.with_micro_batches(1).with_remat(False)
+    plain = job.with_micro_batches(1).with_remat("none")
     assert plain.scalar is not None
     frozen, state = _reinforcement(plain.config, plain.model, plain.scalar)
 

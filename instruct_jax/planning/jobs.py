@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.config import Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.stages.ppo_config import PPOConfig
@@ -46,8 +47,8 @@ class Job:
         config = dataclasses.replace(self.config, micro_batches=micro_batches)
         return dataclasses.replace(self, config=config)
 
-    def with_remat(self, remat: bool) -> "Job":
-        """The same, activations kept or computed again."""
+    def with_remat(self, remat: Remat) -> "Job":
+        """The same, with activations kept or computed again so (`TransformerConfig.remat`)."""
         scalar = self.scalar and dataclasses.replace(self.scalar, remat=remat)
         model = dataclasses.replace(self.model, remat=remat)
         return dataclasses.replace(self, model=model, scalar=scalar)
@@ -141,7 +142,7 @@ def _model(name: str, size: str | None, folder: str, flag: str) -> TransformerCo
     config = _named(size, flag)
     large = config.d_model > LARGE
     dtype = "bfloat16" if large else config.dtype
-    return dataclasses.replace(config, dtype=dtype, remat=large or config.remat)
+    return dataclasses.replace(config, dtype=dtype, remat="full" if large else config.remat)
 
 
 def _named(size: str, flag: str) -> TransformerConfig:

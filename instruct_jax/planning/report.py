@@ -22,8 +22,6 @@ from instruct_jax.planning.topologies import Topology
 from instruct_jax.training.mesh import describe
 
 GIB = 2.0**30
-# An activation that is computed again costs its forward pass once more.
-REMAT = 4 / 3
 
 
 @dataclass
@@ -41,13 +39,14 @@ class Compiled:
 
 @dataclass
 class Part:
-    """One program of a step; bytes are of one device, FLOPs of all."""
+    """One program of a step; bytes are of one device, FLOPs of all, those of remat beside them."""
 
     name: str
     estimated: dict[str, float]
     peak_estimated: float
     held: float
     flops: float
+    recomputed: float
     bytes: float
     seconds: float | None
     compiled: Compiled | None = None
@@ -68,7 +67,7 @@ class Plan:
     topology: str
     mesh: str
     micro_batches: int
-    remat: bool
+    remat: str
     devices: int
     memory: float | None
     parts: list[Part]
@@ -117,8 +116,18 @@ def make_plan(job: Job, name: str, topology: Topology, mesh: Mesh) -> tuple[Plan
         work = total(program.cost)
         roles = memory.arguments | memory.temporaries
         held = sum(memory.arguments.values())
-        seconds = _seconds(program.cost, topology, mesh.size, remat=_trains(job, program))
-        parts.append(Part(program.name, roles, memory.peak, held, work.flops, work.bytes, seconds))
+        parts.append(
+            Part(
+                name=program.name,
+                estimated=roles,
+                peak_estimated=memory.peak,
+                held=held,
+                flops=work.flops,
+                recomputed=work.recomputed,
+                bytes=work.bytes,
+                seconds=_seconds(program.cost, topology, mesh.size),
+            )
+        )
     plan = Plan(
         job=name,
         topology=topology.name,
@@ -161,18 +170,13 @@ def compile_part(part: Part, program: Program, topology: Topology) -> None:
         part.seconds = max(part.seconds, sum(c.bytes for c in sent.values()) / topology.link)
 
 
-def _trains(job: Job, program: Program) -> bool:
-    return job.model.remat and program.name in ("update", "train step")
-
-
-def _seconds(
-    pieces: tuple[Cost, ...], topology: Topology, devices: int, *, remat: bool
-) -> float | None:
+def _seconds(pieces: tuple[Cost, ...], topology: Topology, devices: int) -> float | None:
     if topology.chip not in PEAKS:
         return None
     peaks = PEAKS[topology.chip]
-    factor = (REMAT if remat else 1.0) / devices
-    shares = [Cost(piece.flops * factor, piece.bytes / devices) for piece in pieces]
+    shares = [
+        Cost((piece.flops + piece.recomputed) / devices, piece.bytes / devices) for piece in pieces
+    ]
     return time_limit(shares, flops=peaks.bfloat16, bandwidth=peaks.bandwidth)
 
 
@@ -182,8 +186,10 @@ def remedies(plan: Plan, job: Job) -> list[str]:
     over = {part.name for part in plan.parts if part.peak > limit}
     sizes = dict(axis.split(":") for axis in plan.mesh.split(","))
     found = []
-    if not job.model.remat:
-        found.append("--remat: compute activations again in the backward pass")
+    if job.model.remat == "none":
+        found.append("--remat=products: compute all but the products again in the backward pass")
+    if job.model.remat != "full":
+        found.append("--remat=full: compute every layer again from its input")
     split = job.config.micro_batches * int(sizes["data"]) * int(sizes["fsdp"])
     if job.rows % (2 * split) == 0 and over & {"update", "train step"}:
         field_name = "ppo" if job.stage == "ppo" else job.stage
@@ -211,7 +217,8 @@ def render(plan: Plan, job: Job, *, price: float | None = None) -> str:
         )
         lines.append(f"{part.name}: estimated {part.peak_estimated / GIB:.2f} GiB a device")
         lines.append(f"  {roles or 'under a megabyte in all parts'}")
-        lines.append(f"  {part.flops:.3g} FLOPs, {part.bytes / 1e12:.3g} TB, on all devices")
+        again = f" and {part.recomputed:.3g} recomputed" if part.recomputed else ""
+        lines.append(f"  {part.flops:.3g} FLOPs{again}, {part.bytes / 1e12:.3g} TB, on all devices")
         if part.compiled is None:
             continue
         done = part.compiled

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.config import Remat
 from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.report import Plan, make_plan
 from instruct_jax.planning.topologies import Topology
@@ -13,6 +15,7 @@ from instruct_jax.planning.topologies import Topology
 # The estimate may be this far off: what is over the limit by less is still compiled.
 SLACK = 1.1
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+REMAT: tuple[Remat, ...] = get_args(Remat)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Candidate:
         """By time: fewer gathers of the weights and no recomputation come first; then by memory."""
         sizes = dict(part.split(":") for part in self.spec.split(","))
         gathers = self.job.config.micro_batches * (1 - 1 / int(sizes["fsdp"]))
-        recomputed = 4 / 3 if self.job.model.remat else 1.0
+        parts = self.plan.parts
+        recomputed = 1 + sum(part.recomputed for part in parts) / sum(part.flops for part in parts)
         # Two sums over `tensor` in a layer, each way, on every token: not hidden by anything.
         exposed = 1 + 0.02 * (int(sizes["tensor"]) - 1)
         return recomputed * exposed + 0.005 * gathers, self.plan.peak
@@ -58,7 +62,7 @@ def candidates(
     for spec in mesh_specs(job, topology.size):
         mesh = mesh_of(spec)
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        for remat in (False, True):
+        for remat in REMAT:
             for micro_batches in MICRO_BATCHES:
                 if job.rows % (rows * micro_batches):
                     continue

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.config import Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import (
     TransformerConfig,
@@ -48,7 +49,7 @@ class Shape:
     num_heads: int | None = None
     max_length: int | None = None
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     rows: int = 32
     prompt: int = 64
     response: int = 64

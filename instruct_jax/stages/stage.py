@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import LoraConfig, adapter_rules, merge, split
+from instruct_jax.models.config import Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.hf import inspect_pretrained, load_pretrained
 from instruct_jax.models.matrices import join
@@ -79,7 +80,7 @@ class ModelConfig:
     preset: str = "mini"
     max_length: int | None = None
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
 
     def build(self, tokenizer: Tokenizer) -> TransformerConfig:
         """The preset with these changes; ConfigError for an unknown name or an unfit value."""

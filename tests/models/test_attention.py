@@ -136,7 +136,7 @@ def test_on_a_mesh_a_model_has_the_logits_and_gradients_of_xla(kernel, branched)
     (_, logits), changes = outcome(base)
     mesh = jax.make_mesh((1, 2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
-        found = outcome(dataclasses.replace(base, attention=kernel, remat=True))
+        found = outcome(dataclasses.replace(base, attention=kernel, remat="full"))
     np.testing.assert_allclose(np.asarray(found[0][1])[mask], np.asarray(logits)[mask], atol=2e-5)
     for ours, theirs in zip(*map(jax.tree.leaves, (found[1], changes)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from instruct_jax.models.families import PRESETS, preset
 from instruct_jax.models.transformer import TransformerConfig, language_model
@@ -127,3 +128,48 @@ def test_xla_counts_the_same_forward_and_training_flops():
     forward = costs.forward_flops(SMALL, [16] * 4)
     assert counted(model.apply) == pytest.approx(forward, rel=0.06)
     assert counted(jax.grad(loss)) == pytest.approx(3 * forward, rel=0.06)
+
+
+def product_flops(jaxpr) -> float:
+    """FLOPs of all matrix products, those of a loop as often as it turns."""
+    flops = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            flops += 2.0 * eqn.outvars[0].aval.size * np.prod([shape[i] for i in contracted])
+        inner = sum(map(product_flops, jaxprs_in_params(eqn.params)))
+        flops += inner * eqn.params.get("length", 1)
+    return flops
+
+
+@pytest.mark.parametrize("remat", ["products", "full"])
+@pytest.mark.parametrize("change", [{}, {"norm_order": "sandwich", "activation": "swiglu"}])
+def test_what_remat_computes_again_is_what_the_gradient_has_more_of(remat, change):
+    kept = dataclasses.replace(SMALL, scan_unroll=1, **change)
+    again = dataclasses.replace(kept, remat=remat)
+    tokens = jnp.zeros((4, 16), jnp.int32)
+
+    def counted(config) -> float:
+        model = language_model(config)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        gradient = jax.grad(lambda params: model.apply(params, tokens).sum())
+        return product_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    # Rows this short are computed with all their scores, the causal formula counts half.
+    attention = 2 * costs.attention_flops(kept, [16] * 4)
+    more = counted(again) - counted(kept)
+    assert more == pytest.approx(costs.recomputed_flops(again, 4 * 16, attention))
+    assert costs.recomputed_flops(kept, 4 * 16, attention) == 0
+
+
+def test_recomputation_is_told_beside_the_work_and_is_none():
+    full = dataclasses.replace(SMALL, remat="full")
+    for cost in (costs.train, costs.ptx):
+        kept, again = cost(SMALL, [8, 8]), cost(full, [8, 8])
+        assert (kept.flops, kept.bytes, kept.recomputed) == (again.flops, again.bytes, 0)
+        assert 0 < again.recomputed < again.flops / 3
+        assert (again * 3 + again).recomputed == 4 * again.recomputed
+    prompts, completions = np.array([5]), np.array([[7]])
+    one = costs.train_branches(full, prompts, completions)
+    assert one.recomputed == pytest.approx(costs.train(full, [12], kind="scalar").recomputed)

@@ -84,13 +84,21 @@ def test_arguments_are_as_the_compiler_counts_them(stage):
     assert part.compiled.arguments == pytest.approx(arguments, rel=0.01)
 
 
-SMALL = replace(preset("small"), num_layers=4, max_length=256, scan_unroll=1, remat=True)
+SMALL = replace(preset("small"), num_layers=4, max_length=256, scan_unroll=1, remat="full")
 WIDE = {"prompt_length": 64, "response_length": 64}
 MIXED = PPOConfig(rollout_batch=64, minibatch=32, ptx_coef=1.0, ptx_ratio=2, **WIDE)
 ESTIMATED = {
     "pretrain": (Job("pretrain", PretrainConfig(batch_size=64, length=256), SMALL), "fsdp:8"),
     "kept": (
-        Job("pretrain", PretrainConfig(batch_size=64, length=256), replace(SMALL, remat=False)),
+        Job("pretrain", PretrainConfig(batch_size=64, length=256), replace(SMALL, remat="none")),
+        "fsdp:8",
+    ),
+    "products": (
+        Job(
+            "pretrain",
+            PretrainConfig(batch_size=64, length=256),
+            replace(SMALL, remat="products"),
+        ),
         "fsdp:8",
     ),
     "micro_batches": (
@@ -210,7 +218,7 @@ def test_bytes_are_those_of_a_ring_times_the_turns_of_the_loops():
 
 
 def test_what_does_not_fit_is_told_with_what_to_change():
-    large = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat=True)
+    large = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat="full")
     job = Job("ppo", PPOConfig(ptx_coef=27.8), large, large, ptx_length=2048, steps=500)
     topology = parse_topology("v5e:4x4")
     plan, _ = make_plan(job, "6b", topology, abstract_mesh(topology, "fsdp:16"))
@@ -231,8 +239,8 @@ def test_a_compiler_that_gives_up_is_a_plan_that_does_not_fit():
 
 
 def test_the_estimate_of_175b_takes_no_devices_and_gives_the_run():
-    large = replace(preset("gpt3-175b"), dtype="bfloat16", remat=True)
-    scalar = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat=True)
+    large = replace(preset("gpt3-175b"), dtype="bfloat16", remat="full")
+    scalar = replace(preset("gpt3-6.7b"), dtype="bfloat16", remat="full")
     config = PPOConfig(ptx_coef=27.8)
     job = Job("ppo", config, large, scalar, ptx_length=2048, steps=config.iterations)
     topology = parse_topology("v5p:8x8x8")
@@ -241,8 +249,8 @@ def test_the_estimate_of_175b_takes_no_devices_and_gives_the_run():
     # Ouyang et al.: 60 petaflop/s-days for the 175B PPO-ptx.
     days = sum(part.flops for part in plan.parts) * plan.steps / 86_400e15
     assert 55 < days < 75
-    # At best on 512 chips of 0.459 petaflop/s, a third of the work done twice.
-    assert 60 * 4 / 3 / 512 / 0.459 < row["days"] < 1
+    # At best on 512 chips of 0.459 petaflop/s, most of the forward passes of the update made twice.
+    assert 60 * 1.2 / 512 / 0.459 < row["days"] < 1
     assert row["cost"] == pytest.approx(row["chip_hours"] * 4.2)
     json.dumps(row)
 

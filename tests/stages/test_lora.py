@@ -264,7 +264,7 @@ def abstract_memory(config, shape, *, one_trunk):
 def test_four_models_on_one_trunk_take_less_than_half_the_memory():
     """Arguments and temporaries of the compiled programs; the target is 0.45 of full PPO's."""
     shape = TransformerConfig(
-        vocab_size=255, num_layers=4, d_model=256, num_heads=4, max_length=32, remat=True
+        vocab_size=255, num_layers=4, d_model=256, num_heads=4, max_length=32, remat="full"
     )
     config = PPOConfig(
         rollout_batch=4, minibatch=2, prompt_length=8, response_length=8, whiten_advantages="none"

@@ -87,10 +87,14 @@ def test_a_folder_is_complete_once_its_record_is_there(tmp_path, trained, monkey
 
 
 def test_a_named_size_takes_its_vocabulary_from_the_tokenizer():
-    config = ModelConfig(preset="tiny", max_length=64, dtype="bfloat16", remat=True)
+    config = ModelConfig(preset="tiny", max_length=64, dtype="bfloat16", remat="full")
     built = config.build(TOKENIZER)
     assert built == dataclasses.replace(
-        preset("tiny"), vocab_size=TOKENIZER.vocab_size, max_length=64, dtype="bfloat16", remat=True
+        preset("tiny"),
+        vocab_size=TOKENIZER.vocab_size,
+        max_length=64,
+        dtype="bfloat16",
+        remat="full",
     )
     assert ModelConfig(preset="tiny").build(TOKENIZER).max_length == preset("tiny").max_length
     with pytest.raises(ConfigError, match=r"config.model.preset: .*did you mean mini"):
