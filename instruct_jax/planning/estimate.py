@@ -15,10 +15,10 @@ tensor parts t, N_p parameters, k bytes a number:
     logits      of one chunk of positions in float32: they and their exponentials, their gradients
     weights     k N / t, what decoding gathers once, beside a cache of 2 L b T D k
 
-Nothing orders the losses of an update, so the compiler runs one backwards while it has begun the
-next: what is saved, and the tables, add up; of the layers one is at work. Loops over micro-batches
-do follow each other, and the worst is the peak. experiments/results/plans.md has these estimates
-beside the compiler's numbers.
+Nothing orders the losses of whole minibatches, so the compiler runs one backwards while it has
+begun the next: what is saved, and the tables, add up; of the layers one is at work. Loops over
+micro-batches do follow each other, and the worst is the peak. experiments/results/plans.md has
+these estimates beside the compiler's numbers.
 """
 
 from collections.abc import Sequence
@@ -62,13 +62,21 @@ class Parts(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """One loss of an update: a model over rows of a device, and the bytes of its gradient there."""
+    """One loss of an update: a model over rows of a device, in so many parts, and the bytes of its
+    gradient there.
+    """
 
     model: TransformerConfig
     kind: costs.Kind
-    rows: float
+    all_rows: float
     length: int
     gradient: float
+    micro_batches: int
+
+    @property
+    def rows(self) -> float:
+        """Rows at work at once."""
+        return self.all_rows / self.micro_batches
 
 
 def memory(job: Job, mesh: Mesh, program: Program) -> Memory:
@@ -83,9 +91,7 @@ def memory(job: Job, mesh: Mesh, program: Program) -> Memory:
             return Memory(arguments, _decoding(job, parts))
         if program.name == "score":
             return Memory(arguments, _scoring(job, parts))
-        losses = _losses(job, parts, program.arguments)
-        apart = job.config.micro_batches > 1
-        return Memory(arguments, _in_turn(losses, parts) if apart else _at_once(losses, parts))
+        return Memory(arguments, _updating(_losses(job, parts, program.arguments), parts))
 
 
 def _streams(c: TransformerConfig, rows: float, length: int, parts: Parts) -> float:
@@ -121,19 +127,19 @@ def _logits(c: TransformerConfig, positions: float, parts: Parts) -> float:
 
 def _losses(job: Job, parts: Parts, arguments: dict[str, Any]) -> list[Loss]:
     config = job.config
-    rows = job.rows / config.micro_batches / parts.rows
+    rows, split = job.rows / parts.rows, config.micro_batches
     if job.stage != "ppo":
         kind: costs.Kind = "scalar" if job.stage == "reward_model" else "language"
         trained = float(device_bytes(arguments["parameters"]))
-        return [Loss(job.model, kind, rows, job.length, trained)]
+        return [Loss(job.model, kind, rows, job.length, trained, split)]
     policy = float(device_bytes(arguments["policy"]))
-    losses = [Loss(job.model, "language", rows, job.length, policy)]
+    losses = [Loss(job.model, "language", rows, job.length, policy, split)]
     if config.ptx_coef > 0:
         mixed = rows * config.ptx_ratio
-        losses.append(Loss(job.model, "language", mixed, job.ptx_length, policy))
+        losses.append(Loss(job.model, "language", mixed, job.ptx_length, policy, config.ptx_parts))
     if arguments["value model"] is not None and job.scalar is not None:
         value = float(device_bytes(arguments["value model"]))
-        losses.append(Loss(job.scalar, "scalar", rows, job.length, value))
+        losses.append(Loss(job.scalar, "scalar", rows, job.length, value, split))
     return losses
 
 
@@ -193,11 +199,14 @@ def _at_once(losses: list[Loss], parts: Parts) -> dict[str, float]:
     }
 
 
-def _in_turn(losses: list[Loss], parts: Parts) -> dict[str, float]:
-    """A loop over micro-batches for every loss, one after the other."""
-    worst: dict[str, float] = {}
-    kept = 0.0
+def _updating(losses: list[Loss], parts: Parts) -> dict[str, float]:
+    """The losses on whole minibatches, then for every other a loop over its micro-batches."""
+    whole = [loss for loss in losses if loss.micro_batches == 1]
+    worst = _at_once(whole, parts) if whole else {}
+    kept = sum(loss.gradient for loss in whole)
     for loss in losses:
+        if loss.micro_batches == 1:
+            continue
         tables = _tables(loss, parts) + _look_ups([loss.model], parts)
         phase = {
             "gradients": kept + 2 * loss.gradient,

@@ -50,6 +50,9 @@ def iteration_programs(job: Job, mesh: Mesh) -> list[Program]:
         raise ConfigError("ppo needs the size of the reward model: --reward=NAME")
     check_batch_size(config.prompts, mesh)
     check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
+    if config.ptx_coef > 0:
+        text = config.minibatch * config.ptx_ratio
+        check_batch_size(text, mesh, micro_batches=config.ptx_parts)
     frozen, state = _models(job, mesh)
     rows = _rows(job, mesh, critic=state.value is not None)
     held = {

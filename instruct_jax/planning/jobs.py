@@ -42,9 +42,17 @@ class Job:
         """Rows of a batch, or of a minibatch of PPO."""
         return self.config.minibatch if self.stage == "ppo" else self.config.batch_size
 
-    def with_micro_batches(self, micro_batches: int) -> "Job":
-        """The same, with the batch in so many parts."""
-        config = dataclasses.replace(self.config, micro_batches=micro_batches)
+    @property
+    def mixes(self) -> bool:
+        """Whether text is mixed in (PPO-ptx)."""
+        return self.stage == "ppo" and self.config.ptx_coef > 0
+
+    def with_micro_batches(self, micro_batches: int, ptx_micro_batches: int | None = None) -> "Job":
+        """The same, with the batch in so many parts, and the text of PPO-ptx in its own."""
+        changes = {"micro_batches": micro_batches}
+        if self.stage == "ppo":
+            changes["ptx_micro_batches"] = ptx_micro_batches
+        config = dataclasses.replace(self.config, **changes)
         return dataclasses.replace(self, config=config)
 
     def with_remat(self, remat: Remat) -> "Job":

@@ -150,7 +150,7 @@ def ptx(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
 
     def gradient(params: Any, batch: Any) -> Any:
         return accumulate_gradients(
-            loss, params, batch, work.key, micro_batches=shape.micro_batches
+            loss, params, batch, work.key, micro_batches=work.config.ptx_parts
         ).grads
 
     program = compiled(gradient, work.state.policy.params, batch)

@@ -67,6 +67,7 @@ class Plan:
     topology: str
     mesh: str
     micro_batches: int
+    ptx_micro_batches: int | None
     remat: str
     devices: int
     memory: float | None
@@ -133,6 +134,7 @@ def make_plan(job: Job, name: str, topology: Topology, mesh: Mesh) -> tuple[Plan
         topology=topology.name,
         mesh=describe(mesh),
         micro_batches=job.config.micro_batches,
+        ptx_micro_batches=job.config.ptx_parts if job.mixes else None,
         remat=job.model.remat,
         devices=mesh.size,
         memory=topology.memory,
@@ -190,7 +192,12 @@ def remedies(plan: Plan, job: Job) -> list[str]:
         found.append("--remat=products: compute all but the products again in the backward pass")
     if job.model.remat != "full":
         found.append("--remat=full: compute every layer again from its input")
-    split = job.config.micro_batches * int(sizes["data"]) * int(sizes["fsdp"])
+    devices = int(sizes["data"]) * int(sizes["fsdp"])
+    if job.mixes and "update" in over:
+        text, split = job.rows * job.config.ptx_ratio, 2 * job.config.ptx_parts
+        if text % (split * devices) == 0:
+            found.append(f"--config.ppo.ptx_micro_batches={split}: half the text at a time")
+    split = job.config.micro_batches * devices
     if job.rows % (2 * split) == 0 and over & {"update", "train step"}:
         field_name = "ppo" if job.stage == "ppo" else job.stage
         found.append(
@@ -210,6 +217,8 @@ def remedies(plan: Plan, job: Job) -> list[str]:
 def render(plan: Plan, job: Job, *, price: float | None = None) -> str:
     """The plan for people."""
     head = f"{plan.job} on {plan.topology}, mesh {plan.mesh}, micro_batches {plan.micro_batches}"
+    if plan.ptx_micro_batches is not None:
+        head += f", of the text {plan.ptx_micro_batches}"
     lines = [f"{head}, remat {plan.remat}", ""]
     for part in plan.parts:
         roles = ", ".join(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import get_args
 
 from jax.sharding import Mesh
@@ -30,7 +31,9 @@ class Candidate:
     def order(self) -> tuple[float, float]:
         """By time: fewer gathers of the weights and no recomputation come first; then by memory."""
         sizes = dict(part.split(":") for part in self.spec.split(","))
-        gathers = self.job.config.micro_batches * (1 - 1 / int(sizes["fsdp"]))
+        config = self.job.config
+        loops = [config.micro_batches, *([config.ptx_parts] if self.job.mixes else [])]
+        gathers = fmean(loops) * (1 - 1 / int(sizes["fsdp"]))
         parts = self.plan.parts
         recomputed = 1 + sum(part.recomputed for part in parts) / sum(part.flops for part in parts)
         # Two sums over `tensor` in a layer, each way, on every token: not hidden by anything.
@@ -51,6 +54,15 @@ def mesh_specs(job: Job, devices: int) -> Iterator[str]:
         tensor *= 2
 
 
+def _splits(job: Job, devices: int) -> Iterator[tuple[int, int | None]]:
+    """Micro-batches, and those of the text in it: as many, or with no more rows in each."""
+    for micro_batches in MICRO_BATCHES:
+        if job.rows % (devices * micro_batches) == 0:
+            yield micro_batches, None
+            if job.mixes and job.config.ptx_ratio > 1:
+                yield micro_batches, micro_batches * job.config.ptx_ratio
+
+
 def candidates(
     job: Job, name: str, topology: Topology, mesh_of: Callable[[str], Mesh]
 ) -> tuple[list[Candidate], int]:
@@ -63,10 +75,8 @@ def candidates(
         mesh = mesh_of(spec)
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         for remat in REMAT:
-            for micro_batches in MICRO_BATCHES:
-                if job.rows % (rows * micro_batches):
-                    continue
-                choice = job.with_micro_batches(micro_batches).with_remat(remat)
+            for split in _splits(job, rows):
+                choice = job.with_micro_batches(*split).with_remat(remat)
                 try:
                     plan, _ = make_plan(choice, name, topology, mesh)
                 except ConfigError:

@@ -62,6 +62,7 @@ class Shape:
     minibatch: int = 32
     inner_epochs: int = 1
     micro_batches: int = 1
+    ptx_micro_batches: int | None = None
     length_buckets: int = 1
     ptx_ratio: int = 0
     seed: int = 0
@@ -110,6 +111,7 @@ class Shape:
             minibatch=self.minibatch,
             inner_epochs=self.inner_epochs,
             micro_batches=self.micro_batches,
+            ptx_micro_batches=self.ptx_micro_batches,
             length_buckets=self.length_buckets,
             prompt_length=self.prompt,
             response_length=self.response,

@@ -17,6 +17,9 @@ def plan_tables(results: Sequence[dict[str, Any]]) -> str:
     for plan, _ in plans:
         peak = "out of memory" if plan["peak"] is None else f"{plan['peak'] / GIB:.1f}"
         usable = f"{plan['memory'] / GIB:.1f}" if plan["memory"] else "-"
+        split = f"{plan['micro_batches']}"
+        if plan.get("ptx_micro_batches") is not None:  # no plan had it at first
+            split += f", text {plan['ptx_micro_batches']}"
         times = "| - | - | - |"
         if "step_seconds" in plan:
             times = (
@@ -24,7 +27,7 @@ def plan_tables(results: Sequence[dict[str, Any]]) -> str:
             )
         lines.append(
             f"| {_name(plan)} | {plan['topology']} | {short(plan['mesh'])} "
-            f"| {plan['micro_batches']} | {peak} / {usable} "
+            f"| {split} | {peak} / {usable} "
             f"| {'yes' if plan['fits'] else 'no'} {times}"
         )
     lines += [

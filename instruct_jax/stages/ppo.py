@@ -94,12 +94,12 @@ def minibatch_update(
     """
     if config.whiten_advantages == "minibatch":
         batch = batch._replace(advantages=masked_whiten(batch.advantages, batch.where))
-    accumulate = partial(accumulate_gradients, key=key, micro_batches=config.micro_batches)
     forms = shorter_forms(lambda b: b.where, config.response_length, config.length_buckets)
-    base = frozen.reference
-    pg = accumulate(
-        with_base(base, policy_loss(config, policy)), state.policy.params, batch, forms=forms
+    accumulate = partial(
+        accumulate_gradients, key=key, micro_batches=config.micro_batches, forms=forms
     )
+    base = frozen.reference
+    pg = accumulate(with_base(base, policy_loss(config, policy)), state.policy.params, batch)
     metrics = {
         "policy_loss": pg.loss,
         **pg.metrics,
@@ -107,7 +107,13 @@ def minibatch_update(
     }
     grads = pg.grads
     if ptx is not None:
-        mix = accumulate(with_base(base, ptx_loss(config, policy)), state.policy.params, ptx)
+        mix = accumulate_gradients(
+            with_base(base, ptx_loss(config, policy)),
+            state.policy.params,
+            ptx,
+            key,
+            micro_batches=config.ptx_parts,
+        )
         scaled = jax.tree.map(lambda g: config.ptx_coef * g, mix.grads)
         dot = jnp.asarray(optax.tree.vdot(pg.grads, scaled))
         norms = metrics["grad_norm_pg"] * global_norm(scaled)
@@ -130,7 +136,7 @@ def minibatch_update(
     new_value = None
     if state.value is not None:
         loss = with_base(frozen.reward_params(), value_loss(config, scalar))
-        vf = accumulate(loss, state.value.params, batch, forms=forms)
+        vf = accumulate(loss, state.value.params, batch)
         new_value, applied = apply_gradients(
             state.value, vf.grads, value_tx, loss=vf.loss, skip_above=limit
         )
@@ -323,6 +329,9 @@ def train(
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
     check_batch_size(config.prompts, mesh)
     check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
+    if config.ptx_coef > 0:
+        text = config.minibatch * config.ptx_ratio
+        check_batch_size(text, mesh, micro_batches=config.ptx_parts)
     txs = optimizers(config)
     # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
     frozen = Frozen(

@@ -80,7 +80,10 @@ class PPOConfig:
     # Rank 0 trains all parameters. Else an adapter of the policy and one of the value model, whose
     # head is trained whole; the reference is the policy with its adapter off.
     lora: LoraConfig = LoraConfig()
+    # Parts of a minibatch that are computed one after the other, and parts of the text mixed into
+    # it, by default as many: a part then has `ptx_ratio` times the rows. It changes no result.
     micro_batches: int = 1
+    ptx_micro_batches: int | None = None
     # With more than 1, rows are sorted by length within a minibatch, and each micro-batch computed
     # at the least of so many widths that has room for its responses; scoring goes the same way, and
     # sampling goes on in half as many rows, up to one time less than that. It changes no result,
@@ -103,7 +106,12 @@ class PPOConfig:
                 f"minibatch {self.minibatch} is not a multiple of "
                 f"micro_batches {self.micro_batches}"
             )
-
+        text = self.minibatch * self.ptx_ratio
+        if self.ptx_parts < 1 or text % self.ptx_parts:
+            raise ConfigError(
+                f"minibatch {self.minibatch} x ptx_ratio {self.ptx_ratio}, {text} rows of text, is "
+                f"not a multiple of ptx_micro_batches {self.ptx_parts}"
+            )
         if not 1 <= self.length_buckets <= self.response_length:
             raise ConfigError(
                 f"length_buckets {self.length_buckets} is not between 1 and "
@@ -139,6 +147,11 @@ class PPOConfig:
     def prompts(self) -> int:
         """Prompts in one iteration."""
         return self.rollout_batch // self.samples_per_prompt
+
+    @property
+    def ptx_parts(self) -> int:
+        """Micro-batches of the text of a minibatch."""
+        return self.micro_batches if self.ptx_micro_batches is None else self.ptx_micro_batches
 
     @property
     def updates(self) -> int:

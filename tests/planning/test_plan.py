@@ -106,6 +106,16 @@ ESTIMATED = {
         "fsdp:4,tensor:2",
     ),
     "sft": (Job("sft", SFTConfig(batch_size=64, **WIDE), SMALL), "data:8"),
+    "text_in_parts": (
+        Job(
+            "ppo",
+            replace(MIXED, ptx_ratio=8, ptx_micro_batches=8),
+            SMALL,
+            replace(SMALL, d_model=512),
+            ptx_length=128,
+        ),
+        "fsdp:8",
+    ),
     "ppo": (Job("ppo", MIXED, SMALL, replace(SMALL, d_model=512), ptx_length=128), "fsdp:8"),
 }
 

@@ -259,6 +259,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, repository):
     [
         (dict(rollout_batch=33), "rollout_batch 33 is not a multiple of minibatch 16"),
         (dict(micro_batches=3), "minibatch 16 is not a multiple of micro_batches 3"),
+        (dict(ptx_micro_batches=3), "32 rows of text, is not a multiple of ptx_micro_batches 3"),
+        (dict(ptx_micro_batches=0), "32 rows of text, is not a multiple of ptx_micro_batches 0"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(changes, message):
@@ -271,6 +273,9 @@ def test_a_run_that_cannot_start_writes_nothing(tmp_path):
         run(tmp_path / "a", 1, mesh="data:3", config=dataclasses.replace(CONFIG, rollout_batch=48))
     with pytest.raises(ConfigError, match="with 4 micro-batches: use a multiple of 32"):
         run(tmp_path / "b", 1, mesh="data:8", config=dataclasses.replace(CONFIG, micro_batches=4))
+    with pytest.raises(ConfigError, match=r"32 rows .* with 8 micro-batches: use a multiple of 64"):
+        config = dataclasses.replace(CONFIG, ptx_micro_batches=8)
+        run(tmp_path / "b", 1, mesh="data:8", config=config)
     with pytest.raises(ConfigError, match=r"ptx_coef 0.5 needs pretraining text"):
         ppo.train(
             CONFIG, *[None] * 5, eos_id=0, mesh=None, workdir=tmp_path / "c"

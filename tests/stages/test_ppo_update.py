@@ -235,10 +235,14 @@ def test_the_two_reductions_of_the_mix_differ_by_the_tokens_of_a_row(batch):
 # --- meshes -------------------------------------------------------------------------------------
 
 
-def iterate(mesh, micro_batches):
+def iterate(mesh, micro_batches, ptx_micro_batches=None):
     """One whole iteration on a mesh: sampling, scoring, updates; whitening wherever there is."""
     config = dataclasses.replace(
-        MIX, whiten_rewards=True, whiten_advantages="minibatch", micro_batches=micro_batches
+        MIX,
+        whiten_rewards=True,
+        whiten_advantages="minibatch",
+        micro_batches=micro_batches,
+        ptx_micro_batches=ptx_micro_batches,
     )
     # At rate 0.1, so that the parameters stay near 1 and 1e-6 is within fp32.
     lab = labs.make_lab(config, reference=1, tx=optax.sgd(0.1))
@@ -263,10 +267,13 @@ def whole():
     return iterate("data:1", 1)
 
 
-@pytest.mark.parametrize(("mesh", "micro_batches"), [("data:8", 2), ("data:2,fsdp:2,tensor:2", 1)])
-def test_devices_and_micro_batches_change_nothing(whole, mesh, micro_batches):
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches", "ptx_micro_batches"),
+    [("data:8", 2, None), ("data:2,fsdp:2,tensor:2", 1, None), ("data:1", 1, 8), ("data:8", 2, 1)],
+)
+def test_devices_and_micro_batches_change_nothing(whole, mesh, micro_batches, ptx_micro_batches):
     """T24: whitening, losses and updates to 1e-6."""
-    state, metrics = iterate(mesh, micro_batches)
+    state, metrics = iterate(mesh, micro_batches, ptx_micro_batches)
     assert metrics.keys() == whole[1].keys()
     for name, value in whole[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-6, err_msg=name)
