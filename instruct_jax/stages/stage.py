@@ -290,10 +290,14 @@ def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedMo
 
 def _load_own(directory: Path) -> TrainedModel:
     about = json.loads((directory / "model.json").read_text())
+    try:
+        config = TransformerConfig(**about["config"])
+    except (TypeError, ValueError) as error:  # of another version, or by another hand
+        raise ConfigError(f"{directory / 'model.json'}: config: {error}") from error
     params, _ = load_model(directory / "params")
     return TrainedModel(
         kind=about["kind"],
-        config=TransformerConfig(**about["config"]),
+        config=config,
         params=params,
         tokenizer=load_tokenizer(directory),
         stage=about["stage"],

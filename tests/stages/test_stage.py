@@ -72,6 +72,23 @@ def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained
         load_trained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remat": True}, "remat=True is not one of none, products, full"),
+        ({"experts": 8}, "unexpected keyword argument 'experts'"),
+    ],
+)
+def test_a_configuration_that_is_not_understood_is_told_with_its_file(
+    tmp_path, trained, changes, message
+):
+    record = save_trained(tmp_path, trained) / "model.json"
+    about = json.loads(record.read_text())
+    record.write_text(json.dumps(about | {"config": about["config"] | changes}))
+    with pytest.raises(ConfigError, match=rf"model\.json: config: .*{message}"):
+        load_trained(tmp_path)
+
+
 def test_a_folder_is_complete_once_its_record_is_there(tmp_path, trained, monkeypatch):
     """A kill while it is written leaves no model, and no half of one."""
 
