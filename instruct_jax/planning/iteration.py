@@ -61,6 +61,7 @@ def iteration_programs(job: Job, mesh: Mesh) -> list[Program]:
         "optimizer": (state.policy.opt_state, state.value and state.value.opt_state),
         "value model": state.value and state.value.params,
         "frozen": frozen,
+        "pending": rows.experience if config.rollout_lag else None,
     }
     rollout, score, update = _costs(job, critic=state.value is not None)
     lower = partial(_lower, job, mesh, frozen, state, rows)

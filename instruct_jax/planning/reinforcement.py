@@ -13,7 +13,7 @@ from instruct_jax.planning.measure import Account, Workload, compiled, seconds_o
 from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Frozen, PPOState
+from instruct_jax.stages.experience import Frozen, Lagging, PPOState
 from instruct_jax.stages.ppo_losses import ptx_loss
 from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.stage import RULES, place_params, with_base
@@ -178,12 +178,16 @@ def iteration(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     batch: dict[str, Any] = {"prompts": first["tokens"], "prompt_mask": first["mask"]}
     if (mix := work.ptx()) is not None:
         batch["ptx"] = mix
-    steps = 0
+    steps, state, run_step = 0, work.state, step
+    if shape.rollout_lag:
+        before = jax.random.fold_in(work.key, ppo.BEFORE)
+        state, run_step = Lagging(state, step.sample(state, batch, before)), step.lagging
 
     def run() -> Any:
-        nonlocal steps
+        nonlocal steps, state
         key = jax.random.fold_in(work.key, steps)
-        work.state, metrics = step(work.state, batch, key)
+        state, metrics = run_step(state, batch, key)
+        work.state = ppo.models_of(state)
         steps += 1
         return metrics
 

@@ -7,7 +7,7 @@ tokens needs, so that skewed lengths come out of the sampler itself.
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ class Shape:
     pack_length: int | None = 512
     minibatch: int = 32
     inner_epochs: int = 1
+    rollout_lag: Literal[0, 1] = 0
     micro_batches: int = 1
     ptx_micro_batches: int | None = None
     length_buckets: int = 1
@@ -110,6 +111,7 @@ class Shape:
             rollout_batch=self.rows,
             minibatch=self.minibatch,
             inner_epochs=self.inner_epochs,
+            rollout_lag=self.rollout_lag,
             micro_batches=self.micro_batches,
             ptx_micro_batches=self.ptx_micro_batches,
             length_buckets=self.length_buckets,

@@ -85,6 +85,20 @@ class Experience(NamedTuple):
     returns: jax.Array | None = None  # float32[B, R], from the unwhitened advantages
 
 
+class Scored(NamedTuple):
+    """What one iteration learns from, and its logs."""
+
+    experience: Experience
+    metrics: dict[str, jax.Array]  # float32[] each
+
+
+class Lagging(NamedTuple):
+    """The state of a run whose rollouts lag: `due` was sampled and scored an iteration ago."""
+
+    models: PPOState
+    due: Scored
+
+
 def response_scores(
     model: Model,
     params: Any,
@@ -168,7 +182,7 @@ def score_rollout(
     rollout: Rollout,
     *,
     eos_id: int,
-) -> tuple[Experience, dict[str, jax.Array]]:
+) -> Scored:
     """Rewards, values and advantages of a rollout, and the logs of PPO-16 that need no update."""
     tokens, mask, where, _ = rollout
     parts = config.updates // config.inner_epochs * config.micro_batches
@@ -217,7 +231,7 @@ def score_rollout(
     }
     if config.old_log_probs == "forward":
         metrics |= _sampler_metrics(experience, rollout.log_probs)
-    return jax.tree.map(jax.lax.stop_gradient, (experience, metrics))
+    return jax.tree.map(jax.lax.stop_gradient, Scored(experience, metrics))
 
 
 def _reward_metrics(

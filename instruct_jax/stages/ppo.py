@@ -21,6 +21,15 @@ table in ppo_config.py says which fields make which.
 Deviation: old log-probs come from one forward over the whole rollout batch, in fp32 equal to the
 training forward's to 1e-5 (`ratio_error` of the first minibatch is logged), and the sampler's own
 are a diagnostic; with `old_log_probs` "sampler" they take its place, to 1e-5 in the mean.
+
+Off the paper's path is `rollout_lag` 1: iteration i samples and scores the batch of iteration i + 1
+with the models as they are, before it updates them on the batch that iteration i - 1 left in the
+state (`Lagging`). A batch is answered, its old log-probs and values read, and its penalty weighed,
+by one and the same state, so the ratio is what PPO takes it for; only it is not 1 at first: the
+policy has moved by the updates of one iteration, which `ratio_error` then measures. The first two
+batches are of the same policy. No rollout waits for an update then, but on one set of devices the
+programs still run in turn, and an iteration takes as long as before: it is a study of off-policy
+data, and what a sampler with devices of its own would need.
 """
 
 import math
@@ -40,7 +49,14 @@ from instruct_jax.losses import adaptive_kl_update, masked_whiten
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.sampler import generate
-from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
+from instruct_jax.stages.experience import (
+    Experience,
+    Frozen,
+    Lagging,
+    PPOState,
+    Scored,
+    score_rollout,
+)
 from instruct_jax.stages.lengths import by_length, shorter_forms
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss, value_loss
@@ -74,6 +90,9 @@ from instruct_jax.training.state import (
 
 # On the progress line; everything else is in the metrics file.
 SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
+
+# Where rollouts lag, the first is drawn before iteration 0: in -1, as `fold_in` counts.
+BEFORE = 2**32 - 1
 
 
 def minibatch_update(
@@ -185,7 +204,7 @@ def update(
     del metrics["ratio_min_negated"]
     metrics["ratio_var"] = metrics.pop("ratio_square") - jnp.square(metrics["ratio"])
     # Where the policy has not moved yet the ratio is 1; a drift here is a bug or a precision loss
-    # (T1).
+    # (T1), or the updates that a lagging rollout has not seen.
     metrics["ratio_error"] = history["ratio_error"][0]
     trained = [model for model in (state.policy, state.value) if model is not None]
     skipped = jnp.stack([model.skipped for model in trained]).sum()
@@ -216,7 +235,7 @@ def programs(
 ) -> tuple[Any, Any]:
     """The scoring and the update program, jitted; `state` is read for its shardings alone.
 
-    score(state, frozen, rollout) -> (experience, metrics), and
+    score(state, frozen, rollout) -> Scored, and
     update(state, frozen, experience, ptx, kl, key) -> (state, metrics), which donates the state.
     """
     rows = batch_sharding(mesh)
@@ -227,10 +246,41 @@ def programs(
 
     score = jax.jit(
         partial(score_rollout, config, policy, scalar, eos_id=eos_id),
-        out_shardings=(rows, replicated(mesh)),
+        out_shardings=Scored(rows, replicated(mesh)),
     )
     kept = jax.tree.map(lambda x: x.sharding, state)
     return score, jax.jit(all_updates, donate_argnums=0, out_shardings=(kept, replicated(mesh)))
+
+
+class Iteration(NamedTuple):
+    """The step of this stage: `iteration(state, batch, key) -> (state, metrics)`.
+
+    `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
+    `samples_per_prompt` times in a row, `prompt_mask`, and with a pretraining mix
+    `ptx`, rows of `language_loss` as [updates, rows, T].
+    """
+
+    sample: Callable[[PPOState, dict[str, Any], jax.Array], Scored]
+    """(state, batch, key) -> a rollout of the prompts by the policy as it is, scored"""
+    learn: Callable[..., tuple[PPOState, dict[str, jax.Array]]]
+    """(state, scored, batch, key) -> (state, metrics), all updates on a rollout and the mix"""
+
+    def __call__(
+        self, state: PPOState, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[PPOState, dict[str, jax.Array]]:
+        """Samples and learns from it."""
+        rollout_key, update_key = jax.random.split(key)
+        return self.learn(state, self.sample(state, batch, rollout_key), batch, update_key)
+
+    def lagging(
+        self, state: Lagging, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[Lagging, dict[str, jax.Array]]:
+        """Samples, for the next iteration, and learns from what the one before sampled."""
+        rollout_key, update_key = jax.random.split(key)
+        # First, since learning donates the models.
+        sampled = self.sample(state.models, batch, rollout_key)
+        models, metrics = self.learn(state.models, state.due, batch, update_key)
+        return Lagging(models, sampled), metrics
 
 
 def make_iteration(
@@ -244,58 +294,68 @@ def make_iteration(
     *,
     eos_id: int,
     mesh: Mesh,
-) -> Callable[[PPOState, dict[str, Any], jax.Array], tuple[PPOState, dict[str, jax.Array]]]:
-    """The step of this stage: `iteration(state, batch, key) -> (state, metrics)`.
-
-    `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
-    `samples_per_prompt` times in a row, `prompt_mask`, and with a pretraining mix
-    `ptx`, rows of `language_loss` as [updates, rows, T]. Three compiled programs: rollout, scoring,
-    update; the state is donated to the last and stays sharded as the `state` given here.
+) -> Iteration:
+    """The iteration of three compiled programs: rollout, scoring, update; the state is donated to
+    the last and stays sharded as the `state` given here.
     """
     rows = batch_sharding(mesh)
     txs = (policy_tx, value_tx)
     score, run_updates = programs(config, policy, scalar, txs, state, eos_id=eos_id, mesh=mesh)
     ptx_rows = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
 
-    def iteration(
-        state: PPOState, batch: dict[str, Any], key: jax.Array
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
-        rollout_key, update_key = jax.random.split(key)
+    def sample(state: PPOState, batch: dict[str, Any], key: jax.Array) -> Scored:
         rollout = generate(
             policy,
             frozen.policy_params(state),
             hosts.spread(batch["prompts"], rows),
             hosts.spread(batch["prompt_mask"], rows),
-            hosts.spread(jax.random.split(rollout_key, config.rollout_batch), rows),
+            hosts.spread(jax.random.split(key, config.rollout_batch), rows),
             max_new_tokens=config.response_length,
             eos_id=eos_id,
             temperature=config.temperature,
             halvings=config.length_buckets - 1,
         )
-        experience, scored = score(state, frozen, rollout)
-        ptx = hosts.spread(batch["ptx"], ptx_rows) if "ptx" in batch else None
-        state, updated = run_updates(state, frozen, experience, ptx, scored["kl"], update_key)
-        return state, scored | updated
+        return score(state, frozen, rollout)
 
-    return iteration
+    def learn(
+        state: PPOState, scored: Scored, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[PPOState, dict[str, jax.Array]]:
+        experience, metrics = scored
+        ptx = hosts.spread(batch["ptx"], ptx_rows) if "ptx" in batch else None
+        state, updated = run_updates(state, frozen, experience, ptx, metrics["kl"], key)
+        return state, metrics | updated
+
+    return Iteration(sample, learn)
 
 
 class Batches(NamedTuple):
-    """Prompts of iteration i and, for PPO-ptx, its pretraining rows; a pure function of i."""
+    """Of iteration i: the prompts that it answers, those of i + `lag`, and for PPO-ptx its
+    pretraining rows; a pure function of i.
+    """
 
     prompts: Callable[[int], dict[str, np.ndarray]]
     ptx: Callable[[int], dict[str, np.ndarray]] | None
     updates: int
+    lag: int = 0
+
+    def answered(self, step: int) -> dict[str, Any]:
+        """The prompts that iteration `step` answers."""
+        rows = self.prompts(step + self.lag)
+        return {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
-        rows = self.prompts(step)
-        batch: dict[str, Any] = {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
+        batch = self.answered(step)
         if self.ptx is not None:
             tokens = self.ptx(step)["tokens"]
             shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
             batch["ptx"] = language_rows(shaped)
         return batch
+
+
+def models_of(state: PPOState | Lagging) -> PPOState:
+    """What is trained, without what waits to be learnt from."""
+    return state.models if isinstance(state, Lagging) else state
 
 
 def train(
@@ -354,23 +414,29 @@ def train(
         mesh=mesh,
     )
 
-    def shown(step: int, state: PPOState) -> dict[str, float]:
+    def shown(step: int, state: PPOState | Lagging) -> dict[str, float]:
         assert evaluate is not None
-        return evaluate(step, merged(config, frozen, state))
+        return evaluate(step, merged(config, frozen, models_of(state)))
 
     mix = ptx if config.ptx_coef > 0 else None
-    batch_at = Batches(prompts, mix, config.updates)
+    batch_at = Batches(prompts, mix, config.updates, config.rollout_lag)
+    key = jax.random.key(config.seed)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):
-        state = run_loop(
-            iteration,
-            state,
+        start: PPOState | Lagging = state
+        if config.rollout_lag:
+            # Also in a run that is taken up: it reads the shapes of its own rollout off this one.
+            before = jax.random.fold_in(key, BEFORE)
+            start = Lagging(state, iteration.sample(state, batch_at.answered(-1), before))
+        end = run_loop(
+            iteration.lagging if config.rollout_lag else iteration,
+            start,
             batch_at=batch_at,
             steps=config.iterations,
-            key=jax.random.key(config.seed),
+            key=key,
             logger=logger,
             checkpointer=checkpointer,
             save_every=config.save_every,
@@ -378,6 +444,7 @@ def train(
             eval_every=config.eval_every,
             log_every=config.log_every,
         )
+    state = models_of(end)
     if config.lora.rank == 0:
         return state
     base = trunk_fingerprint(policy_params)

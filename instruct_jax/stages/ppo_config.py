@@ -41,6 +41,9 @@ class PPOConfig:
     # (PPO-5), or the sampler, which saves a tenth of an iteration's products and is exact to
     # rounding in float32. In bfloat16 the two differ by 0.03 nats, and the ratio is not 1 at first.
     old_log_probs: Literal["forward", "sampler"] = "forward"
+    # 0 is on-policy. With 1 an iteration trains on what the policy answered at the start of the
+    # iteration before, off-policy by its updates (`ppo.py`). On one mesh that saves no time.
+    rollout_lag: Literal[0, 1] = 0
     # So many samples of a prompt are one group; batches and episodes count samples.
     samples_per_prompt: int = 1
     # Reward: the KL penalty, and what is done to the reward model's score before it.

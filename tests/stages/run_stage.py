@@ -43,6 +43,8 @@ from instruct_jax.training.checkpoint import load_item
 from instruct_jax.training.mesh import make_mesh
 
 STAGES = ("pretrain", "sft", "reward_model", "ppo")
+# PPO whose rollouts lag by an iteration, and wait in the checkpoints.
+LAGGING = "ppo_lagging"
 ROWS, BATCH, WIDTH = 64, 16, 16
 VOCAB, EOS, PAD = 29, 28, 29
 PROMPT, RESPONSE = 6, 8
@@ -158,7 +160,9 @@ def train(stage: str, workdir: Path, steps: int, *, mesh: str, lora: int = 0) ->
         loss = held_out_loss(language_model(SHAPE), state.policy.ema, text(10), mesh=devices)
         return {"valid_pretrain_loss": loss}
 
-    config = dataclasses.replace(PPO, episodes=steps * PPO.rollout_batch)
+    config = dataclasses.replace(
+        PPO, episodes=steps * PPO.rollout_batch, rollout_lag=1 if stage == LAGGING else 0
+    )
     mix = Batches({"tokens": text()}, config.updates * config.minibatch * config.ptx_ratio, seed=1)
     return ppo.train(
         config,

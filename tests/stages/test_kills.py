@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from instruct_jax.training.ledger import account, read
-from tests.stages.run_stage import STAGES, run_once
+from tests.stages.run_stage import LAGGING, STAGES, run_once
 
 STEPS = 5
 # Each is a process that dies there; together they leave every kind of debris behind.
 DEATHS = [("write", 2), ("commit", 2), ("batch", 3)]
 OF_PPO = [("rollout", 2), ("commit", 2), ("update", 2)]
+OF_LAGGING = [("rollout", 3), ("commit", 2), ("update", 2)]
 PHASES = ["save", "write", "commit", "prune", "batch"]
 PHASES_OF_PPO = [*PHASES, "rollout", "score", "update"]
 
@@ -59,12 +60,12 @@ def steps_logged(workdir, stage):
     return [row["step"] for row in map(json.loads, lines) if "loss" in row or "kl" in row]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, LAGGING])
 def test_killed_three_times_a_run_ends_with_the_same_bits(run, tmp_path, stage):
     code, whole = run(stage, tmp_path / "whole")
     assert code == 0
     killed = tmp_path / "killed"
-    for phase, nth in OF_PPO if stage == "ppo" else DEATHS:
+    for phase, nth in {"ppo": OF_PPO, LAGGING: OF_LAGGING}.get(stage, DEATHS):
         assert run(stage, killed, phase=phase, nth=nth) == (-signal.SIGKILL, None), phase
     assert run(stage, killed) == (0, whole)
     events = [row for row in read(killed) if row["event"] != "state"]
