@@ -30,7 +30,7 @@ from instruct_jax.evaluation.reward_model import (
 )
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.stages import reward_model
-from instruct_jax.stages.reward_model import RewardModelConfig, score_rows
+from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
@@ -91,9 +91,7 @@ def judge_reward_model(
     comparisons: Sequence[Comparison],
 ) -> dict[str, Any]:
     """RM-6 on the validation rankings, beside a predictor that sees the answers' lengths only."""
-    scores = score_rows(
-        trained.model, trained.params, valid_rows["tokens"], valid_rows["mask"], batch_size=16
-    )
+    scores = score_comparisons(trained.model, trained.params, valid_rows, batch_size=16)
     standard = score_rows(
         trained.model, trained.params, demonstrations["tokens"], demonstrations["mask"]
     )

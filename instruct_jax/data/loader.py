@@ -9,6 +9,9 @@ endless stream of row numbers: the permutation of epoch 0, then that of epoch 1,
 drawn by Philox from (seed, epoch). No row is left out or met twice within an epoch; when B does
 not divide the number of rows, the batch at the border holds the end of one epoch and the start of
 the next. There is no state to save: resuming is calling with the next step.
+
+Rows that differ in size can be drawn stratified by it: the permutation is then one whose batches
+have nearly the same sum of sizes.
 """
 
 import logging
@@ -206,14 +209,17 @@ class Batches:
         batch_size: int,
         *,
         seed: int,
+        sizes: np.ndarray | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """`batch_size` is global; ValueError when the processes do not divide it."""
-        sizes = {name: len(array) for name, array in arrays.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"the arrays do not have one common first axis: {sizes}")
-        if 0 in sizes.values():
+        """`batch_size` is global; ValueError when the processes do not divide it. `sizes` int[N]
+        are those of the rows, by which batches are stratified.
+        """
+        counts = {name: len(array) for name, array in arrays.items()}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"the arrays do not have one common first axis: {counts}")
+        if 0 in counts.values():
             raise ValueError("there are no rows to make batches of")
         if batch_size < 1 or seed < 0:
             raise ValueError(f"batch_size {batch_size} must be positive, seed {seed} not negative")
@@ -223,7 +229,8 @@ class Batches:
         self.seed = seed
         self.process_index = process_index
         self.process_count = process_count
-        self._size = next(iter(sizes.values()))
+        self._size = next(iter(counts.values()))
+        self._sizes = sizes
         self._epoch: tuple[int, np.ndarray] | None = None  # the last permutation: a memo, no state
 
     @property
@@ -257,7 +264,11 @@ class Batches:
         memo = self._epoch  # read once: a prefetching thread may replace it meanwhile
         if memo is None or memo[0] != epoch:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epoch = memo = (epoch, generator.permutation(self._size))
+            if self._sizes is None:
+                order = generator.permutation(self._size)
+            else:
+                order = stratified_permutation(self._sizes, self.batch_size, generator)
+            self._epoch = memo = (epoch, order)
         return memo[1]
 
 
@@ -299,6 +310,28 @@ class Mixture:
             pieces.append(part.take(part.rows(step)[first : max(first, last)]))
             start -= part.batch_size
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def stratified_permutation(
+    sizes: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """A random order int64[N] of rows of `sizes` int[N], in which any `batch_size` consecutive ones
+    have nearly the same sum.
+
+    The rows in order of size are cut into `batch_size` strata; in turn, one of each stratum comes
+    at random, always in the same order of strata. So a batch has one of each, wherever it starts.
+    Golden steps make that order: strata near each other in it are far apart in size, so that the
+    two parts of a batch across two epochs are also of all sizes. Rows of one size come in an order
+    drawn from all.
+    """
+    count = len(sizes)
+    rising = np.lexsort((rng.permutation(count), sizes))
+    stratum = np.arange(count) * batch_size // count
+    turn = np.empty(count, np.int64)
+    turn[np.lexsort((rng.random(count), stratum))] = np.arange(count)
+    turn -= np.searchsorted(stratum, stratum)  # within its stratum
+    place = np.argsort(np.argsort(np.arange(batch_size) * (math.sqrt(5) - 1) / 2 % 1))
+    return rising[np.lexsort((np.argsort(place)[stratum], turn))]
 
 
 def _check_processes(batch_size: int, index: int, count: int) -> None:

@@ -21,7 +21,7 @@ def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[st
     sizes = rows["mask"].sum(axis=1)
     if sizes.max(initial=0) > length:
         raise ValueError(f"a row of {sizes.max()} tokens does not fit a packed row of {length}")
-    bins = _first_fit(sizes, length)
+    bins = first_fit(sizes, length)
     packed = {
         "tokens": np.full((len(bins), length), pad_id, np.int32),
         "mask": np.zeros((len(bins), length), bool),
@@ -40,8 +40,11 @@ def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[st
     return packed
 
 
-def _first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
-    """Row numbers by bin."""
+def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
+    """Trees, rows, whatever has `sizes` int[N], in bins of `length`: their numbers by bin.
+
+    First fit, the largest first, ties in the given order.
+    """
     bins: list[list[int]] = []
     rooms: list[int] = []
     first_with_room = np.zeros(length + 1, np.int64)  # bins before this one lack room for the size

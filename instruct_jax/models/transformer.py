@@ -62,7 +62,7 @@ class Model(NamedTuple):
     `tokens` is int32[B, T], `mask` bool[B, T] is true at real tokens (all of them by default),
     `segment_ids` int32[B, T] keeps packed rows apart, `branches` int32[B, T] the continuations
     1, 2, ... of a common beginning 0, with the `positions` int32[B, T] of their tokens
-    (`data/branches.py`), dropout acts only when `dropout_key` is given. `apply` is `readout` after
+    (`data/trees.py`), dropout acts only when `dropout_key` is given. `apply` is `readout` after
     `hidden`.
     """
 

@@ -77,8 +77,14 @@ class Job:
             return config.pack_length or config.prompt_length + config.response_length
         if self.stage == "ppo":
             return config.prompt_length + config.response_length
-        # One row holds the prompt and its completions.
-        return config.prompt_length + config.completions * config.response_length
+        # The longest tree, which has a row of its own.
+        return config.prompt_length + self.branches * config.response_length
+
+    @property
+    def branches(self) -> int:
+        """Completions of a tree; KTO adds that of another prompt."""
+        added = isinstance(self.config, PreferenceConfig) and self.config.loss == "kto"
+        return self.config.completions + added
 
 
 # Sizes by the names of presets; the embedded world's models are `mini`, of 767 tokens.

@@ -30,10 +30,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.branches import branch_rows
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.packing import pack
 from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.hf import save_pretrained
 from instruct_jax.models.transformer import language_model, scalar_model
@@ -45,6 +45,7 @@ from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss
 from instruct_jax.stages.sft import SFTConfig
+from instruct_jax.training.mesh import BATCH_AXES, axes_size
 
 
 class Library(NamedTuple):
@@ -294,12 +295,16 @@ def _reward(
     spec: dict[str, Any], shape: Shape, rows: Rows, models: Models, mesh: Mesh
 ) -> list[Case]:
     config = shape.scalar_config()
-    batches = Batches(
-        branch_rows(rows.comparisons, pad_id=config.pad_id), shape.ranked, seed=shape.seed
+    batches = TreeBatches(
+        rows.comparisons,
+        shape.ranked,
+        pad_id=config.pad_id,
+        seed=shape.seed,
+        devices=axes_size(mesh, BATCH_AXES),
     )
     loss = reward_loss(scalar_model(config))
     step = Training(RewardModelConfig(), loss, models.reward, batches(0), mesh=mesh)
-    ours = _updates(step, batches, lambda batch: len(batch["tokens"]))
+    ours = _updates(step, batches, lambda batch: len(batch["ranks"]))
     return [Case("reward_model", "", "pairs", ours, spec)]
 
 
@@ -316,7 +321,7 @@ def _iteration(
 
 
 def _updates(
-    step: Training, batches: Batches, work: Callable[[dict[str, np.ndarray]], Any]
+    step: Training, batches: Batches | TreeBatches, work: Callable[[dict[str, np.ndarray]], Any]
 ) -> Callable[[], Turn]:
     steps = 0
 
@@ -324,7 +329,7 @@ def _updates(
         nonlocal steps
 
         def run() -> Any:
-            batch = batches(steps)
+            batch = batches(steps % batches.steps_per_epoch)
             return step(batch), np.int64(work(batch))
 
         seconds, (_, amount) = seconds_of(run)

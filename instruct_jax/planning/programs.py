@@ -52,18 +52,14 @@ def fit_batch(job: Job, sharding: NamedSharding) -> dict[str, Any]:
         if isinstance(config, SFTConfig) and config.pack_length is not None:
             shapes["segment_ids"] = ((b, t), whole)
         return abstract_rows(sharding, shapes)
-    k = config.completions
-    shapes = {name: ((b, t), whole) for name in ("tokens", "branches", "positions", "previous")}
+    # Where every tree is as long as it may be, each has a row of its own.
+    k = job.branches
+    names = ("tokens", "segment_ids", "branches", "positions", "previous")
+    shapes = {name: ((b, t), whole) for name in names}
     shapes |= {"mask": ((b, t), flag), "ends": ((b, k), whole)}
     shapes |= {"ranks": ((b, k), whole), "where": ((b, k), flag)}
-    if isinstance(config, PreferenceConfig):
-        if config.needs_reference:
-            shapes["reference"] = ((b, k), jnp.float32)
-        if config.loss == "kto":
-            width = config.prompt_length + config.response_length
-            shapes["mismatched_reference"] = ((b, k), jnp.float32)
-            shapes["mismatched_tokens"] = ((b, k, width), whole)
-            shapes |= {f"mismatched_{n}": ((b, k, width), flag) for n in ("mask", "loss_mask")}
+    if isinstance(config, PreferenceConfig) and config.needs_reference:
+        shapes["reference"] = ((b, k), jnp.float32)
     return abstract_rows(sharding, shapes)
 
 
@@ -103,7 +99,7 @@ def _fit(job: Job, mesh: Mesh) -> Program:
     cost = costs.train(model_config, lengths, kind=kind)
     if job.stage in ("reward_model", "preference"):
         prompts = np.full(config.batch_size, job.config.prompt_length)
-        shape = (config.batch_size, job.config.completions)
+        shape = (config.batch_size, job.branches)
         completions = np.full(shape, job.config.response_length)
         cost = costs.train_branches(model_config, prompts, completions)
     arguments = {"parameters": state.params, "optimizer": state.opt_state, "frozen": base}

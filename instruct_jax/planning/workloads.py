@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.branches import branch_rows
 from instruct_jax.data.packing import pack
+from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.losses import ranking_loss
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.planning import costs, reinforcement
@@ -30,7 +30,7 @@ from instruct_jax.stages.pretrain import PretrainConfig, language_loss, language
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss, sequence_scores
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import RULES, FitConfig, make_optimizer, make_step, place_params
-from instruct_jax.training.mesh import batch_sharding
+from instruct_jax.training.mesh import BATCH_AXES, axes_size, batch_sharding
 from instruct_jax.training.state import LossFn, compile_step, init_state, shard_state
 
 PHASES = (
@@ -103,13 +103,17 @@ def reward_model(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Worklo
     """One update on `ranked` prompts with their completions."""
     config = shape.scalar_config()
     first = {name: x[: shape.ranked] for name, x in rows.comparisons.items()}
-    batch = branch_rows(first, pad_id=config.pad_id)
+    batch = TreeBatches(
+        first,
+        len(first["where"]),
+        pad_id=config.pad_id,
+        micro_batches=shape.micro_batches,
+        devices=axes_size(mesh, BATCH_AXES),
+    )(0)
     stage = RewardModelConfig(micro_batches=shape.micro_batches)
     step = Training(stage, reward_loss(scalar_model(config)), models.reward, batch, mesh=mesh)
     lengths = np.where(first["where"], first["mask"].sum(-1), 0)
-    starts = first["prompt_lengths"]
-    completions = np.where(first["where"], lengths - starts[:, None], 0)
-    cost = costs.train_branches(config, starts, completions)
+    cost = costs.train_branches(config, first["prompt_lengths"], completion_sizes(first))
     real, padded = int(batch["mask"].sum()), batch["tokens"].size
     account = Account((cost,), int(lengths.sum()), int(first["where"].sum()), real, padded)
     return _training("reward_model", step, account, config.dtype)

@@ -1,7 +1,7 @@
 """Direct preference training: a policy from comparisons, without a reward model or sampling.
 
 One prompt with its K ranked completions is one element of the batch, as in the reward model (RM-2):
-one row whose branches they are, all pairs in one gradient step, every prompt of equal weight. With
+one tree whose branches they are, all pairs in one gradient step, every prompt of equal weight. With
 pi the policy's log-probs of whole responses and ref the reference's:
 
     loss(x) = (1/|S|) sum_{(w,l) in S} f(pi_w, pi_l, ref_w, ref_l),  S = pairs without ties
@@ -19,6 +19,7 @@ but starts at once on large data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.branches import branch_rows
-from instruct_jax.data.loader import Batches
+from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.losses import (
     cpo_loss,
     dpo_loss,
@@ -48,10 +48,10 @@ from instruct_jax.models.transformer import Model
 from instruct_jax.stages.preference_rows import (
     ResponseScorer,
     branch_log_probs,
-    mismatched_log_probs,
-    mismatched_rows,
+    with_mismatched,
 )
 from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.stages.trees import by_prompt, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 REFERENCE_FREE = ("orpo", "simpo", "cpo")
@@ -96,6 +96,20 @@ class Scores(NamedTuple):
     policy: jax.Array
     reference: jax.Array | None
     lengths: jax.Array  # tokens, the stop token included
+
+
+def ranked_scores(
+    config: PreferenceConfig, scores: Scores, ranks: jax.Array, where: jax.Array
+) -> tuple[Scores, jax.Array, jax.Array, jax.Array | None]:
+    """Scores, ranks and presence of the completions that are ranked, and for KTO its reference
+    point float32[], of the last ones, which are not (`with_mismatched`).
+    """
+    if config.loss != "kto":
+        return scores, ranks, where, None
+    assert scores.reference is not None, "kto reads the reference"
+    kl = kto_reference_kl(scores.policy[:, -1], scores.reference[:, -1])
+    ranked = Scores(*(x[:, :-1] for x in (scores.policy, scores.reference, scores.lengths)))
+    return ranked, ranks[:, :-1], where[:, :-1], kl
 
 
 def pair_losses(
@@ -211,8 +225,8 @@ def preference_metrics(
 
 
 def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
-    """The loss of a batch of `branch_rows`: tokens int32[B, W] ..., ranks int32[B, K], `where` and,
-    for most losses, `reference` float32[B, K]; for KTO also the `mismatched_` rows.
+    """The loss of a batch of `pack_trees`: tokens int32[R, W] ..., ranks int32[B, K], `where` and,
+    for most losses, `reference` float32[B, K]; for KTO with one completion more, the mismatched.
 
     A sum over prompts that have a pair, and their number. KTO's reference point is of the
     micro-batch.
@@ -224,11 +238,7 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         log_probs, lengths = branch_log_probs(model, params, batch, key=key if dropout else None)
         scores = Scores(log_probs, batch.get("reference"), lengths)
-        ranks, where = batch["ranks"], batch["where"]
-        kl = None
-        if config.loss == "kto":
-            mismatched = mismatched_log_probs(model, jax.lax.stop_gradient(params), batch)
-            kl = kto_reference_kl(mismatched, batch["mismatched_reference"])
+        scores, ranks, where, kl = ranked_scores(config, scores, batch["ranks"], batch["where"])
         losses, counted = prompt_losses(config, scores, ranks, where, kl)
         total, count = sum_and_count(losses, counted)
         metrics = preference_metrics(config, scores, ranks, where)
@@ -239,21 +249,18 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
     return loss
 
 
-def rows_of(
-    config: PreferenceConfig, comparisons: dict[str, np.ndarray], *, pad_id: int
-) -> dict[str, np.ndarray]:
-    """The rows of the loss, from encoded comparisons; the reference is still missing."""
-    rows = branch_rows(comparisons, pad_id=pad_id)
+def read_by(config: PreferenceConfig, comparisons: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the loss reads of encoded comparisons: for KTO a mismatched completion more."""
     if config.loss == "kto":
-        rows |= mismatched_rows(comparisons, seed=config.seed)
-    return rows
+        return with_mismatched(comparisons, seed=config.seed)
+    return comparisons
 
 
 class LiveReference(NamedTuple):
     """`batches`, each with its reference log-probs, computed when it is met."""
 
-    batches: Batches
-    score: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    batches: TreeBatches
+    score: ResponseScorer
 
     @property
     def batch_size(self) -> int:
@@ -263,7 +270,7 @@ class LiveReference(NamedTuple):
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of `step`."""
         batch = self.batches(step)
-        return batch | self.score(batch)
+        return batch | {"reference": np.asarray(self.score(batch))}
 
 
 def train(
@@ -282,14 +289,17 @@ def train(
     `reference` is the frozen policy, `params` itself by default. Resumes from
     `workdir/checkpoints` when there is one; precomputed reference scores are computed again.
     """
-    rows = rows_of(config, comparisons, pad_id=model.config.pad_id)
+    comparisons = read_by(config, comparisons)
+    steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
+    batches_of = partial(tree_batches, config, pad_id=model.config.pad_id, mesh=mesh)
     score = None
     if config.needs_reference:
-        score = ResponseScorer(model, params if reference is None else reference, mesh)
+        frozen = params if reference is None else reference
+        score = ResponseScorer(model, frozen, mesh, micro_batches=config.micro_batches)
     if score is not None and config.reference == "precomputed":
-        rows, score = rows | score(rows, batch_size=config.batch_size), None
-    batches = Batches(rows, config.batch_size, seed=config.seed)
-    steps = max(1, round(config.epochs * len(rows["tokens"]) / config.batch_size))
+        comparisons = comparisons | {"reference": by_prompt(batches_of(comparisons), score)}
+        score = None
+    batches = batches_of(comparisons, steps=steps)
     return fit(
         config,
         preference_loss(config, adapt(model, config.lora)),
@@ -315,24 +325,20 @@ def judge_preferences(
     """The loss and the metrics of `params` on held-out comparisons, with `reference` as frozen
     policy; means over prompts and over pairs.
     """
-    rows = rows_of(config, comparisons, pad_id=model.config.pad_id)
+    comparisons = read_by(config, comparisons)
+    batches = tree_batches(config, comparisons, pad_id=model.config.pad_id, mesh=mesh)
 
-    def score(params: Any) -> dict[str, jax.Array]:
-        scores = ResponseScorer(model, params, mesh)(rows, batch_size=config.batch_size)
-        return jax.tree.map(jnp.asarray, scores)
+    def score(params: Any) -> jax.Array:
+        scorer = ResponseScorer(model, params, mesh, micro_batches=config.micro_batches)
+        return jnp.asarray(by_prompt(batches, scorer))
 
-    numbers = np.arange(1, rows["where"].shape[1] + 1)
-    lengths = (rows["branches"][:, :, None] == numbers).sum(1, dtype=np.float32)
-    ours, frozen = score(params), score(reference) if config.needs_reference else None
     scores = Scores(
-        policy=ours["reference"],
-        reference=None if frozen is None else frozen["reference"],
-        lengths=jnp.asarray(lengths),
+        policy=score(params),
+        reference=score(reference) if config.needs_reference else None,
+        lengths=jnp.asarray(completion_sizes(comparisons), jnp.float32),
     )
-    ranks, where = jnp.asarray(rows["ranks"]), jnp.asarray(rows["where"])
-    kl = None
-    if config.loss == "kto" and frozen is not None:
-        kl = kto_reference_kl(ours["mismatched_reference"], frozen["mismatched_reference"])
+    ranked = jnp.asarray(comparisons["ranks"]), jnp.asarray(comparisons["where"])
+    scores, ranks, where, kl = ranked_scores(config, scores, *ranked)
     losses, counted = prompt_losses(config, scores, ranks, where, kl)
     sums = {"loss": sum_and_count(losses, counted)}
     sums |= preference_metrics(config, scores, ranks, where)

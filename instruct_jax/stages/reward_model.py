@@ -1,8 +1,9 @@
 """Stage 2: the reward model, trained on K-wise rankings (M2).
 
-One prompt with its K ranked completions is one element of the batch (RM-2): the completions are
-branches of one row, so that the prompt is read once; all pairs are in one gradient step, and every
-prompt has equal weight (RM-1):
+One prompt with its K ranked completions is one element of the batch (RM-2): a tree, whose branches
+the completions are, so that the prompt is read once, and several trees in a row, so that nothing is
+padding (`data/trees.py`). All pairs are in one gradient step, and every prompt has equal weight
+(RM-1):
 
     loss(x) = -(1/|S|) sum_{(w,l) in S} log sigmoid(r(x, y_w) - r(x, y_l)),  S = pairs without ties
 
@@ -21,14 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.branches import branch_rows
-from instruct_jax.data.loader import Batches, encode_demonstrations
+from instruct_jax.data.loader import encode_demonstrations
 from instruct_jax.data.rows import Demonstration
+from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.adapters import adapt
+from instruct_jax.models.sharding import WHOLE, constrain
 from instruct_jax.models.transformer import Model, final_scores
 from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches
+from instruct_jax.stages.trees import TREE, by_prompt, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]
@@ -64,17 +67,18 @@ def sequence_scores(
 def branch_scores(
     model: Model, params: Any, batch: dict[str, jax.Array], *, key: jax.Array | None = None
 ) -> jax.Array:
-    """Rewards of the branches of `branch_rows`, float32[B, K]; meaningless where none is there.
+    """Rewards of the branches of `pack_trees`, float32[B, K]; meaningless where none is there.
 
     The same as `sequence_scores` of prompt and completion, each alone.
     """
-    rows = {name: batch[name] for name in ("mask", "branches", "positions")}
+    rows = {name: batch[name] for name in TREE}
     outputs = model.apply(params, batch["tokens"], **rows, dropout_key=key)
-    return jnp.take_along_axis(outputs, batch["ends"], axis=1)
+    # A prompt and its tree may lie on different devices: all get the scores, one number a token.
+    return constrain(outputs, WHOLE, WHOLE).reshape(-1)[batch["ends"]]
 
 
 def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = False) -> LossFn:
-    """K-wise ranking loss over a batch of `branch_rows`: tokens int32[B, W] ..., ranks int32[B, K].
+    """K-wise ranking loss over a batch of `pack_trees`: tokens int32[R, W] ..., ranks int32[B, K].
 
     The count is the number of prompts with at least one pair that is not a tie, so that a prompt
     whose labeler saw only ties weighs nothing.
@@ -105,6 +109,21 @@ def score_rows(
     """
     score = jax.jit(lambda p, t, m: sequence_scores(model, p, t, m))
     return in_batches(lambda t, m: score(params, t, m), batch_size, tokens, mask)
+
+
+def score_comparisons(
+    model: Model,
+    params: Any,
+    comparisons: dict[str, np.ndarray],
+    *,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Scores float32[N, K] of encoded comparisons, in batches of `batch_size` prompts; those of
+    completions that are not there mean nothing.
+    """
+    score = jax.jit(lambda params, batch: branch_scores(model, params, batch))
+    batches = TreeBatches(comparisons, batch_size, pad_id=model.config.pad_id)
+    return by_prompt(batches, lambda batch: score(params, batch))
 
 
 def score_answers(
@@ -175,9 +194,8 @@ def train(
     """
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
-    rows = branch_rows(comparisons, pad_id=model.config.pad_id)
-    batches = Batches(rows, config.batch_size, seed=config.seed)
     steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
+    batches = tree_batches(config, comparisons, pad_id=model.config.pad_id, steps=steps, mesh=mesh)
     params = fit(
         config,
         reward_loss(
