@@ -103,7 +103,7 @@ def pack_trees(
     trees = starts + sizes.sum(1)
     groups = [trees[m::micro_batches] for m in range(micro_batches)]
     shape = row_shape(groups) if shape is None else shape
-    # Of every tree, its row and first column; the rows of a micro-batch are strided like its prompts.
+    # Of every tree, its row and first column; a micro-batch has strided rows, as it has prompts.
     row, column = np.zeros((2, len(trees)), np.int64)
     for m, group in enumerate(groups):
         bins = first_fit(group, shape.width)

@@ -1,11 +1,13 @@
-"""Attention, softmax(q k^T) v, in three implementations that compute the same.
+"""Attention, softmax(q k^T) v, in four implementations that compute the same.
 
     xla      all scores, in a few blocks of queries, under any causal mask; the only one for cached
              decoding and for dropout of the weights
-    splash   for TPUs: the scores block by block, never in memory (Pallas kernel)
-    cudnn    for NVIDIA cards: the same in cuDNN; the queries of a row are not split over devices
+    blocks   for CPUs: the scores block by block, never in memory (`block_attention.py`); like
+             cudnn, it does not split the queries of a row over devices
+    splash   for TPUs: the same in a Pallas kernel
+    cudnn    for NVIDIA cards: the same in cuDNN
 
-The last two are for whole rows, and are told what makes the mask: a query sees nothing later, its
+The last three are for whole rows, and are told what makes the mask: a query sees nothing later, its
 own segment alone, in a local layer the last `window` slots, and of a row of branches its own branch
 and the common beginning. Padding is a segment of its own, so that every query sees at least itself;
 at padding the implementations differ, and nobody reads it.
@@ -27,6 +29,7 @@ from flax import linen as nn
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
+from instruct_jax.models.block_attention import block_attention
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.sharding import (
     HEADS,
@@ -84,14 +87,18 @@ class Rows(NamedTuple):
 def implementation(c: TransformerConfig, length: int) -> str:
     """Which one whole rows of `length` tokens go through here.
 
-    "auto" takes the kernel of the platform, of the mesh in use or else of this process, where it
-    can do what the model asks for; float32 stays with XLA, which alone computes it exactly.
+    "auto" takes that of the platform, of the mesh in use or else of this process, where it can do
+    what the model asks for; on accelerators float32 stays with XLA, whose kernels compute in less.
     """
     if length < _BLOCKS[-1]:
         return "xla"
     if c.attention != "auto":
         return c.attention
-    if c.dtype != "bfloat16" or c.attention_dropout:
+    if c.attention_dropout:
+        return "xla"
+    if platform() == "cpu":
+        return "blocks" if axes_size(POSITIONS) == 1 else "xla"
+    if c.dtype != "bfloat16":
         return "xla"
     if platform() == "tpu":
         return "splash"
@@ -120,7 +127,7 @@ def attend(
     """
     if not isinstance(seen, Rows):
         return _causal_blocks(functools.partial(_dense, c, dropout=dropout), q, k, v, seen)
-    kernel = {"splash": _splash, "cudnn": _cudnn}[implementation(c, q.shape[2])]
+    kernel = {"blocks": _blocks, "splash": _splash, "cudnn": _cudnn}[implementation(c, q.shape[2])]
     k, v = (_shared(x, q.shape[1]) for x in (k, v))
     run = functools.partial(kernel, c, q, k, v, seen)
     if is_local is None:
@@ -167,6 +174,23 @@ def _dense(
     scores = soft_cap(scores, c.attention_softcap)
     weights = dropout(_masked_softmax(scores, mask).astype(c.dtype))
     return jnp.einsum("bkgts,bksh->bkgth", weights, v).reshape(q.shape)
+
+
+def _blocks(
+    c: TransformerConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    *,
+    window: int | None,
+) -> jax.Array:
+    run = functools.partial(block_attention, window=window, softcap=c.attention_softcap)
+    queries = partition(q.shape, ROWS, HEADS, WHOLE, WHOLE)
+    of_rows = PartitionSpec(queries[0], None)
+    branches = None if rows.branches is None else of_rows
+    run = per_device(run, (queries, queries, queries, of_rows, branches), queries)
+    return run(q, k, v, rows.segments, rows.branches)
 
 
 def _splash(

@@ -13,7 +13,7 @@ _CHOICES = {
     "activation": ("gelu", "gelu_exact", "relu", *_GATED),
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16"),
-    "attention": ("auto", "xla", "cudnn", "splash"),
+    "attention": ("auto", "xla", "blocks", "cudnn", "splash"),
     "remat": get_args(Remat),
 }
 
@@ -119,7 +119,7 @@ class TransformerConfig:
             )
         if "l" in self.attention_pattern and (self.window is None or self.window < 1):
             raise ValueError(f"local layers need a window of at least 1, got {self.window}")
-        if self.attention in ("cudnn", "splash") and self.attention_dropout:
+        if self.attention not in ("auto", "xla") and self.attention_dropout:
             raise ValueError(f"attention={self.attention!r} cannot drop weights; use 'xla'")
         if self.attention == "cudnn" and self.attention_softcap is not None:
             raise ValueError("attention='cudnn' has no soft cap; use 'xla'")

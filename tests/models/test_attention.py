@@ -17,7 +17,7 @@ from instruct_jax.models import language_model
 from instruct_jax.models.attention import PADDING, Rows, attend, implementation
 from tests.models.cases import GPT, LLAMA, language, random_tokens
 
-KERNELS = ("splash", "cudnn")
+KERNELS = ("blocks", "splash", "cudnn")
 AXES = ("data", "fsdp", "tensor", "sequence")
 LENGTH, SIZE = 160, 8  # no multiple of a block
 
@@ -148,7 +148,9 @@ HALF = dataclasses.replace(GPT, dtype="bfloat16")
 @pytest.mark.parametrize(
     ("platform", "change", "expected"),
     [
-        ("cpu", {}, "xla"),
+        ("cpu", {}, "blocks"),
+        ("cpu", {"dtype": "float32"}, "blocks"),
+        ("cpu", {"attention_dropout": 0.1}, "xla"),
         ("tpu", {}, "splash"),
         ("tpu", {"attention_softcap": 50.0, "head_dim": 256}, "splash"),
         ("tpu", {"dtype": "float32"}, "xla"),
@@ -173,14 +175,17 @@ def test_the_platform_of_the_mesh_chooses(platform, change, expected):
         assert implementation(config, 2047) == ("xla" if expected == "cudnn" else expected)
     split = mesh.update(axis_sizes=(2, 2), axis_names=mesh.axis_names)
     with jax.sharding.use_abstract_mesh(split):
-        whole = expected == "cudnn"  # which would compute every query on both devices
+        whole = expected in ("blocks", "cudnn")  # which would compute every query on both devices
         assert implementation(config, 2048) == ("xla" if whole else expected)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention": "flash"}, "attention='flash' is not one of auto, xla, cudnn, splash"),
+        (
+            {"attention": "flash"},
+            "attention='flash' is not one of auto, xla, blocks, cudnn, splash",
+        ),
         ({"attention": "splash", "attention_dropout": 0.1}, "cannot drop weights"),
         ({"attention": "cudnn", "attention_softcap": 30.0}, "no soft cap"),
     ],
