@@ -8,7 +8,7 @@ as long as the list. The backward pass computes the scores again, from the log o
 
 For CPUs, where the scores of a block stay in the cache; an accelerator would wait for every block.
 
-Axes: B rows, n blocks of a row, N heads, K key/value heads, G = N/K, t and s the queries and keys of
+Axes: B rows, n blocks of a row, N heads, K key/value heads, G = N/K, t and s queries and keys of
 a block, H head size.
 """
 
@@ -79,8 +79,8 @@ def block_attention(
     """softmax(q k^T) v of q [B, N, T, H], k and v [B, K, T, H] -> [B, N, T, H].
 
     A token sees no later one, none of another of the `segments` int32[B, T], of its segment's
-    `branches` int32[B, T] the beginning 0 and its own, and with a `window` the last so many. What is
-    made at padding, of a negative segment, means nothing.
+    `branches` int32[B, T] the beginning 0 and its own, and with a `window` the last so many. What
+    is made at padding, of a negative segment, means nothing.
     """
     length = q.shape[2]
     end = (0, -length % BLOCK)

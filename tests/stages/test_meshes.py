@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from instruct_jax.data.branches import branch_rows
+from instruct_jax.data.trees import RowShape, pack_trees
 from instruct_jax.models.transformer import PARTITION_RULES, language_model, scalar_model
 from instruct_jax.stages import ppo
 from instruct_jax.stages.experience import Experience, Frozen, PPOState
@@ -66,7 +66,9 @@ def sft_rows(step):
 
 
 def comparison_rows(step):
-    """Three ranked completions of each prompt, as branches."""
+    """Three ranked completions of each prompt, two trees in most rows, some on another device than
+    their prompts.
+    """
     rng = np.random.default_rng(step)
     mask = np.arange(8) < rng.integers(4, 7, (ROWS, 3, 1))
     tokens = rng.integers(0, VOCAB, mask.shape)
@@ -78,7 +80,7 @@ def comparison_rows(step):
         "where": np.ones((ROWS, 3), bool),
         "prompt_lengths": np.full(ROWS, 2, np.int32),
     }
-    return branch_rows(rows, pad_id=PAD, multiple=16)
+    return pack_trees(rows, pad_id=PAD, shape=RowShape(8, 32))
 
 
 FITS = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instruct_jax import losses
+from instruct_jax.data.trees import RowShape, TreeBatches, pack_trees
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import preference
@@ -16,13 +17,14 @@ from instruct_jax.stages.preference import (
     PreferenceConfig,
     judge_preferences,
     preference_loss,
-    rows_of,
+    ranked_scores,
+    read_by,
     thumbs,
 )
 from instruct_jax.stages.preference_rows import (
     ResponseScorer,
     branch_log_probs,
-    mismatched_log_probs,
+    with_mismatched,
 )
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import accumulate_gradients
@@ -73,12 +75,12 @@ def config_of(kind, **changes):
     return dataclasses.replace(CONFIG, loss=kind, **changes)
 
 
-def batch_of(config, rows):
-    """Rows with the log-probs of another policy as their reference."""
-    rows = rows_of(config, rows, pad_id=PAD)
+def batch_of(config, rows, *, shape=None):
+    """A batch of all, with the log-probs of another policy as its reference."""
+    batch = pack_trees(read_by(config, rows), pad_id=PAD, shape=shape)
     if config.needs_reference:
-        rows |= ResponseScorer(MODEL, labs.policy_params(1), ONE)(rows, batch_size=4)
-    return rows
+        batch["reference"] = np.asarray(ResponseScorer(MODEL, labs.policy_params(1), ONE)(batch))
+    return batch
 
 
 def on_device(rows):
@@ -111,7 +113,7 @@ def test_log_probs_are_of_the_response_and_its_stop_token_alone():
     """Each as if its row held nothing but the prompt and itself."""
     rows = comparisons(4)
     params = labs.policy_params()
-    branched = on_device(rows_of(CONFIG, rows, pad_id=PAD))
+    branched = on_device(pack_trees(rows, pad_id=PAD))
     found, lengths = branch_log_probs(MODEL, params, branched)
     starts = rows["prompt_lengths"]
     for n, k in np.argwhere(rows["where"]):
@@ -128,10 +130,8 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
     rows = comparisons(8, k=2)
     batch = batch_of(config, rows)
     params = labs.policy_params()
-    of, reference = (
-        ResponseScorer(MODEL, p, ONE)(batch, batch_size=8)["reference"]
-        for p in (params, labs.policy_params(1))
-    )
+    of = np.asarray(ResponseScorer(MODEL, params, ONE)(batch))
+    reference = batch.get("reference", np.zeros_like(of))
     lengths = rows["mask"].sum(-1).astype(np.float32) - rows["prompt_lengths"][:, None]
     lengths = lengths.astype(np.float32)
     order = np.argsort(rows["ranks"], axis=1)
@@ -142,8 +142,7 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
     four = win, lose, ref_win, ref_lose
     means = win / win_length, lose / lose_length
     if kind == "kto":
-        mismatched = mismatched_log_probs(MODEL, params, on_device(batch))
-        kl = losses.kto_reference_kl(mismatched, batch["mismatched_reference"])
+        kl = losses.kto_reference_kl(of[:, -1], reference[:, -1])
         good, bad = np.ones(8, bool), np.zeros(8, bool)
         wanted = losses.kto_loss(win, ref_win, good, kl) + losses.kto_loss(lose, ref_lose, bad, kl)
         wanted = wanted / 2
@@ -195,11 +194,26 @@ def test_a_prompt_whose_completions_tie_weighs_nothing():
 
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing(kind):
-    config = config_of(kind)
-    batch = batch_of(config, comparisons(8))
-    whole, parts = (loss_and_gradient(config, batch, micro_batches=m) for m in (1, 4))
-    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
-    np.testing.assert_allclose(parts[1], whole[1], atol=1e-5 * max(1.0, np.abs(whole[1]).max()))
+    config, rows = config_of(kind), comparisons(8)
+    batches = TreeBatches(rows, 8, pad_id=PAD, micro_batches=4)
+    score = ResponseScorer(MODEL, labs.policy_params(1), ONE, micro_batches=4)
+    parts = batches(0)
+    parts["reference"] = np.asarray(score(parts))
+    whole = loss_and_gradient(config, batch_of(config, rows))
+    found = loss_and_gradient(config, parts, micro_batches=4)
+    np.testing.assert_allclose(found[0], whole[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], whole[1], atol=1e-5 * max(1.0, np.abs(whole[1]).max()))
+
+
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_trees_in_one_row_train_as_each_in_its_own(kind):
+    config, rows = config_of(kind), comparisons(6)
+    apart, together = (
+        loss_and_gradient(config, batch_of(config, rows, shape=RowShape(*shape)))
+        for shape in ((6, 48), (1, 288))
+    )
+    np.testing.assert_allclose(together[0], apart[0], rtol=1e-5)
+    np.testing.assert_allclose(together[1], apart[1], atol=1e-5 * max(1.0, np.abs(apart[1]).max()))
 
 
 def test_at_the_reference_the_loss_of_dpo_is_log_two():
@@ -230,49 +244,48 @@ def test_a_thumb_is_up_where_more_completions_are_beaten_than_lost_to():
     ]
 
 
-def test_a_mismatched_row_is_its_prompt_and_another_ones_completion():
+def test_a_mismatched_completion_is_of_another_prompt():
     rows = comparisons(9)
-    made = rows_of(config_of("kto"), rows, pad_id=PAD)
+    made = with_mismatched(rows, seed=0)
+    for name in ("tokens", "mask", "where", "ranks"):
+        assert (made[name][:, :-1] == rows[name]).all()
+    assert made["where"][:, -1].all()
     for n, start in enumerate(rows["prompt_lengths"]):
-        tokens, loss_mask = made["mismatched_tokens"][n], made["mismatched_loss_mask"][n]
-        assert (tokens[:start] == rows["tokens"][n, 0, :start]).all()
-        assert loss_mask.argmax() == start
-        response = tokens[loss_mask].tolist()
+        row = made["tokens"][n, -1][made["mask"][n, -1]].tolist()
+        assert row[:start] == rows["tokens"][n, 0, :start].tolist()
         holders = [
             m
             for m, k in np.argwhere(rows["where"])
             if rows["tokens"][m, k][rows["mask"][m, k]].tolist()[rows["prompt_lengths"][m] :]
-            == response
+            == row[start:]
         ]
         assert holders
         assert n not in holders
-        assert (made["mismatched_mask"][n] == (np.arange(WIDTH) < start + len(response))).all()
 
 
 def test_the_reference_point_moves_no_parameter():
     """KTO's z_0 is a constant: the gradient is that of a fixed number."""
     config = config_of("kto")
-    batch = batch_of(config, comparisons(6, k=2))
+    batch = on_device(batch_of(config, comparisons(6, k=2)))
     _, whole, _ = loss_and_gradient(config, batch)
 
-    def fixed(params, kl):
-        log_probs, lengths = branch_log_probs(MODEL, params, on_device(batch))
+    def scored(params):
+        log_probs, lengths = branch_log_probs(MODEL, params, batch)
         scores = preference.Scores(log_probs, batch["reference"], lengths)
-        terms, counted = preference.prompt_losses(
-            config, scores, batch["ranks"], batch["where"], kl
-        )
+        return ranked_scores(config, scores, batch["ranks"], batch["where"])
+
+    def fixed(params, kl):
+        terms, counted = preference.prompt_losses(config, *scored(params)[:3], kl)
         return losses.masked_mean(terms, counted)
 
     params = labs.policy_params()
-    mismatched = mismatched_log_probs(MODEL, params, on_device(batch))
-    kl = losses.kto_reference_kl(mismatched, batch["mismatched_reference"])
-    wanted = labs.flat(jax.jit(jax.grad(fixed))(params, kl))
+    wanted = labs.flat(jax.jit(jax.grad(fixed))(params, scored(params)[3]))
     np.testing.assert_allclose(whole, wanted, atol=1e-6)
 
 
 def test_kto_on_one_prompt_is_refused():
     with pytest.raises(ConfigError, match="at least two prompts"):
-        rows_of(config_of("kto"), comparisons(1), pad_id=PAD)
+        read_by(config_of("kto"), comparisons(1))
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.data.branches import branch_rows
+from instruct_jax.data.trees import RowShape, TreeBatches, pack_trees, tree_sizes
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.reward_model import evaluate_rewards
 from instruct_jax.models.transformer import language_model, scalar_from_language, scalar_model
@@ -18,6 +18,7 @@ from instruct_jax.stages.reward_model import (
     branch_scores,
     normalise,
     reward_loss,
+    score_comparisons,
     score_rows,
     sequence_scores,
 )
@@ -70,13 +71,13 @@ def gradient():
     )
 
     def of(rows, params=None):
-        return program(params or labs.reward_params(), branch_rows(rows, pad_id=PAD))
+        return program(params or labs.reward_params(), pack_trees(rows, pad_id=PAD))
 
     return of
 
 
-def test_a_prompt_takes_one_forward_for_all_its_completions(rows):
-    """T46: one row a prompt in one call, in which every token stands once, not K (K - 1) rows."""
+def test_a_batch_takes_one_forward_that_reads_every_token_once(rows):
+    """T46: in one call, the prompt once for all its completions, not K (K - 1) rows."""
     calls = []
 
     def counted(params, tokens, **options):
@@ -84,23 +85,21 @@ def test_a_prompt_takes_one_forward_for_all_its_completions(rows):
         return MODEL.apply(params, tokens, **options)
 
     counting = MODEL._replace(apply=counted)
-    branched = branch_rows(rows, pad_id=PAD)
-    jax.eval_shape(reward_loss(counting), labs.reward_params(), branched, KEY)
-    ((count, width),) = calls
-    completions = np.where(rows["where"], rows["mask"].sum(-1) - rows["prompt_lengths"][:, None], 0)
-    assert count == 8
-    assert (branched["mask"].sum(-1) == rows["prompt_lengths"] + completions.sum(-1)).all()
-    assert width < branched["mask"].sum(-1).max() + 8
+    batch = pack_trees(rows, pad_id=PAD)
+    jax.eval_shape(reward_loss(counting), labs.reward_params(), batch, KEY)
+    assert calls == [batch["tokens"].shape]
+    assert batch["mask"].sum() == tree_sizes(rows).sum() > 0.7 * batch["mask"].size
 
 
-def test_branches_of_one_row_score_as_rows_of_their_own(rows):
-    """To 1e-5, and so does the gradient of any function of the scores."""
-    params, branched = labs.reward_params(), branch_rows(rows, pad_id=PAD)
+@pytest.mark.parametrize("shape", [RowShape(8, 32), RowShape(2, 112)], ids=["one", "several"])
+def test_trees_score_as_rows_of_their_own(rows, shape):
+    """One or several in a row: to 1e-5, and so does the gradient of any function of the scores."""
+    params, packed = labs.reward_params(), pack_trees(rows, pad_id=PAD, shape=shape)
     weights = np.random.default_rng(7).normal(size=rows["where"].shape).astype(np.float32)
     weights = np.where(rows["where"], weights, 0.0)
 
     def together(params):
-        scores = branch_scores(MODEL, params, branched)
+        scores = branch_scores(MODEL, params, packed)
         return (jnp.where(rows["where"], scores, 0.0) * weights).sum(), scores
 
     def apart(params):
@@ -113,6 +112,32 @@ def test_branches_of_one_row_score_as_rows_of_their_own(rows):
         np.asarray(one)[rows["where"]], np.asarray(many)[rows["where"]], atol=1e-5
     )
     np.testing.assert_allclose(labs.flat(one_grads), labs.flat(many_grads), atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [112, 256], ids=["all scores", "in blocks"])
+def test_nothing_leaks_from_one_tree_into_another(rows, width):
+    """Other tokens in one: the scores of the others keep every bit."""
+    shape, scores = RowShape(2, width), []
+    run = jax.jit(lambda batch: branch_scores(MODEL, labs.reward_params(), batch))
+    for shift in (0, 1):
+        changed = {name: x.copy() for name, x in rows.items()}
+        changed["tokens"][3] = (changed["tokens"][3] + shift) % labs.VOCAB
+        scores.append(np.asarray(run(pack_trees(changed, pad_id=PAD, shape=shape))))
+    moved = (scores[0] != scores[1]) & rows["where"]
+    assert moved[3, rows["where"][3]].all()
+    assert not np.delete(moved, 3, axis=0).any()
+
+
+def test_micro_batches_have_the_loss_and_the_gradient_of_the_whole(rows, gradient):
+    """Each with rows of its own for its own prompts."""
+    parts = TreeBatches(rows, 8, pad_id=PAD, micro_batches=4)(0)
+    found = jax.jit(
+        lambda params: accumulate_gradients(reward_loss(MODEL), params, parts, KEY, micro_batches=4)
+    )(labs.reward_params())
+    whole = gradient(rows)
+    np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(labs.flat(found.grads), labs.flat(whole.grads), atol=1e-5)
+    np.testing.assert_allclose(found.metrics["accuracy"], whole.metrics["accuracy"], rtol=1e-6)
 
 
 def test_all_pairs_of_a_prompt_are_in_its_one_step(rows, gradient):
@@ -156,6 +181,15 @@ def test_padding_may_stand_on_either_side(rows):
     np.testing.assert_allclose(
         score_rows(MODEL, labs.reward_params(), tokens, mask), right, atol=1e-4
     )
+
+
+def test_comparisons_score_in_their_order_as_rows_of_their_own(rows):
+    """Also where the batches of an epoch do not divide them, or one is larger than all."""
+    params, where = labs.reward_params(), rows["where"]
+    expected = score_rows(MODEL, params, rows["tokens"], rows["mask"])
+    for batch_size in (3, 16):
+        found = score_comparisons(MODEL, params, rows, batch_size=batch_size)
+        np.testing.assert_allclose(found[where], expected[where], atol=1e-5)
 
 
 def test_scores_come_in_the_shape_of_their_rows(rows, demonstrations):
