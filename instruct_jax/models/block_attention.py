@@ -196,8 +196,8 @@ def _scores(
 
 
 def _seen(segments: jax.Array, branches: jax.Array | None, window: int | None) -> Seen:
-    blocks = [None if x is None else x.reshape(-1, BLOCK) for x in (segments, branches)]
-    return Seen(*blocks, rows=len(segments), window=window)
+    own = None if branches is None else branches.reshape(-1, BLOCK)
+    return Seen(segments.reshape(-1, BLOCK), own, len(segments), window)
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:

@@ -42,7 +42,7 @@ def comparisons(count, *, k=3, longest=12, seed=0):
 
 
 def read_back(batch, m, micro_batches):
-    """The rows that the branches of micro-batch m stand for: lists of tokens by (prompt, branch)."""
+    """The rows that the branches of micro-batch m stand for: tokens by (prompt, branch)."""
     part = {name: x[m::micro_batches] for name, x in batch.items()}
     found = {}
     flat = part["ends"].reshape(-1)

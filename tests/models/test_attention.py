@@ -1,4 +1,4 @@
-"""Every implementation of attention computes the same, whatever the rows hold; off its hardware
+"""Every implementation of attention computes the same, whatever the rows hold; off their hardware
 splash runs interpreted and cuDNN as XLA's reading of the same arguments.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from instruct_jax.models import language_model
+from instruct_jax.models import block_attention, language_model
 from instruct_jax.models.attention import PADDING, Rows, attend, implementation
 from tests.models.cases import GPT, LLAMA, language, random_tokens
 
@@ -40,6 +40,7 @@ CASES = {
     "window": Case(4, 2, ((-10, 150), (70, 90)), window=20),
     "soft cap": Case(4, 2, ((-10, 150), (70, 90)), cap=1.5),
     "branches": Case(4, 2, ((150, -10), (-LENGTH,)), branches=True),
+    "trees": Case(4, 2, ((70, 60, -30), (100, 60)), branches=True),
 }
 
 
@@ -104,6 +105,22 @@ def test_nothing_is_seen_that_should_not_be(kernel, case, changed, touched):
     assert moved[touched].all()
     moved[touched] = False
     assert not moved.any()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_no_block_is_met_in_which_nothing_is_seen(case):
+    """What a tree or a packed row costs on a CPU."""
+    rows, size = rows_of(case), block_attention.BLOCK
+    padded = rows.padded(-LENGTH % size)
+    blocks = [None if x is None else x.reshape(-1, size) for x in padded]
+    met, counts = block_attention.Seen(*blocks, len(rows.segments), case.window).keys()
+    mask = np.asarray(mask_of(case, rows))[:, 0, 0] & (np.asarray(rows.segments) >= 0)[:, :, None]
+    n = len(met) // len(mask)
+    for a, (keys, count) in enumerate(zip(np.asarray(met), np.asarray(counts), strict=True)):
+        row, i = divmod(a, n)
+        own = mask[row, i * size : (i + 1) * size]
+        wanted = [j for j in range(n) if own[:, j * size : (j + 1) * size].any()]
+        assert (keys[:count] - row * n).tolist() == wanted
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
