@@ -51,9 +51,10 @@ def tree_sizes(comparisons: Arrays) -> np.ndarray:
 def row_shape(groups: Sequence[np.ndarray], *, multiple: int = 1) -> RowShape:
     """Rows, a multiple of `multiple`, and their width, in which the trees of every group fit.
 
-    `groups` are sizes int[n], each of the trees of one micro-batch. The least is of rows x width^2,
-    the work of attention: the width is near that of the longest tree, and more where that leaves
-    less empty.
+    `groups` are sizes int[n], each of the trees of one micro-batch. What is least is the work, as
+    far as it is known here: that of the layers on every slot, and an eighth as much of attention
+    where a row is as wide as the longest tree, more where it is wider. So the width is near the
+    longest tree's, and more where that leaves less empty.
     """
     groups = sorted(groups, key=np.sum, reverse=True)  # what does not fit is found out early
     longest, total = int(max(g.max(initial=1) for g in groups)), int(groups[0].sum())
@@ -67,7 +68,7 @@ def row_shape(groups: Sequence[np.ndarray], *, multiple: int = 1) -> RowShape:
         return all(len(first_fit(g, width)) <= rows for g in groups)
 
     def work(rows: int, width: int) -> int:
-        return rows * width**2
+        return rows * width * (8 * longest + width)
 
     for rows in sorted(
         range(multiple, most + multiple, multiple), key=lambda rows: work(rows, narrowest(rows))

@@ -94,14 +94,13 @@ def test_a_tree_has_its_prompt_once_and_what_is_there():
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_rows_chosen_hold_every_group(multiple, seed):
-    """And no batch is wider than one tree a row would be by more than its rows are fewer."""
+    """In no more slots than one tree a row."""
     rng = np.random.default_rng(seed)
     groups = [rng.integers(1, 300, rng.integers(1, 20)) for _ in range(6)]
     shape = row_shape(groups, multiple=multiple)
     longest, most = max(g.max() for g in groups), max(len(g) for g in groups)
     assert shape.rows % multiple == 0 and shape.width % 8 == 0 and shape.width >= longest
-    alone = -(-most // multiple) * multiple * (longest + 7) ** 2
-    assert shape.rows * shape.width**2 <= alone
+    assert shape.rows * shape.width <= -(-most // multiple) * multiple * (longest + 7)
     for group in groups:
         ones = np.ones((len(group), 1), bool)
         mask = (np.arange(300) < group[:, None])[:, None]
