@@ -41,9 +41,9 @@ def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[st
 
 
 def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
-    """Trees, rows, whatever has `sizes` int[N], in bins of `length`: their numbers by bin.
+    """The numbers of what has these `sizes` int[N], by bin of `length`.
 
-    First fit, the largest first, ties in the given order.
+    The largest first, ties in the given order, each into the first bin that has room for it.
     """
     bins: list[list[int]] = []
     rooms: list[int] = []
