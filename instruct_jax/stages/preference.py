@@ -9,7 +9,8 @@ pi the policy's log-probs of whole responses and ref the reference's:
 for f in `losses/preference.py`: DPO, cDPO, robust DPO, IPO, ORPO, SimPO, CPO, DPO with an SFT term.
 KTO sees single completions: those that beat more of their prompt's completions than they lose to
 are desirable, those that lose to more are not, the rest take no part; its reference point comes
-from completions of other prompts, drawn once for each row.
+from completions of other prompts, one drawn for each prompt, of which it is one more branch (under
+the policy's dropout, where there is any).
 
 The published recipes train on one pair a prompt, which is K = 2 here. The reference's log-probs are
 constants: "precomputed" scores all rows once before training and lets go of the reference; "live"
