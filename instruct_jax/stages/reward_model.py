@@ -1,7 +1,7 @@
 """Stage 2: the reward model, trained on K-wise rankings (M2).
 
 One prompt with its K ranked completions is one element of the batch (RM-2): a tree, whose branches
-the completions are, so that the prompt is read once, and several trees in a row, so that nothing is
+the completions are, so that the prompt is read once, and several trees in a row, so that little is
 padding (`data/trees.py`). All pairs are in one gradient step, and every prompt has equal weight
 (RM-1):
 
