@@ -159,7 +159,7 @@ PRESETS = {
     },
     "ppo_trl": TRL | MINI | {"phases": ("iteration",)},
     "ppo_skewed_trl": TRL | SKEWED | {"phases": ("iteration",)},
-    "ppo_tunix": {"peer": "tunix", "shape.model": "small-qwen2", "phases": ("iteration",)},
+    "ppo_tunix": MINI | {"peer": "tunix", "shape.model": "small-qwen2", "phases": ("iteration",)},
 }
 
 

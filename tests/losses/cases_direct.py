@@ -27,6 +27,8 @@ def chunked_cases() -> list[Case]:
     ] + [
         Case("chunked_token_statistics", oracles.chunked_token_statistics, real, hyper=hot,
              **common),
+        Case("chunked_cross_entropy_sum", oracles.chunked_cross_entropy_sum, real,
+             {"where": d.rng.random((B, T)) < 0.5}, {"chunk": 4, "vocab_size": V - 2}, **common),
         Case("chunked_next_token_loss", oracles.chunked_next_token_loss, full, hyper={"chunk": 2},
              **common),
         Case("chunked_next_token_loss/smooth", oracles.chunked_next_token_loss, real, hyper=smooth,

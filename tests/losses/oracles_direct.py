@@ -43,6 +43,11 @@ def chunked_next_token_loss(hidden, head, tokens, *, chunk, **keywords):
     return next_token_loss(matmul(hidden, head), tokens, **keywords)
 
 
+def chunked_cross_entropy_sum(hidden, head, tokens, *, where, chunk, **keywords):
+    log_probs = token_log_probs(matmul(hidden, head), tokens, **keywords)
+    return np.array(-math.fsum(log_probs[where]))
+
+
 def chunked_token_statistics(hidden, head, tokens, *, chunk, temperature=1.0, vocab_size=None):
     logits = matmul(hidden, head)
     normalizer, average = np.zeros(tokens.shape), np.zeros(tokens.shape)

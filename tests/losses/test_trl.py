@@ -13,6 +13,7 @@ import pytest
 
 from instruct_jax.losses import (
     centering_loss,
+    chunked_cross_entropy_sum,
     chunked_next_token_loss,
     clipped_policy_loss,
     cpo_loss,
@@ -42,6 +43,14 @@ VECTORS = {v.name: v for v in read(Path(__file__).parents[1] / "fixtures" / "los
 
 def sft(hidden, head, tokens, where):
     return masked_mean(chunked_next_token_loss(hidden, head.T, tokens, chunk=3), where[:, 1:])
+
+
+def summed_sft(hidden, head, tokens, where):
+    """The same mean, of the sum whose gradient is made with its logits."""
+    targets = jnp.pad(where[:, 1:], ((0, 0), (0, 1)))
+    following = jnp.roll(tokens, -1, axis=1)
+    total, _ = chunked_cross_entropy_sum(hidden, head.T, following, where=targets, chunk=3)
+    return total / targets.sum(dtype=jnp.float32)
 
 
 def reward(chosen, rejected, margin=0.0, *, centering=0.0):
@@ -156,8 +165,8 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("name", VECTORS)
-def test_value_and_gradient_agree_with_trl(name):
+@pytest.mark.parametrize(("name", "ours"), [*OURS.items(), ("sft", summed_sft)])
+def test_value_and_gradient_agree_with_trl(name, ours):
     vector = VECTORS[name]
     inputs = {
         k: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else None)
@@ -167,7 +176,7 @@ def test_value_and_gradient_agree_with_trl(name):
     @jax.jit
     def run(inputs):
         def scalar(subset):
-            value = OURS[name](**(inputs | subset), **vector.hyper)
+            value = ours(**(inputs | subset), **vector.hyper)
             return value.sum(), value
 
         return jax.grad(scalar, has_aux=True)({n: inputs[n] for n in vector.gradients})
