@@ -301,11 +301,13 @@ def _backward(
 statistics_of.defvjp(_forward, _backward)
 
 
-class Sums(NamedTuple):
-    """Over the positions that are asked for, each float[]."""
+class CrossEntropySum(NamedTuple):
+    """Over the positions that were asked for, each float[]; the hits are those of
+    `TokenStatistics`.
+    """
 
     loss: jax.Array
-    hits: jax.Array | None
+    hits: jax.Array | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -316,7 +318,7 @@ def sums_of(
     where: jax.Array,
     order: Order | None,
     ask: Ask,
-) -> Sums:
+) -> CrossEntropySum:
     """The sum of -log p over `where` bool[G, N], and of the hits; no position is kept apart."""
     return _summed(hidden, head, tokens, where, order, ask, differentiated=False)[0]
 
@@ -330,7 +332,7 @@ def _summed(
     ask: Ask,
     *,
     differentiated: bool,
-) -> tuple[Sums, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[CrossEntropySum, tuple[jax.Array, jax.Array] | None]:
     """The sums and, made of the same logits, their gradients of hidden and head."""
     weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
     dtype = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
@@ -343,7 +345,7 @@ def _summed(
         logits, weight = _logits(states, weights, temperature, ask), weight.astype(dtype)
         normalizer = _Normalizer.of(logits)
         new = _reduced(logits, normalizer, known, ask)
-        sums = Sums(
+        sums = CrossEntropySum(
             sums.loss - (weight * new.log_probs).sum(axis=1),
             None if new.hits is None else sums.hits + (weight * new.hits).sum(axis=1),
         )
@@ -359,7 +361,7 @@ def _summed(
 
     zeros = jnp.zeros(hidden.shape[:1], dtype)
     nothing = _no_gradient(rows, head, dtype) if differentiated else None
-    start = Sums(zeros, zeros if ask.hits else None), nothing
+    start = CrossEntropySum(zeros, zeros if ask.hits else None), nothing
     live = _live_chunks(order, positions, chunk)
     sums, gradients = jax.lax.fori_loop(0, live, one_chunk, start)
     if gradients is not None:
@@ -375,12 +377,14 @@ def _sums_forward(
     where: jax.Array,
     order: Order | None,
     ask: Ask,
-) -> tuple[Sums, Any]:
+) -> tuple[CrossEntropySum, Any]:
     sums, gradients = _summed(hidden, head, tokens, where, order, ask, differentiated=True)
     return sums, (gradients, jnp.zeros([], head.dtype))
 
 
-def _sums_backward(ask: Ask, kept: Any, cotangents: Sums) -> tuple[Any, Any, None, None, None]:
+def _sums_backward(
+    ask: Ask, kept: Any, cotangents: CrossEntropySum
+) -> tuple[Any, Any, None, None, None]:
     """The gradients are there: the loss is linear in the losses of its positions."""
     (of_hidden, to_head), like_head = kept
     scaled = cotangents.loss.astype(of_hidden.dtype) * of_hidden

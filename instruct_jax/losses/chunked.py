@@ -39,6 +39,7 @@ import jax.numpy as jnp
 
 from instruct_jax.losses._readout import (
     Ask,
+    CrossEntropySum,
     Order,
     Statistics,
     statistics_of,
@@ -71,13 +72,6 @@ class TokenStatistics(NamedTuple):
     entropy: jax.Array | None
     log_normalizer: jax.Array
     mean_logit: jax.Array | None
-    hits: jax.Array | None = None
-
-
-class CrossEntropySum(NamedTuple):
-    """Over the positions that were asked for, each float[]; `hits` as in `TokenStatistics`."""
-
-    loss: jax.Array
     hits: jax.Array | None = None
 
 
@@ -315,7 +309,7 @@ def chunked_cross_entropy_sum(
     )
     sums = sums_of(read.hidden, read.head, read.tokens, read.where, read.order, read.ask)
     known = (read.known | ~read.where).all()
-    return CrossEntropySum(jnp.where(known, sums.loss, jnp.nan), sums.hits)
+    return sums._replace(loss=jnp.where(known, sums.loss, jnp.nan))
 
 
 class _Readout(NamedTuple):

@@ -6,6 +6,8 @@ mesh stay where they are. The matrix of the read-out is gathered once, before th
 except for its columns, which stay spread over tensor.
 """
 
+from typing import Any
+
 import jax
 
 from instruct_jax.losses import (
@@ -32,18 +34,9 @@ def token_scores(
     """`chunked_token_statistics` of `model`'s own read-out: `hidden[:, t]`, of `Model.hidden`,
     scores `tokens[:, t]`, int32[B, T]; 0 outside of `where` bool[B, T].
     """
-    config = model.config
+    asked = {"where": where, "temperature": temperature, "moments": moments, "hits": hits}
     return chunked_token_statistics(
-        hidden,
-        constrain(model.head(params), WHOLE, HEADS),
-        tokens,
-        where=where,
-        temperature=temperature,
-        vocab_size=config.vocab_size,
-        softcap=config.logit_softcap,
-        row_blocks=row_blocks(tokens.shape[0]),
-        moments=moments,
-        hits=hits,
+        hidden, tokens=tokens, **_readout(model, params, len(tokens)), **asked
     )
 
 
@@ -57,14 +50,15 @@ def cross_entropy_sum(
     hits: bool = False,
 ) -> CrossEntropySum:
     """`chunked_cross_entropy_sum` of `model`'s own read-out, of the arguments of `token_scores`."""
-    config = model.config
-    return chunked_cross_entropy_sum(
-        hidden,
-        constrain(model.head(params), WHOLE, HEADS),
-        tokens,
-        where=where,
-        vocab_size=config.vocab_size,
-        softcap=config.logit_softcap,
-        row_blocks=row_blocks(tokens.shape[0]),
-        hits=hits,
-    )
+    of_model = _readout(model, params, len(tokens))
+    return chunked_cross_entropy_sum(hidden, tokens=tokens, where=where, hits=hits, **of_model)
+
+
+def _readout(model: Model, params: Params, rows: int) -> dict[str, Any]:
+    """What the chunked functions are told of `model`'s read-out of so many rows."""
+    return {
+        "head": constrain(model.head(params), WHOLE, HEADS),
+        "vocab_size": model.config.vocab_size,
+        "softcap": model.config.logit_softcap,
+        "row_blocks": row_blocks(rows),
+    }
