@@ -21,7 +21,7 @@ scaled.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from instruct_jax.models.block_attention import block_attention
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.rows import MASKED, Rows
 from instruct_jax.models.sharding import (
     HEADS,
     POSITIONS,
@@ -42,46 +43,11 @@ from instruct_jax.models.sharding import (
     platform,
 )
 
-# Finite, so a row with no visible key averages its values instead of dividing zero by zero.
-MASKED = -1e9
-
-# The segment of padding.
-PADDING = -1
-
 # Of XLA's attention over whole rows: blocks of queries at least so long, and so many at most.
 _LEAST_QUERIES, _MOST_BLOCKS = 64, 8
 
 # Rows are padded to a multiple of the smallest block, and shorter rows are left to XLA.
 _BLOCKS = (512, 256, 128)
-
-
-class Rows(NamedTuple):
-    """What makes the mask of whole rows."""
-
-    segments: jax.Array  # int32[B, T], `PADDING` at padding
-    branches: jax.Array | None = None  # int32[B, T], 0 in the common beginning
-
-    @classmethod
-    def of(
-        cls, mask: jax.Array, segment_ids: jax.Array | None, branches: jax.Array | None
-    ) -> "Rows":
-        """The rows of a model's arguments; `mask` bool[B, T] is true at real tokens."""
-        ids = jnp.zeros(mask.shape, jnp.int32) if segment_ids is None else segment_ids
-        return cls(jnp.where(mask, ids, PADDING), branches)
-
-    def padded(self, count: int) -> "Rows":
-        """With `count` slots of padding at the end."""
-        grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, count)))
-        segments = grow(self.segments, constant_values=PADDING)
-        return Rows(segments, None if self.branches is None else grow(self.branches))
-
-    def together(self) -> jax.Array:
-        """bool[B, T, T], whether query t sees key s, causality and windows apart."""
-        mask = self.segments[:, :, None] == self.segments[:, None, :]
-        if self.branches is not None:
-            own = self.branches[:, :, None] == self.branches[:, None, :]
-            mask &= own | (self.branches == 0)[:, None, :]
-        return mask
 
 
 def implementation(c: TransformerConfig, length: int) -> str:
@@ -146,7 +112,8 @@ def _causal_blocks(
     """`dense(q, k, v, mask)` of whole rows: blocks of queries, each with the keys up to its end.
 
     What lies right of the diagonal is never computed, and the scores of a block stay in a cache:
-    forward and backward take 0.4 of the time at 512 and at 1,280 slots on two CPU cores.
+    forward and backward take 0.4 of the time at 512 and at 1,280 slots on two CPU cores. It is for
+    what no kernel does: dropout of the weights, and on a CPU positions that are split.
     """
     length = q.shape[2]
     size = max(_LEAST_QUERIES, -(-length // _MOST_BLOCKS))
@@ -187,10 +154,8 @@ def _blocks(
 ) -> jax.Array:
     run = functools.partial(block_attention, window=window, softcap=c.attention_softcap)
     queries = partition(q.shape, ROWS, HEADS, WHOLE, WHOLE)
-    of_rows = PartitionSpec(queries[0], None)
-    branches = None if rows.branches is None else of_rows
-    run = per_device(run, (queries, queries, queries, of_rows, branches), queries)
-    return run(q, k, v, rows.segments, rows.branches)
+    of_rows = jax.tree.map(lambda _: PartitionSpec(queries[0], None), rows)
+    return per_device(run, (queries, queries, queries, of_rows), queries)(q, k, v, rows)
 
 
 def _splash(
@@ -232,7 +197,7 @@ def _splash(
         # A mask of every row's own. The kernel reads it, and skips the blocks where it is empty.
         causal = jnp.tril(jnp.ones((1, length, length), jnp.bool_))
         specs = (PartitionSpec(batch, positions, None),)
-        arguments = (causal & rows.together(),)
+        arguments = (causal & rows.meets(rows),)
         run = functools.partial(_splash_masks, make)
     run = per_device(run, (queries, keys, keys, *specs), queries)
     return run(q, k, v, *arguments)[:, :, :size]
@@ -269,7 +234,7 @@ def _cudnn(
     *,
     window: int | None,
 ) -> jax.Array:
-    mask = rows.together()
+    mask = rows.meets(rows)
     if window is not None:
         # In the mask: cuDNN does not take a window and a mask together.
         t = jnp.arange(q.shape[2])

@@ -18,28 +18,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from instruct_jax.models.rows import MASKED, PADDING, Rows
+
 # Tokens of a block: smaller ones skip more of a tree, larger ones are better products.
 BLOCK = 64
-# Finite, so that a block in which a query sees nothing weighs nothing once it sees another.
-_MASKED = -1e9
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
 
 class Seen(NamedTuple):
-    """What makes the mask of rows of n blocks; negative segments are padding and see nothing."""
+    """What makes the mask of rows of n blocks; padding sees nothing."""
 
-    segments: jax.Array  # int32[B n, t]
-    branches: jax.Array | None  # int32[B n, t], 0 in the common beginning
+    blocks: Rows  # of int32[B n, t]
     rows: int
     window: int | None
+
+    @classmethod
+    def of(cls, rows: Rows, window: int | None) -> "Seen":
+        """Of whole rows."""
+        blocks = jax.tree.map(lambda x: x.reshape(-1, BLOCK), rows)
+        return cls(blocks, len(rows.segments), window)
 
     def keys(self) -> tuple[jax.Array, jax.Array]:
         """The blocks of keys that each block of queries meets: int32[B n, n], of which the first
         int32[B n] count.
         """
-        n = len(self.segments) // self.rows
-        whole = [None if x is None else x.reshape(self.rows, -1) for x in self[:2]]
-        slots = jnp.arange(n * BLOCK)[None]
+        whole = jax.tree.map(lambda x: x.reshape(self.rows, -1), self.blocks)
+        n, slots = len(self.blocks.segments) // self.rows, jnp.arange(whole.segments.shape[1])
         mask = self._mask(whole, whole, slots, slots).reshape(self.rows, n, BLOCK, n, BLOCK)
         met = mask.any((2, 4))
         # Those that are met come first, in their order.
@@ -48,47 +52,38 @@ class Seen(NamedTuple):
 
     def between(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """bool[t, s], whether a query of block `a` sees a key of block `b` of its row."""
-        n = len(self.segments) // self.rows
-        own, other = ([None if x is None else _at(x, i) for x in self[:2]] for i in (a, b))
-        slots = jnp.arange(BLOCK)
+        n, slots = len(self.blocks.segments) // self.rows, jnp.arange(BLOCK)
+        own, other = (jax.tree.map(lambda x, i=i: _at(x, i), self.blocks) for i in (a, b))
         return self._mask(own, other, a % n * BLOCK + slots, b % n * BLOCK + slots)
 
-    def _mask(self, own: Any, other: Any, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """bool[..., t, s] of the (segments, branches) of queries and keys in these slots."""
-        distance = queries[..., :, None] - keys[..., None, :]
-        mask = (own[0][..., :, None] == other[0][..., None, :]) & (own[0] >= 0)[..., None]
-        mask &= distance >= 0
+    def _mask(self, own: Rows, other: Rows, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """bool[..., t, s] of queries and keys in the slots int32[t] and int32[s]."""
+        distance = queries[:, None] - keys[None]
+        near = distance >= 0
         if self.window is not None:
-            mask &= distance < self.window
-        if self.branches is not None:
-            common = (other[1] == 0)[..., None, :]
-            mask &= common | (own[1][..., :, None] == other[1][..., None, :])
-        return mask
+            near &= distance < self.window
+        mask = own.meets(other) & (own.segments != PADDING)[..., None]
+        return mask & jnp.expand_dims(near, range(mask.ndim - 2))
 
 
 def block_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    branches: jax.Array | None = None,
+    rows: Rows,
     *,
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """softmax(q k^T) v of q [B, N, T, H], k and v [B, K, T, H] -> [B, N, T, H].
 
-    A token sees no later one, none of another of the `segments` int32[B, T], of its segment's
-    `branches` int32[B, T] the beginning 0 and its own, and with a `window` the last so many. What
-    is made at padding, of a negative segment, means nothing.
+    A token sees what `rows` lets it meet, none that is later, and with a `window` the last so many.
+    What is made at padding means nothing.
     """
     length = q.shape[2]
-    end = (0, -length % BLOCK)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), end, (0, 0))) for x in (q, k, v))
-    grow = functools.partial(jnp.pad, pad_width=((0, 0), end))
-    segments = grow(segments, constant_values=-1)
-    branches = None if branches is None else grow(branches)
-    return _attention(window, softcap, q, k, v, segments, branches)[:, :, :length]
+    end = -length % BLOCK
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, end), (0, 0))) for x in (q, k, v))
+    return _attention(window, softcap, q, k, v, rows.padded(end))[:, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -98,10 +93,9 @@ def _attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    branches: jax.Array | None,
+    rows: Rows,
 ) -> jax.Array:
-    return _forward(window, softcap, q, k, v, segments, branches)[0]
+    return _forward(window, softcap, q, k, v, rows)[0]
 
 
 def _forward(
@@ -110,12 +104,11 @@ def _forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    branches: jax.Array | None,
+    rows: Rows,
 ) -> tuple[jax.Array, Any]:
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     queries, keys, values = (_split(x, heads) for x in (q, k, v))
-    seen = _seen(segments, branches, window)
+    seen = Seen.of(rows, window)
     met, counts = seen.keys()
 
     def of_block(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,21 +125,21 @@ def _forward(
 
         lines = heads, group * BLOCK
         nothing = jnp.zeros(lines)
-        sums = jnp.full(lines, _MASKED), nothing, jnp.zeros((*lines, q.shape[-1]))
+        sums = jnp.full(lines, MASKED), nothing, jnp.zeros((*lines, q.shape[-1]))
         largest, total, out = jax.lax.fori_loop(0, counts[a], meet, sums)
         total = jnp.where(total == 0, 1.0, total)  # a block of padding
         return (out / total[..., None]).astype(q.dtype), largest + jnp.log(total)
 
     outputs, logs = jax.lax.map(of_block, jnp.arange(len(queries)))
-    saved = q, k, v, segments, branches, met, counts, outputs, logs
+    saved = q, k, v, rows, met, counts, outputs, logs
     return _join(outputs, q.shape), saved
 
 
 def _backward(window: int | None, softcap: float | None, saved: Any, change: jax.Array) -> Any:
-    q, k, v, segments, branches, met, counts, outputs, logs = saved
+    q, k, v, rows, met, counts, outputs, logs = saved
     heads = k.shape[1]
     queries, keys, values, changes = (_split(x, heads) for x in (q, k, v, change))
-    seen = _seen(segments, branches, window)
+    seen = Seen.of(rows, window)
     # sum_s p_s dp_s of a query, whatever its keys.
     common = _product("akth,akth->akt", changes, outputs)
 
@@ -175,7 +168,7 @@ def _backward(window: int | None, softcap: float | None, saved: Any, change: jax
     sums = tuple(jnp.zeros(x.shape) for x in (queries, keys, values))
     sums = jax.lax.fori_loop(0, len(queries), of_block, sums)
     grads = (_join(x, y.shape).astype(y.dtype) for x, y in zip(sums, (q, k, v), strict=True))
-    return *grads, None, None
+    return *grads, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -186,18 +179,13 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _scores(
     queries: jax.Array, keys: jax.Array, mask: jax.Array, softcap: float | None
 ) -> tuple[jax.Array, jax.Array | float]:
-    """float32[K, G t, s], `_MASKED` outside of mask bool[t, s], and the slope of their soft cap."""
+    """float32[K, G t, s], `MASKED` outside of mask bool[t, s], and the slope of their soft cap."""
     scores, slope = _product("kth,ksh->kts", queries, keys), 1.0
     if softcap is not None:
         turned = jnp.tanh(scores / softcap)
         scores, slope = softcap * turned, 1.0 - turned**2
     mask = jnp.tile(mask, (queries.shape[1] // BLOCK, 1))[None]
-    return jnp.where(mask, scores, _MASKED), slope
-
-
-def _seen(segments: jax.Array, branches: jax.Array | None, window: int | None) -> Seen:
-    own = None if branches is None else branches.reshape(-1, BLOCK)
-    return Seen(segments.reshape(-1, BLOCK), own, len(segments), window)
+    return jnp.where(mask, scores, MASKED), slope
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:

@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from instruct_jax.models.attention import Rows, attend
+from instruct_jax.models.attention import attend
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.rows import Rows
 from instruct_jax.models.sharding import (
     HEADS,
     POSITIONS,

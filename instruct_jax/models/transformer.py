@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from instruct_jax.models.attention import MASKED, Rows, implementation, soft_cap
+from instruct_jax.models.attention import implementation, soft_cap
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.layers import Block, Context, Embedder, Matrix, Norm, make_context
+from instruct_jax.models.rows import MASKED, Rows
 from instruct_jax.models.sharding import POSITIONS, ROWS, WHOLE, constrain
 
 Params = Any  # a nested dict of arrays
@@ -143,8 +144,9 @@ class _Trunk(nn.Module):
                 raise ValueError("a sliding window counts slots; branches need full attention")
         if positions is None:
             positions = token_positions(mask, segment_ids)
-        seen = _visible if implementation(c, length) == "xla" else Rows.of
-        context = make_context(c, seen(mask, segment_ids, branches), positions)
+        rows = Rows.of(mask, segment_ids, branches)
+        seen = _visible(rows) if implementation(c, length) == "xla" else rows
+        context = make_context(c, seen, positions)
         x, _ = self.layers(self.embedder(tokens, positions), context)
         return self.final_norm(x)
 
@@ -316,18 +318,9 @@ def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
     return jax.tree.map(cast, tree)
 
 
-def _visible(
-    mask: jax.Array, segment_ids: jax.Array | None, branches: jax.Array | None
-) -> jax.Array:
+def _visible(rows: Rows) -> jax.Array:
     """bool[B, T, T]: whether query t sees key s."""
-    length = mask.shape[1]
-    visible = jnp.tril(jnp.ones((1, length, length), jnp.bool_)) & mask[:, None, :]
-    if segment_ids is not None:
-        visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    if branches is not None:
-        own = branches[:, :, None] == branches[:, None, :]
-        visible &= own | (branches == 0)[:, None, :]
-    return constrain(visible, ROWS, POSITIONS, WHOLE)
+    return constrain(jnp.tril(rows.meets(rows)), ROWS, POSITIONS, WHOLE)
 
 
 def _call(

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from instruct_jax.models import block_attention, language_model
-from instruct_jax.models.attention import PADDING, Rows, attend, implementation
+from instruct_jax.models.attention import attend, implementation
+from instruct_jax.models.rows import PADDING, Rows
 from tests.models.cases import GPT, LLAMA, language, random_tokens
 
 KERNELS = ("blocks", "splash", "cudnn")
@@ -49,7 +50,7 @@ def mask_of(case, rows):
     t = np.arange(LENGTH)
     distance = t[:, None] - t[None]
     near = (distance >= 0) & (distance < (case.window or LENGTH))
-    return (jnp.asarray(near)[None] & rows.together())[:, None, None]
+    return (jnp.asarray(near)[None] & rows.meets(rows))[:, None, None]
 
 
 @pytest.mark.parametrize("kernel", ["xla", *KERNELS])
@@ -112,8 +113,7 @@ def test_no_block_is_met_in_which_nothing_is_seen(case):
     """What a tree or a packed row costs on a CPU."""
     rows, size = rows_of(case), block_attention.BLOCK
     padded = rows.padded(-LENGTH % size)
-    blocks = [None if x is None else x.reshape(-1, size) for x in padded]
-    met, counts = block_attention.Seen(*blocks, len(rows.segments), case.window).keys()
+    met, counts = block_attention.Seen.of(padded, case.window).keys()
     mask = np.asarray(mask_of(case, rows))[:, 0, 0] & (np.asarray(rows.segments) >= 0)[:, :, None]
     n = len(met) // len(mask)
     for a, (keys, count) in enumerate(zip(np.asarray(met), np.asarray(counts), strict=True)):

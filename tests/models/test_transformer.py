@@ -16,8 +16,8 @@ from instruct_jax.models import (
     scalar_model,
     token_positions,
 )
-from instruct_jax.models.attention import MASKED
 from instruct_jax.models.layers import Block, make_context
+from instruct_jax.models.rows import MASKED
 from tests.models.cases import (
     FAMILIES,
     GPT,
