@@ -41,7 +41,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.models.config import Remat
+from instruct_jax.models.config import Attention, Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
 from instruct_jax.planning.scaling import scaling_rows
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag("--rows", type=int, default=100_000, help="examples in the data, for the run's length")
     flag("--price", type=float, help="of a chip-hour, in any currency")
     flag("--remat", choices=get_args(Remat), help="what to recompute (default: the model's)")
-    flag("--attention", choices=("xla", "cudnn", "splash"), help="default: by the chip")
+    flag("--attention", choices=get_args(Attention), help="default: by the chip")
     flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
     flag("--estimate_only", action="store_true", help="do not compile")
     flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")

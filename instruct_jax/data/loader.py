@@ -319,10 +319,10 @@ def stratified_permutation(
     have nearly the same sum.
 
     The rows in order of size are cut into `batch_size` strata; in turn, one of each stratum comes
-    at random, always in the same order of strata. So a batch has one of each, wherever it starts.
-    Golden steps make that order: strata near each other in it are far apart in size, so that the
-    two parts of a batch across two epochs are also of all sizes. Rows of one size come in an order
-    drawn from all.
+    at random, always in the same order of strata. So a batch has one of nearly each, wherever it
+    starts. Golden steps make that order: strata near each other in it are far apart in size, so
+    that the two parts of a batch across two epochs are also of all sizes. Rows of one size come in
+    an order drawn from all.
     """
     count = len(sizes)
     rising = np.lexsort((rng.permutation(count), sizes))
@@ -330,8 +330,8 @@ def stratified_permutation(
     turn = np.empty(count, np.int64)
     turn[np.lexsort((rng.random(count), stratum))] = np.arange(count)
     turn -= np.searchsorted(stratum, stratum)  # within its stratum
-    place = np.argsort(np.argsort(np.arange(batch_size) * (math.sqrt(5) - 1) / 2 % 1))
-    return rising[np.lexsort((np.argsort(place)[stratum], turn))]
+    place = np.argsort(np.arange(batch_size) * (math.sqrt(5) - 1) / 2 % 1)
+    return rising[np.lexsort((place[stratum], turn))]
 
 
 def _check_processes(batch_size: int, index: int, count: int) -> None:

@@ -341,13 +341,13 @@ def _summed(
 
     def one_chunk(i: jax.Array, done: Any) -> Any:
         sums, gradients = done
-        states, known, weight = (_part(x, i=i, chunk=chunk) for x in (rows, ids, asked))
-        logits, weight = _logits(states, weights, temperature, ask), weight.astype(dtype)
+        states, known, here = (_part(x, i=i, chunk=chunk) for x in (rows, ids, asked))
+        logits, weight = _logits(states, weights, temperature, ask), here.astype(dtype)
         normalizer = _Normalizer.of(logits)
         new = _reduced(logits, normalizer, known, ask)
         sums = CrossEntropySum(
-            sums.loss - (weight * new.log_probs).sum(axis=1),
-            None if new.hits is None else sums.hits + (weight * new.hits).sum(axis=1),
+            sums.loss - jnp.where(here, new.log_probs, 0.0).sum(axis=1),
+            None if new.hits is None else sums.hits + jnp.where(here, new.hits, 0.0).sum(axis=1),
         )
         if gradients is not None:
             # Not exp(logits - log_normalizer): XLA would take a row's logarithm at every column.
@@ -366,29 +366,19 @@ def _summed(
     sums, gradients = jax.lax.fori_loop(0, live, one_chunk, start)
     if gradients is not None:
         to_head, of_hidden = gradients
-        gradients = _in_place(of_hidden, order, positions), to_head.sum(axis=0).T
+        to_head = to_head.sum(axis=0).T.astype(head.dtype)
+        gradients = _in_place(of_hidden, order, positions), to_head
     return jax.tree.map(jnp.sum, sums), gradients
 
 
-def _sums_forward(
-    hidden: jax.Array,
-    head: jax.Array,
-    tokens: jax.Array,
-    where: jax.Array,
-    order: Order | None,
-    ask: Ask,
-) -> tuple[CrossEntropySum, Any]:
-    sums, gradients = _summed(hidden, head, tokens, where, order, ask, differentiated=True)
-    return sums, (gradients, jnp.zeros([], head.dtype))
+def _sums_forward(*arguments: Any) -> tuple[CrossEntropySum, Any]:
+    return _summed(*arguments, differentiated=True)
 
 
-def _sums_backward(
-    ask: Ask, kept: Any, cotangents: CrossEntropySum
-) -> tuple[Any, Any, None, None, None]:
+def _sums_backward(ask: Ask, kept: Any, cotangents: CrossEntropySum) -> tuple[Any, ...]:
     """The gradients are there: the loss is linear in the losses of its positions."""
-    (of_hidden, to_head), like_head = kept
-    scaled = cotangents.loss.astype(of_hidden.dtype) * of_hidden
-    return scaled, (cotangents.loss * to_head).astype(like_head.dtype), None, None, None
+    of_hidden, to_head = (cotangents.loss.astype(x.dtype) * x for x in kept)
+    return of_hidden, to_head, None, None, None
 
 
 sums_of.defvjp(_sums_forward, _sums_backward)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+Attention = Literal["auto", "xla", "blocks", "cudnn", "splash"]
 Remat = Literal["none", "products", "full"]
 
 _GATED = ("swiglu", "geglu")
@@ -13,7 +14,7 @@ _CHOICES = {
     "activation": ("gelu", "gelu_exact", "relu", *_GATED),
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16"),
-    "attention": ("auto", "xla", "blocks", "cudnn", "splash"),
+    "attention": get_args(Attention),
     "remat": get_args(Remat),
 }
 
@@ -82,7 +83,7 @@ class TransformerConfig:
     vocab_multiple: int = 128
     init_std: float = 0.02
     dtype: str = "float32"
-    attention: str = "auto"
+    attention: Attention = "auto"
     remat: Remat = "none"
     scan_unroll: int = 1
 

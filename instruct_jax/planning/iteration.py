@@ -29,7 +29,7 @@ from instruct_jax.stages.experience import Experience, Frozen, PPOState
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.stage import RULES
 from instruct_jax.stages.trunks import frozen_models, initial_state, optimizers
-from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
+from instruct_jax.training.mesh import batch_sharding, replicated
 from instruct_jax.training.state import state_shardings
 
 
@@ -48,11 +48,7 @@ def iteration_programs(job: Job, mesh: Mesh) -> list[Program]:
     config: PPOConfig = job.config
     if job.scalar is None:
         raise ConfigError("ppo needs the size of the reward model: --reward=NAME")
-    check_batch_size(config.prompts, mesh)
-    check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
-    if config.ptx_coef > 0:
-        text = config.minibatch * config.ptx_ratio
-        check_batch_size(text, mesh, micro_batches=config.ptx_parts)
+    ppo.check_batches(config, mesh)
     frozen, state = _models(job, mesh)
     rows = _rows(job, mesh, critic=state.value is not None)
     held = {
@@ -85,8 +81,13 @@ def _lower(job: Job, mesh: Mesh, frozen: Frozen, state: PPOState, rows: Rows, na
     eos_id = job.model.vocab_size - 1
     with jax.set_mesh(mesh):
         if name == "rollout":
-            settings = {"max_new_tokens": config.response_length, "eos_id": eos_id}
-            sample = partial(generate, policy, temperature=config.temperature, **settings)
+            settings = {
+                "max_new_tokens": config.response_length,
+                "eos_id": eos_id,
+                "temperature": config.temperature,
+                "halvings": config.halvings,
+            }
+            sample = partial(generate, policy, **settings)
             return jax.jit(sample).lower(frozen.policy_params(state), *rows.prompts)
         txs = optimizers(config)
         score, update = ppo.programs(config, policy, scalar, txs, state, eos_id=eos_id, mesh=mesh)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.config import Remat
+from instruct_jax.models.config import Attention, Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.stages.ppo_config import PPOConfig
@@ -61,7 +61,7 @@ class Job:
         model = dataclasses.replace(self.model, remat=remat)
         return dataclasses.replace(self, model=model, scalar=scalar)
 
-    def with_attention(self, attention: str) -> "Job":
+    def with_attention(self, attention: Attention) -> "Job":
         """The same, with attention computed so (`TransformerConfig.attention`)."""
         scalar = self.scalar and dataclasses.replace(self.scalar, attention=attention)
         model = dataclasses.replace(self.model, attention=attention)

@@ -13,7 +13,7 @@ from instruct_jax.planning.measure import Account, Workload, compiled, seconds_o
 from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Frozen, Lagging, PPOState
+from instruct_jax.stages.experience import Frozen, PPOState
 from instruct_jax.stages.ppo_losses import ptx_loss
 from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.stage import RULES, place_params, with_base
@@ -63,7 +63,7 @@ class Reinforcement:
             *inputs,
             max_new_tokens=self.shape.response,
             eos_id=self.rows.eos_id,
-            halvings=self.config.length_buckets - 1,
+            halvings=self.config.halvings,
         )
 
     def ptx(self) -> dict[str, np.ndarray] | None:
@@ -180,8 +180,7 @@ def iteration(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
         batch["ptx"] = mix
     steps, state, run_step = 0, work.state, step
     if shape.rollout_lag:
-        before = jax.random.fold_in(work.key, ppo.BEFORE)
-        state, run_step = Lagging(state, step.sample(state, batch, before)), step.lagging
+        state, run_step = step.start(state, batch, work.key), step.lagging
 
     def run() -> Any:
         nonlocal steps, state

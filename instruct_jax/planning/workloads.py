@@ -159,7 +159,7 @@ def rollout(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     settings = {
         "max_new_tokens": shape.response,
         "eos_id": rows.eos_id,
-        "halvings": shape.length_buckets - 1,
+        "halvings": shape.ppo_config().halvings,
     }
     program = compiled(lambda *args: generate(model, *args, **settings), params, *inputs)
 

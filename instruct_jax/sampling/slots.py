@@ -13,24 +13,22 @@ positions count its real tokens, and token t is drawn with fold_in(row key, t).
 - A row ends with its first end or stop token, or with the last one of a stop sequence, which
   counts; all that follows is PAD (T11). A row that uses up its budget keeps its last token as
   sampled (T15). End tokens inside a prompt stop nothing (T14).
-- The loop leaves when no more than `until` rows live, or when the columns are used up (JAX-2).
+- The loop leaves when no more than `until` rows of a block live, or when the columns are used up
+  (JAX-2).
 
 Everything here is pure and traced: `sampler.generate` compiles it as one program, `engine.Engine`
 as a program for each piece.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from instruct_jax.models.sharding import row_blocks
+from instruct_jax.models.sharding import ROWS, WHOLE, axes_size, constrain, row_blocks
 from instruct_jax.models.transformer import Model, init_cache
 from instruct_jax.sampling.choose import Sampling, choose
-from instruct_jax.training.mesh import BATCH_AXES
 
 
 class Slots(NamedTuple):
@@ -245,15 +243,10 @@ def move(slots: Slots, head: jax.Array, *, columns: int) -> Slots:
 
 def spread_rows(tree: Any) -> Any:
     """`tree` with its rows over data and fsdp of the ambient mesh, where they divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(BATCH_AXES) <= set(mesh.axis_names):
-        return tree
-    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
 
     def spread(x: jax.Array) -> jax.Array:
-        if x.ndim == 0 or x.shape[0] % parts:
-            return x
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+        divided = x.ndim and x.shape[0] % axes_size(ROWS) == 0
+        return constrain(x, ROWS, *[WHOLE] * (x.ndim - 1)) if divided else x
 
     return jax.tree.map(spread, tree)
 

@@ -272,6 +272,11 @@ class Iteration(NamedTuple):
         rollout_key, update_key = jax.random.split(key)
         return self.learn(state, self.sample(state, batch, rollout_key), batch, update_key)
 
+    def start(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Lagging:
+        """What a run whose rollouts lag begins with: a rollout, drawn before iteration 0, whose key
+        is `key` and -1."""
+        return Lagging(state, self.sample(state, batch, jax.random.fold_in(key, BEFORE)))
+
     def lagging(
         self, state: Lagging, batch: dict[str, Any], key: jax.Array
     ) -> tuple[Lagging, dict[str, jax.Array]]:
@@ -313,7 +318,7 @@ def make_iteration(
             max_new_tokens=config.response_length,
             eos_id=eos_id,
             temperature=config.temperature,
-            halvings=config.length_buckets - 1,
+            halvings=config.halvings,
         )
         return score(state, frozen, rollout)
 
@@ -353,6 +358,15 @@ class Batches(NamedTuple):
         return batch
 
 
+def check_batches(config: PPOConfig, mesh: Mesh) -> None:
+    """ConfigError where prompts, minibatches or their text do not divide over `mesh`."""
+    check_batch_size(config.prompts, mesh)
+    check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
+    if config.ptx_coef > 0:
+        text = config.minibatch * config.ptx_ratio
+        check_batch_size(text, mesh, micro_batches=config.ptx_parts)
+
+
 def models_of(state: PPOState | Lagging) -> PPOState:
     """What is trained, without what waits to be learnt from."""
     return state.models if isinstance(state, Lagging) else state
@@ -387,11 +401,7 @@ def train(
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
-    check_batch_size(config.prompts, mesh)
-    check_batch_size(config.minibatch, mesh, micro_batches=config.micro_batches)
-    if config.ptx_coef > 0:
-        text = config.minibatch * config.ptx_ratio
-        check_batch_size(text, mesh, micro_batches=config.ptx_parts)
+    check_batches(config, mesh)
     txs = optimizers(config)
     # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
     frozen = Frozen(
@@ -429,8 +439,7 @@ def train(
         start: PPOState | Lagging = state
         if config.rollout_lag:
             # Also in a run that is taken up: it reads the shapes of its own rollout off this one.
-            before = jax.random.fold_in(key, BEFORE)
-            start = Lagging(state, iteration.sample(state, batch_at.answered(-1), before))
+            start = iteration.start(state, batch_at.answered(-1), key)
         end = run_loop(
             iteration.lagging if config.rollout_lag else iteration,
             start,

@@ -152,6 +152,11 @@ class PPOConfig:
         return self.rollout_batch // self.samples_per_prompt
 
     @property
+    def halvings(self) -> int:
+        """How often a rollout goes on in half as many rows."""
+        return self.length_buckets - 1
+
+    @property
     def ptx_parts(self) -> int:
         """Micro-batches of the text of a minibatch."""
         return self.micro_batches if self.ptx_micro_batches is None else self.ptx_micro_batches

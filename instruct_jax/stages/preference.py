@@ -53,6 +53,7 @@ from instruct_jax.stages.preference_rows import (
 )
 from instruct_jax.stages.stage import FitConfig, fit
 from instruct_jax.stages.trees import by_prompt, tree_batches
+from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 
 REFERENCE_FREE = ("orpo", "simpo", "cpo")
@@ -271,7 +272,7 @@ class LiveReference(NamedTuple):
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of `step`."""
         batch = self.batches(step)
-        return batch | {"reference": np.asarray(self.score(batch))}
+        return batch | {"reference": hosts.fetch(self.score(batch))}
 
 
 def train(

@@ -4,6 +4,7 @@ one; the loss falls on every token of a branch, the stop token included.
 For KTO a completion of another prompt is one more branch of every tree.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,18 +81,20 @@ class ResponseScorer:
 
     def __init__(self, model: Model, params: Any, mesh: Mesh, *, micro_batches: int = 1) -> None:
         """Batches come in `micro_batches` parts, which are scored one after another."""
-
-        def score(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            parts = split_rows(batch, micro_batches)
-            return join_rows(
-                jax.lax.map(lambda part: branch_log_probs(model, params, part)[0], parts)
-            )
-
         self._mesh = mesh
         self._params = place_params(params, mesh)
-        self._score = jax.jit(score)
+        self._score = partial(_scored, model, micro_batches)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> jax.Array:
         """float32[B, K] of a batch of `pack_trees`. ConfigError where `mesh` does not divide it."""
         with jax.set_mesh(self._mesh):
             return self._score(self._params, shard_batch(batch, self._mesh))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _scored(
+    model: Model, micro_batches: int, params: Any, batch: dict[str, jax.Array]
+) -> jax.Array:
+    """One program for every scorer of a model: the policy, the reference, at any evaluation."""
+    parts = split_rows(batch, micro_batches)
+    return join_rows(jax.lax.map(lambda part: branch_log_probs(model, params, part)[0], parts))

@@ -14,6 +14,7 @@ checkpoint, and the value model, which starts as a copy of the reward model, sta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,8 +108,7 @@ def score_rows(
     """Scores float32[N] or [N, K] of encoded rows int32[N, (K,) T], in batches of `batch_size`
     rows.
     """
-    score = jax.jit(lambda p, t, m: sequence_scores(model, p, t, m))
-    return in_batches(lambda t, m: score(params, t, m), batch_size, tokens, mask)
+    return in_batches(partial(_row_scores, model, params), batch_size, tokens, mask)
 
 
 def score_comparisons(
@@ -121,9 +121,13 @@ def score_comparisons(
     """Scores float32[N, K] of encoded comparisons, in batches of `batch_size` prompts; those of
     completions that are not there mean nothing.
     """
-    score = jax.jit(lambda params, batch: branch_scores(model, params, batch))
     batches = TreeBatches(comparisons, batch_size, pad_id=model.config.pad_id)
-    return by_prompt(batches, lambda batch: score(params, batch))
+    return by_prompt(batches, partial(_tree_scores, model, params))
+
+
+# One program for all calls of a model: validation scores it again and again.
+_row_scores = jax.jit(sequence_scores, static_argnames="model")
+_tree_scores = jax.jit(branch_scores, static_argnames="model")
 
 
 def score_answers(

@@ -51,7 +51,6 @@ def test_the_first_start_compiles_and_the_later_ones_read(tmp_path, script):
     assert result.ratio < 0.9
     for start in (result.first, result.second):
         parts = (start.imports, start.setup, start.tracing, start.compiling, start.step)
-        assert sum(parts) == pytest.approx(start.seconds)
         assert min(parts) >= 0
 
 
