@@ -120,7 +120,8 @@ class _Normalizer(NamedTuple):
 def _reduced(logits: jax.Array, normalizer: _Normalizer, tokens: jax.Array, ask: Ask) -> Statistics:
     """The statistics of float[G, n, V] logits and int[G, n] tokens."""
     columns = _columns(logits)
-    log_normalizer = normalizer.largest + jnp.log(normalizer.total)
+    log_total = jnp.log(normalizer.total)
+    log_normalizer = normalizer.largest + log_total
     # A comparison instead of a gather: it fuses, and works on a sharded vocabulary.
     picked = jnp.sum(jnp.where(columns == tokens[..., None], logits, 0.0), axis=-1)
     moments = hits = None
@@ -133,7 +134,9 @@ def _reduced(logits: jax.Array, normalizer: _Normalizer, tokens: jax.Array, ask:
         )
     if ask.hits:
         hits = (picked >= normalizer.largest).astype(logits.dtype)
-    return Statistics(picked - log_normalizer, log_normalizer, moments, hits)
+    # Two small numbers, where picked - log_normalizer would round two large ones.
+    log_probs = (picked - normalizer.largest) - log_total
+    return Statistics(log_probs, log_normalizer, moments, hits)
 
 
 def _read(logits: jax.Array, tokens: jax.Array, ask: Ask) -> Statistics:

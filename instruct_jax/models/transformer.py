@@ -13,7 +13,6 @@ a multiple of `vocab_multiple` rows. Logit columns from `vocab_size` on are a fi
 padding is never sampled and never part of a normaliser.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -387,8 +386,6 @@ def _decode(
     context = make_context(c, visible, positions, cache.index)
 
     layers = unstack_layers(params)["layers"]
-    if "unembedding" in params:  # also of a tied table, by `decoding_weights`
-        module = LanguageModel(dataclasses.replace(c, tie_embeddings=False))
     block = Block(c)
     written = []
     x = _call(module, "embed", params, tokens, positions)

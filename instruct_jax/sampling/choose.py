@@ -88,8 +88,9 @@ def choose(
         token = draw(jax.vmap(jax.random.fold_in)(keys, length), allowed)
     else:
         token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
 def truncate(

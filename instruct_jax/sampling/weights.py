@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from instruct_jax.models.adapters import adapter_rules
-from instruct_jax.models.sharding import HEADS, WHOLE, constrain, platform
+from instruct_jax.models.sharding import HEADS, WHOLE, constrain
 from instruct_jax.models.transformer import PARTITION_RULES, unstack_layers
 from instruct_jax.training.mesh import match_partition_rules
 
@@ -20,34 +20,20 @@ _RULES = adapter_rules(PARTITION_RULES)
 
 
 def decoding_weights(params: Any, *, dtype: str) -> Any:
-    """`unstack_layers(params, dtype=dtype)`, gathered over fsdp of the ambient mesh; on a CPU a
-    table that is also the read-out comes with its transpose, as `unembedding`.
+    """`unstack_layers(params, dtype=dtype)`, gathered over fsdp of the ambient mesh.
 
-    Trees whose layers are unstacked already come back as they are. Raises ValueError for a
-    parameter that no partition rule knows.
+    Trees whose layers are unstacked already come back as they are, and so does any tree where there
+    is nothing to gather. Raises ValueError for a parameter that no partition rule knows.
     """
-    if isinstance(params["layers"], tuple):
-        return params
-    params = _untied(params)
     unstacked = unstack_layers(params, dtype=dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("fsdp", 1) == 1:
+    if unstacked is params or mesh.shape.get("fsdp", 1) == 1:
         return unstacked
     specs = match_partition_rules(_RULES, params)
     layers = [jax.tree.map(_of_layer, layer, specs["layers"]) for layer in unstacked["layers"]]
     rest = {name: tree for name, tree in unstacked.items() if name != "layers"}
     tables = {name: jax.tree.map(_gathered, tree, specs[name]) for name, tree in rest.items()}
     return {**tables, "layers": tuple(layers)}
-
-
-def _untied(params: Any) -> Any:
-    """On a CPU, with a matrix [D, V] for the read-out, which it multiplies by a quarter faster than
-    a table. A quantised table, which is expanded anyway, stays the read-out itself.
-    """
-    table = params["embedder"]["tokens"]
-    if platform() != "cpu" or "unembedding" in params or not isinstance(table, jax.Array):
-        return params
-    return {**params, "unembedding": {"kernel": table.T}}
 
 
 def _gathered(w: jax.Array, spec: Any) -> jax.Array:
