@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from ml_collections import ConfigDict
@@ -15,7 +15,9 @@ from ml_collections.config_dict import placeholder
 
 from instruct_jax import cli
 from instruct_jax.cli import Run, from_config
+from instruct_jax.cli.config import field_help, load_config, resolve
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from instruct_jax.settings import NEVER, Settings, setting
 
 CONFIGS = """
 from ml_collections import ConfigDict
@@ -393,6 +395,121 @@ def test_a_script_says_what_it_does_and_what_can_be_set(script):
         "--config.adam.learning_rate=0.001",
     ):
         assert text in done.stdout
+
+
+@dataclass(frozen=True)
+class Inner(Settings):
+    rate: float = setting(0.5, "how fast it goes", above=0.0, high=1.0, unit="1/s")
+    mixed: float = setting(0.0, "share of text", low=0.0, below=1.0)
+    text: int = setting(3, "rows of text", low=1, needs="mixed")
+    kind: str = "gae"
+    sizes: tuple[int, ...] = setting((1, 2), "widths", low=1)
+    limit: int | None = setting(None, "rows at most", low=1)
+
+
+@dataclass(frozen=True)
+class Slower(Inner):
+    rate: float = 0.25
+    value: float = setting(1.0, "clip of the value", needs="kind=gae|other")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.limit == 7:
+            raise ConfigError(f"limit {self.limit} is never right")
+
+
+@dataclass(frozen=True)
+class Paths:
+    prompts: str = ""
+    pairs: str = ""
+
+
+@dataclass(frozen=True)
+class Described(Settings):
+    acts_if: ClassVar = {"data.prompts": "inner.mixed", "data.pairs": NEVER}
+    inner: Slower = Slower()
+    data: Paths = Paths()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "inner.rate=0",
+            "config.inner.rate=0.0: expected above 0 and at most 1 (how fast it goes)",
+        ),
+        ("inner.rate=nan", "config.inner.rate=nan: expected above 0 and at most 1"),
+        ("inner.mixed=1", "config.inner.mixed=1.0: expected 0 or more and below 1"),
+        ("inner.value=inf", "config.inner.value=inf: expected a finite number"),
+        ("inner.sizes=2,0", "config.inner.sizes=(2, 0): expected 1 or more (widths)"),
+        ("inner.limit=0", "config.inner.limit=0: expected 1 or more"),
+        ("inner.limit=7", "config.inner.limit 7 is never right"),
+        ("inner.text=4", "config.inner.text has no effect: inner.mixed is 0.0; leave it out"),
+        ("data.prompts=x", "config.data.prompts has no effect: inner.mixed is 0.0"),
+        ("data.pairs=x", "config.data.pairs has no effect: nothing here reads it"),
+    ],
+)
+def test_a_field_out_of_range_or_without_effect_is_refused(override, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(Described, {}, dict([override.split("=")]))
+    assert message in str(error.value)
+
+
+def test_a_field_acts_where_what_it_needs_is_on():
+    overrides = {
+        "inner.mixed": "0.5",
+        "inner.text": "4",
+        "data.prompts": "x",
+        "inner.limit": "none",
+    }
+    config = resolve(Described, {}, overrides)
+    assert (config.inner.text, config.data.prompts, config.inner.limit) == (4, "x", None)
+    with pytest.raises(ConfigError, match=r"value has no effect: inner\.kind is 'rloo'"):
+        resolve(Described, {}, {"inner.kind": "rloo", "inner.value": "2"})
+    with pytest.raises(ConfigError, match=r"^rate=2: expected"):
+        type(config.inner)(rate=2)
+
+
+def test_help_says_of_each_field_what_it_is_and_hides_those_that_nothing_reads():
+    text = field_help(Described(), "x.py:tiny", ("tiny", "large"))
+    assert "presets: tiny, large" in text and "data.pairs" not in text
+    assert (
+        "--config.inner.rate=0.25\n        float, above 0 and at most 1, 1/s. how fast it goes"
+        in text
+    )
+    assert "int, 1 or more. rows of text. Acts with mixed." in text
+
+
+def test_a_bare_name_is_a_preset_of_ours_and_a_file_of_the_same_name_here_is_not_run(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sft.py").write_text("raise SystemExit('foreign code was run')\n")
+    monkeypatch.chdir(tmp_path)
+    wanted = load_config("configs/sft.py:debug")
+    assert wanted == load_config("debug", default="configs/sft.py")
+    assert wanted["sft"]["epochs"] == 1
+    with pytest.raises(SystemExit, match="foreign"):
+        load_config("./configs/sft.py:debug")
+
+
+def test_a_suggestion_is_near():
+    @dataclass(frozen=True)
+    class Fit:
+        warmup: int = 1
+        learning_rate: float = 1.0
+        batch_size: int = 1
+
+    @dataclass(frozen=True)
+    class Script:
+        fit: Fit = Fit()
+
+    meant = {"fit.lr": "learning_rate", "lr": "learning_rate", "fit.rate": "learning_rate"}
+    for wrong, right in {**meant, "fit.bs": "batch_size", "fit.batch": "batch_size"}.items():
+        with pytest.raises(ConfigError, match=f"did you mean config.fit.{right}\\?"):
+            resolve(Script, {}, {wrong: "1"})
+    with pytest.raises(ConfigError, match=r"there are fit\.warmup, fit\.learning_rate"):
+        resolve(Script, {}, {"fit.zzz": "1"})
 
 
 def test_a_script_runs_with_devices_and_a_cache_of_its_own(script, tmp_path):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "instruct_jax"
 
 ROWS = {
-    "errors": -1,  # what a user can get wrong: any room may raise it
+    "errors": -2,  # what a user can get wrong: any room may raise it
+    "settings": -1,  # what is said of a configuration's field: any room may have one
     "losses": 0,
     "data": 0,
     "cli": 0,

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from instruct_jax.cli import processes
-from instruct_jax.cli.config import field_help, from_config, load_config, resolve, suggest
+from instruct_jax.cli.config import (
+    field_help,
+    from_config,
+    load,
+    load_config,
+    resolve,
+    suggest,
+)
 from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, RunError, StorageError
 
@@ -71,12 +78,13 @@ def run(
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         flags, overrides = _parse(argv, main, default)
-        config = resolve(config_class, load_config(flags.config), overrides)
+        loaded = load(flags.config, default=default)
+        config = resolve(config_class, loaded.values, overrides)
         if flags.help:
-            print(flags.usage + field_help(config, flags.config))
+            print(flags.usage + field_help(config, loaded.spec, loaded.presets))
             return
-        workdir = flags.workdir or Path("runs", Path(flags.config.partition(":")[0]).stem)
-        record = describe(config, flags.config, flags.mesh, argv)
+        workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
+        record = describe(config, loaded.spec, flags.mesh, argv)
         several = processes.announced()
         if several:
             _configure_jax(flags.host_devices)
@@ -134,7 +142,12 @@ def _parse(
     )
     flag = parser.add_argument
     flag("-h", "--help", action="store_true", help="this, and the fields of the configuration")
-    flag("--config", default=default, metavar="FILE:NAME", help=f"preset (default: {default})")
+    flag(
+        "--config",
+        default=default,
+        metavar="FILE:NAME",
+        help=f"preset (default: {default}); NAME: one of the same file",
+    )
     flag("--workdir", type=Path, metavar="DIR", help="the run's files (default: runs/FILE)")
     flag(
         "--mesh", default="auto", help="data, fsdp, tensor, sequence: data:2,fsdp:4 (default: auto)"

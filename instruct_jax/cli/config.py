@@ -7,7 +7,8 @@ be overridden, an optional field needs no placeholder, and nothing below this do
 ConfigDict.
 
 A field is an int, float (an int will do), str, bool, tuple, Literal, a union such as `int | None`,
-or another dataclass. Every error is a ConfigError of one line.
+or another dataclass. What more there is to say of a field, such as its range, stands beside it
+(instruct_jax/settings.py). Every error is a ConfigError of one line.
 """
 
 import ast
@@ -15,29 +16,50 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import re
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
 from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.settings import NEVER, About, about, why_idle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 Config = TypeVar("Config")
 
 
-def load_config(spec: str) -> dict[str, Any]:
-    """The values of "configs/x.py:NAME" as nested dicts.
+class Loaded(NamedTuple):
+    """A preset: "FILE:NAME", its values as nested dicts, and all presets that its file lists."""
 
-    A relative path is looked for here, then in the checkout of this package.
+    spec: str
+    values: dict[str, Any]
+    presets: tuple[str, ...]
+
+
+def load_config(spec: str, *, default: str = "") -> dict[str, Any]:
+    """The values of a preset as nested dicts; see `load`."""
+    return load(spec, default=default).values
+
+
+def load(spec: str, *, default: str = "") -> Loaded:
+    """The preset "FILE:NAME", "FILE" (its usual one) or "NAME" (one of the file of `default`).
+
+    A file of this package is named as it is there, configs/x.py, from wherever one stands: a file
+    of that name in the current directory is never run unasked. Any other is named by its path
+    (./configs/x.py where the two are alike).
     """
     path, _, name = spec.partition(":")
-    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if default and re.fullmatch(r"\w+", spec):
+        path, name = default.partition(":")[0], spec
+        spec = f"{path}:{name}"
+    ours = REPOSITORY / path if re.fullmatch(r"configs/\w+\.py", path) else None
+    found = next((p for p in (ours, Path(path)) if p is not None and p.is_file()), None)
     if found is None:
         files = [str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "configs").glob("*.py")]
         raise ConfigError(f"no config file {path!r}{suggest(path, files)}")
@@ -48,6 +70,7 @@ def load_config(spec: str) -> dict[str, Any]:
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(*[name] if name else [])
+        values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     except ValueError as error:  # raised by get_config, for the user to read
         raise ConfigError(f"{spec}: {error}") from error
     except Exception as error:  # a bug in the file
@@ -55,13 +78,16 @@ def load_config(spec: str) -> dict[str, Any]:
         lines = [frame.lineno for frame in frames if frame.filename == str(found)]
         where = f"{path}:{lines[-1]}" if lines else path
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
-    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return Loaded(spec, values, tuple(map(str, getattr(module, "PRESETS", ()))))
 
 
 def resolve(
     config_class: type[Config], values: dict[str, Any], overrides: Mapping[str, str]
 ) -> Config:
-    """A `config_class` of `values`, with `overrides` as "a.b" -> text."""
+    """A `config_class` of `values`, with `overrides` as "a.b" -> text.
+
+    An override of a field that cannot act beside the others is refused; a preset may hold one.
+    """
     for name, text in overrides.items():
         value = _read(_hint_of(config_class, name), text, f"config.{name}")
         *groups, last = name.split(".")
@@ -71,7 +97,11 @@ def resolve(
                 target[group] = {}
             target = target[group]
         target[last] = value
-    return from_config(config_class, values)
+    config = from_config(config_class, values)
+    for name in overrides:
+        if (reason := _why_idle(config, name)) is not None:
+            raise ConfigError(f"config.{name} has no effect: {reason}; leave it out")
+    return config
 
 
 def from_config(config_class: type[Config], values: Mapping[str, Any] | ConfigDict) -> Config:
@@ -80,10 +110,55 @@ def from_config(config_class: type[Config], values: Mapping[str, Any] | ConfigDi
     return _build(config_class, plain, "config")
 
 
-def field_help(config: Any, spec: str) -> str:
-    """Every field with its value, as it is written on the command line."""
-    lines = [f"  --config.{name}={value!r}" for name, value in leaves(dataclasses.asdict(config))]
-    return "\n".join([f"\nfields, with their values in {spec}:", *lines])
+def field_help(config: Any, spec: str, presets: Sequence[str] = ()) -> str:
+    """The presets, and every field that this script reads: its value as it is written on the
+    command line, its type and range, and what it does.
+    """
+    lines = [f"\npresets: {', '.join(presets)}"] if presets else []
+    lines += [
+        f"\nfields, with their values in {spec}",
+        "(a tuple is written a,b or ('a', 'b'), and no value none):",
+    ]
+    for name, hint, said, value in _described(config, config, ""):
+        kind = ", ".join(filter(None, [_name_of(hint), said.range, said.unit]))
+        acts = f"Acts with {said.needs}." if said.needs else ""
+        words = " ".join(filter(None, [f"{kind}.", said.text and f"{said.text}.", acts]))
+        lines += [f"  --config.{name}={value!r}", f"        {words}"]
+    return "\n".join(lines)
+
+
+def _described(root: Any, config: Any, prefix: str) -> Iterator[tuple[str, Any, About, Any]]:
+    """(name, type, what is said of it, value) of every field that acts in some configuration."""
+    for name, hint in _fields(type(config)).items():
+        value, path = getattr(config, name), prefix + name
+        if _condition(root, path) == NEVER:
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _described(root, value, f"{path}.")
+        else:
+            yield path, hint, about(type(config), name), value
+
+
+def _condition(owner: Any, name: str) -> str:
+    """The condition under which the script of `owner` reads the field or group "a.b" of it."""
+    for field, condition in getattr(owner, "acts_if", {}).items():
+        if name == field or name.startswith(f"{field}."):
+            return str(condition)
+    return ""
+
+
+def _why_idle(config: Any, name: str) -> str | None:
+    """Why the field "a.b" cannot act in `config`; None where it does."""
+    owner, parts = config, name.split(".")
+    for depth, part in enumerate(parts):
+        rest, inside = ".".join(parts[depth:]), "".join(f"{p}." for p in parts[:depth])
+        for condition in (_condition(owner, rest), about(type(owner), part).needs):
+            if (reason := why_idle(owner, condition)) is not None:
+                return reason if condition == NEVER else inside + reason
+        owner = getattr(owner, part)
+        if owner is None:
+            return None
+    return None
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -102,6 +177,29 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]}?"
     return f"; there are {', '.join(sorted(known))}"
+
+
+def _suggest_field(name: str, known: Sequence[str]) -> str:
+    """The field that was meant, by its last word, its initials (lr) or one of its words; else
+    those of its group.
+    """
+    group, _, word = name.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        owner, _, field = candidate.rpartition(".")
+        words = field.split("_")
+        alike = difflib.SequenceMatcher(None, word, field).ratio()
+        if word == "".join(w[0] for w in words if w):
+            alike = 0.9
+        elif set(word.split("_")) & set(words):
+            alike = max(alike, 0.7)
+        return alike + 0.05 * (owner == group)  # the right field in the wrong group also counts
+
+    best = max(known, key=likeness)
+    if likeness(best) >= 0.7:
+        return f"; did you mean config.{best}?"
+    siblings = [field for field in known if field.rpartition(".")[0] == group] or known
+    return f"; there are {', '.join(siblings)}"
 
 
 # --- the schema --------------------------------------------------------------------------------
@@ -138,17 +236,15 @@ def _hint_of(config_class: type, name: str) -> Any:
     for part in name.split("."):
         group = _group(hint)
         if group is None or part not in _fields(group):
-            names = [f"config.{known}" for known in _field_names(config_class)]
-            # The right field in the wrong group, before one that is spelt alike.
-            ends = [known for known in names if known.endswith("." + name.split(".")[-1])]
-            raise ConfigError(
-                f"unknown key config.{name}{suggest(f'config.{name}', ends or names)}"
-            )
+            names = list(_field_names(config_class))
+            raise ConfigError(f"unknown key config.{name}{_suggest_field(name, names)}")
         hint = _fields(group)[part]
     return hint
 
 
 def _name_of(hint: Any) -> str:
+    if len(options := _options(hint)) > 1:
+        return " | ".join("None" if o is types.NoneType else _name_of(o) for o in options)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
@@ -188,6 +284,8 @@ def _build(config_class: Any, values: Mapping[str, Any], path: str, default: Any
         if default is None:
             return config_class(**arguments)
         return dataclasses.replace(default, **arguments)
+    except ConfigError as error:  # of a field, which its message starts with
+        raise ConfigError(f"{path}.{error}") from None
     except RunError:
         raise
     except ValueError as error:  # a value that __post_init__ refuses

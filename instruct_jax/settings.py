@@ -1,0 +1,131 @@
+"""A field of a configuration, said once: its default, its range, what it does, and when it acts.
+
+    @dataclass(frozen=True)
+    class FitConfig(Settings):
+        batch_size: int = setting(64, "rows of a batch", low=1)
+        learning_rate: float = setting(1e-4, "peak learning rate", above=0.0)
+
+The ranges hold wherever such a dataclass is made; the command line (cli/config.py) reads the same
+words for `--help`, for what it refuses, and for what a run may be resumed with. Choices are said by
+the type (`Literal`). A subclass that only changes a default inherits the rest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from instruct_jax.errors import ConfigError
+
+# In `acts_if`: a field that a script never reads.
+NEVER = "never"
+_OFF = (None, False, 0, "", "none", ())
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a field; the bounds hold for each number in it, and None is never bound."""
+
+    text: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    unit: str = ""
+    needs: str = ""
+    may_change: bool | Literal["more"] = False
+
+    @property
+    def range(self) -> str:
+        """The bounds in words, such as "above 0 and at most 1"; empty where there are none."""
+        words = [f"above {self.above:g}"] if self.above is not None else []
+        words += [f"below {self.below:g}"] if self.below is not None else []
+        if self.low is not None and self.high is not None:
+            return " and ".join([f"{self.low:g} to {self.high:g}", *words])
+        words[:0] = [f"{self.low:g} or more"] if self.low is not None else []
+        words += [f"at most {self.high:g}"] if self.high is not None else []
+        return " and ".join(words)
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        return (
+            math.isfinite(number)
+            and (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    text: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    unit: str = "",
+    needs: str = "",
+    may_change: bool | Literal["more"] = False,
+) -> Any:
+    """A dataclass field with `default` and all that is to be said of it, in one line.
+
+    `low` and `high` are allowed values, `above` and `below` are not. `unit` is shown beside the
+    type. `needs` names the condition under which the field acts: a sibling that is on (not None,
+    0, False, "", "none" or empty), dotted for one inside a group, or "sibling=a|b" for one that has
+    one of these values. `may_change`: whether a run may be resumed with another value, or with
+    "more" of it.
+    """
+    about = About(text, low, high, above, below, unit, needs, may_change)
+    return dataclasses.field(default=default, metadata={"about": about})
+
+
+def about(config_class: type, name: str) -> About:
+    """What the first class that says anything says of the field `name`."""
+    for base in config_class.__mro__:
+        field = vars(base).get("__dataclass_fields__", {}).get(name)
+        if field is not None and "about" in field.metadata:
+            found: About = field.metadata["about"]
+            return found
+    return About()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The base of configurations: every number of one is finite and in its range."""
+
+    # "field" or "group.field" -> the condition, as in `needs`, under which a script that has this
+    # configuration reads it at all; NEVER for one that it does not.
+    acts_if: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """ConfigError, of one line that starts with the field's name, for a value out of range."""
+        for field in dataclasses.fields(self):
+            value, said = getattr(self, field.name), about(type(self), field.name)
+            for number in _numbers(value):
+                if not said.holds(number):
+                    expected = said.range or "a finite number"
+                    what = f" ({said.text})" if said.text else ""
+                    raise ConfigError(f"{field.name}={value!r}: expected {expected}{what}")
+
+
+def why_idle(config: Any, needs: str) -> str | None:
+    """Why the condition `needs` does not hold in `config`, in words; None where it does."""
+    if needs == NEVER:
+        return "nothing here reads it"
+    name, _, wanted = needs.partition("=")
+    value = config
+    for part in name.split(".") if name else ():
+        value = getattr(value, part)
+    if wanted:
+        return None if str(value) in wanted.split("|") else f"{name} is {value!r}"
+    return f"{name} is {value!r}" if name and value in _OFF else None
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [value] if number else []
