@@ -71,7 +71,11 @@ class Fields:
             if role not in _ROLES:
                 expected = "expected role (or from) and content (or value)"
                 raise self.error(f"message {i} has no known role: {expected}", name)
-            turns.append(Turn(_ROLES[role], self.checked(content, name, at=f"[{i}]")))
+            weight = item.get("weight")
+            if weight not in (None, 0, 1):
+                raise self.error(f"message {i} has a weight that is neither 0 nor 1", name)
+            text = self.checked(content, name, at=f"[{i}]")
+            turns.append(Turn(_ROLES[role], text, weight != 0 or _ROLES[role] != "assistant"))
         if not turns:
             raise self.error("no messages", name)
         return tuple(turns)

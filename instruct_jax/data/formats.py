@@ -143,6 +143,8 @@ def read_demonstrations(
     wanted = _template(template)
 
     def convert(case: Case) -> Demonstration:
+        if not case.target:
+            raise ValueError("the answer has weight 0: nothing to learn here")
         prompt, style = _prompt(case, wanted)
         return Demonstration(prompt, _styled(_only_answer(case), style), case.meta)
 
@@ -158,7 +160,10 @@ def read_dialogues(
     """Demonstrations as turns, for `encode_dialogues`; a whole prompt is one user turn."""
 
     def convert(case: Case) -> Dialogue:
-        return Dialogue((*_turns(case), Turn("assistant", _only_answer(case))), case.meta)
+        turns = (*_turns(case), Turn("assistant", _only_answer(case), case.target))
+        if not any(turn.target for turn in turns if turn.role == "assistant"):
+            raise ValueError("every answer has weight 0: nothing to learn here")
+        return Dialogue(turns, case.meta)
 
     return _read(source, ("demonstrations",), convert, limit, on_bad_row)
 

@@ -30,7 +30,8 @@ class Case:
     """One prompt of a record and its answers, without any template.
 
     A string prompt is whole: `style` is the template it is written in, when that is known. Turns
-    end with the user's. Comparisons have `ranks` (0 is best) or `scores` (higher is better).
+    end with the user's. Comparisons have `ranks` (0 is best) or `scores` (higher is better). A
+    demonstration whose answer is no `target` is there for the turns before it.
     """
 
     prompt: str | Instruction | tuple[Turn, ...]
@@ -40,6 +41,7 @@ class Case:
     labeler: str | None = None
     sources: tuple[str, ...] = ()
     style: Template | None = None
+    target: bool = True
     meta: Meta = field(default_factory=dict)
 
 
@@ -137,7 +139,7 @@ def _chat(f: Fields, name: str) -> Case:
     turns = f.turns(name)
     if turns[-1].role != "assistant":
         return Case(turns, meta=f.rest())
-    return Case(turns[:-1], (turns[-1].text,), meta=f.rest())
+    return Case(turns[:-1], (turns[-1].text,), target=turns[-1].target, meta=f.rest())
 
 
 def _tldr(f: Fields) -> list[Case]:
@@ -288,7 +290,7 @@ def _ranked(
     if any(best[answer] != rank for answer, rank in zip(answers, order, strict=True)):
         pair = "chosen and rejected are the same text"
         raise f.error(pair if len(answers) == 2 else "equal completions with different ranks")
-    return Case(prompt, answers, ranks, scores, labeler, sources, style, f.rest())
+    return Case(prompt, answers, ranks, scores, labeler, sources, style, meta=f.rest())
 
 
 def _whole(f: Fields, name: str) -> str | tuple[Turn, ...]:

@@ -24,10 +24,14 @@ def _meta() -> Any:
 
 
 class Turn(NamedTuple):
-    """One message of a dialogue; `role` is "system", "user" or "assistant"."""
+    """One message of a dialogue; `role` is "system", "user" or "assistant".
+
+    An assistant's turn that is no `target` is read by the model but not learnt ("weight": 0).
+    """
 
     role: str
     text: str
+    target: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,9 @@ def _record(row: Row) -> dict[str, Any]:
     if isinstance(row, Prompt):
         values = {"prompt": row.text, "meta": row.meta}  # "text" alone is a document
     if isinstance(row, Dialogue):
-        turns = [{"role": turn.role, "content": turn.text} for turn in row.turns]
-        values = {"messages": turns, "meta": row.meta}
+        values = {"messages": list(map(_message, row.turns)), "meta": row.meta}
     return {name: value for name, value in values.items() if value not in (None, (), {})}
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    return {"role": turn.role, "content": turn.text} | ({} if turn.target else {"weight": 0})

@@ -275,6 +275,23 @@ def test_a_chat_keeps_its_turns(tmp_path):
     assert row == Dialogue((Turn("user", "p"), Turn("assistant", "a")) * 2, {"id": 3})
 
 
+def test_a_message_of_weight_0_is_kept_and_is_no_target(tmp_path):
+    chat = [*CHATTED, *CHATTED]
+    first = [{**turn, "weight": 0} for turn in chat[:2]] + chat[2:]
+    last = [*chat[:3], {**chat[3], "weight": 0}]
+    path = write(tmp_path / "m.jsonl", {"messages": first}, {"messages": last})
+    targets = [[turn.target for turn in row.turns] for row in read_dialogues(path)]
+    assert targets == [[True, False, True, True], [True, True, True, False]]
+    write_rows(tmp_path / "again.jsonl", read_dialogues(path))
+    assert read_dialogues(tmp_path / "again.jsonl") == read_dialogues(path)
+    with pytest.raises(DataError, match=r"m.jsonl:2:1: the answer has weight 0"):
+        read_demonstrations(path)
+    for weight, message in ((0, "every answer has weight 0"), (0.5, "neither 0 nor 1")):
+        write(path, {"messages": [chat[0], {**chat[1], "weight": weight}]})
+        with pytest.raises(DataError, match=message):
+            read_dialogues(path)
+
+
 ROWS = [
     (read_documents, [Document("one\n"), Document("zwei ü", {"title": "t"})]),
     (read_demonstrations, [Demonstration("p", "r"), Demonstration("p\r\nq", " r\u2028", {"n": 1})]),
