@@ -67,6 +67,12 @@ from instruct_jax.training.mesh import make_mesh
 STARTUP_SCRIPT = "benchmark_startup.py"
 
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = (
+    "benchmark.json", "benchmark.md", "sweep.png", "roofline.png", "profile", "startup", "peer"
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """`data` with a `tokenizer` gives real rows to the phases that have any; else random tokens.
@@ -249,4 +255,4 @@ def load_rows(config: Config, shape: Shape) -> tuple[Rows, Tokenizer | None]:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/benchmark.py")
+    cli.run(main, Config, default="configs/benchmark.py", writes=WRITES)

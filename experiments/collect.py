@@ -28,6 +28,9 @@ from instruct_jax.feedback.labelers import (
 from instruct_jax.sampling.complete import complete
 from instruct_jax.stages.stage import load_trained
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("comparisons.jsonl", "labelers.json")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -112,4 +115,4 @@ def readable(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/collect.py")
+    cli.run(main, Config, default="configs/collect.py", writes=WRITES)

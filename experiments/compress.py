@@ -47,6 +47,10 @@ from instruct_jax.training.mesh import make_mesh
 ORIGINAL = "original"
 
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("compression.json", "compression.md", "distill_*/", "distill_*/distill.jsonl")
+
+
 @dataclass(frozen=True)
 class Config:
     """`model` is a language model folder; without `reward_model` no score is reported."""
@@ -360,4 +364,4 @@ def _changed(result: dict[str, Any], name: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/compress.py")
+    cli.run(main, Config, default="configs/compress.py", writes=WRITES)

@@ -30,6 +30,13 @@ from instruct_jax.models.hf import (
 from instruct_jax.models.hf.text import CHAT_FILE
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = (
+    "hf/config.json", "hf/generation_config.json", "hf/model*.safetensors",
+    "hf/model.safetensors.index.json", "hf/scalar_head.safetensors", "hf/tokenizer.json",
+    "hf/tokenizer_config.json", "hf/chat_template.jinja", "hf/README.md", ".hf.partial",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -141,4 +148,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/convert.py")
+    cli.run(main, Config, default="configs/convert.py", writes=WRITES)

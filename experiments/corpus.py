@@ -33,6 +33,10 @@ from instruct_jax.stages.text import text_rows
 SHARD_BYTES = 250_000_000
 
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("corpus.json", "text/#.jsonl")
+
+
 @dataclass(frozen=True)
 class Config:
     """`tokenizer` is a tokenizer.json or folder; None trains a byte-level BPE of `vocab_size`
@@ -133,4 +137,4 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/corpus.py")
+    cli.run(main, Config, default="configs/corpus.py", writes=WRITES)

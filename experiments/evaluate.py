@@ -30,6 +30,9 @@ from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
 from instruct_jax.stages.text import text_rows
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("evaluation.json", "samples.jsonl")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -242,4 +245,4 @@ def _write_samples(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/evaluate.py")
+    cli.run(main, Config, default="configs/evaluate.py", writes=WRITES)

@@ -32,6 +32,10 @@ from instruct_jax.training.mesh import make_mesh
 PROBES = 32
 
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("ppo.jsonl", "samples.jsonl")
+
+
 @dataclass(frozen=True)
 class Config:
     """`init` is the policy's start and KL reference, `reward_model` a scalar model folder."""
@@ -121,4 +125,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/ppo.py")
+    cli.run(main, Config, default="configs/ppo.py", writes=WRITES)

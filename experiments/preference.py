@@ -23,6 +23,9 @@ from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import TrainState
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("preference.jsonl", "preference.json")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -78,4 +81,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/preference.py")
+    cli.run(main, Config, default="configs/preference.py", writes=WRITES)

@@ -30,6 +30,10 @@ READERS = {
 }
 
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("train.jsonl", "valid.jsonl", "test.jsonl", "statistics.txt")
+
+
 @dataclass(frozen=True)
 class Config:
     """`files` are paths, globs or hub ids; lengths are counted by `tokenizer` (None: a BPE of
@@ -90,4 +94,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/prepare.py")
+    cli.run(main, Config, default="configs/prepare.py", writes=WRITES)

@@ -24,6 +24,9 @@ from instruct_jax.stages.text import text_rows
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("pretrain.jsonl",)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -77,4 +80,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/pretrain.py")
+    cli.run(main, Config, default="configs/pretrain.py", writes=WRITES)

@@ -27,9 +27,21 @@ import select_sft
 import sft
 
 from instruct_jax import cli
+from instruct_jax.cli.record import write_json
 from instruct_jax.evaluation.report import summary_table, write_report
 
 MODELS = {"gpt": "pretrain", "sft": "select_sft", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
+PARTS = (
+    "pretrain", "sft", "rlhf_init", "collect", "reward_model", "select_sft", "ppo", "ppo_ptx",
+    "evaluate",
+)  # fmt: skip
+# What each part is done with.
+RESULTS = {"collect": "comparisons.jsonl", "evaluate": "evaluation.json"}
+# Beside what every run writes; --overwrite replaces these, the parts as runs of their own.
+WRITES = (
+    "timings.json", "timings.tmp", "report.json", "report.html", "figure1.png",
+    *(f"{part}/" for part in PARTS),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,15 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 class Pipeline:
-    """Runs the parts in order; a finished part is not run again, and its time is kept."""
+    """Runs the parts in order; a finished part is not run again, and its time is kept.
+
+    One whose result is gone is run again, and all that follow from it are then other runs.
+    """
 
     def __init__(self, config: Config, run: cli.Run) -> None:
         self.config, self.run = config, run
         self._path = run.workdir / "timings.json"
-        self.timings: dict[str, float] = (
-            json.loads(self._path.read_text()) if self._path.exists() else {}
-        )
+        self.timings: dict[str, float] = _timings(self._path)
 
     def part(
         self,
@@ -94,18 +107,28 @@ class Pipeline:
             )
         changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
         config = dataclasses.replace(config, **changes)
-        done = workdir / ("comparisons.jsonl" if script is collect else "model")
-        if name in self.timings:
+        done = workdir / RESULTS.get(name, "model")
+        if name in self.timings and (done.is_file() or (done / "model.json").is_file()):
             print(f"== {name}: done before")
             return done
         print(f"== {name}", flush=True)
         began = time.monotonic()
-        record = cli.describe(config, spec, self.run.mesh, [])
+        record = cli.describe(config, spec, self.run.mesh, [], writes=script.WRITES)
         with cli.open_workdir(workdir, config, record):
             script.main(config, cli.Run(workdir, self.run.mesh))
         self.timings[name] = round(time.monotonic() - began, 1)
-        self._path.write_text(json.dumps(self.timings, indent=2) + "\n")
+        write_json(self._path, self.timings)
         return done
+
+
+def _timings(path: Path) -> dict[str, float]:
+    """Seconds by part; where they cannot be read every part is looked at again."""
+    try:
+        timings = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    kept = timings.items() if isinstance(timings, dict) else ()
+    return {part: t for part, t in kept if part in PARTS and isinstance(t, int | float)}
 
 
 def seeded(config: Any, seed: int) -> Any:
@@ -201,4 +224,4 @@ def _config(workdir: Path) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/quickstart.py:toyworld")
+    cli.run(main, Config, default="configs/quickstart.py:toyworld", writes=WRITES)

@@ -34,6 +34,9 @@ from instruct_jax.stages.reward_model import RewardModelConfig, score_comparison
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("reward_model.jsonl", "accuracy.json")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -133,4 +136,4 @@ def judge_reward_model(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/reward_model.py")
+    cli.run(main, Config, default="configs/reward_model.py", writes=WRITES)

@@ -23,6 +23,9 @@ from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
 from instruct_jax.stages.stage import load_trained
 
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("selection.json",)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -77,4 +80,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/select_sft.py")
+    cli.run(main, Config, default="configs/select_sft.py", writes=WRITES)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax import cli
+from instruct_jax.cli.replacing import model_files
 from instruct_jax.data.loader import encode_demonstrations, encode_dialogues
 from instruct_jax.data.packing import pack
 from instruct_jax.data.sources import DataConfig, Source, Split, open_source
@@ -28,6 +29,9 @@ from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.stages.text import text_rows
 from instruct_jax.training.mesh import make_mesh
+
+# Beside what every run writes; --overwrite replaces these.
+WRITES = ("sft.jsonl", *model_files("epochs/#"))
 
 
 @dataclass(frozen=True)
@@ -106,4 +110,4 @@ def encode(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/sft.py")
+    cli.run(main, Config, default="configs/sft.py", writes=WRITES)

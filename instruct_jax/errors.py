@@ -5,7 +5,17 @@
 3: too many non-finite updates in a row (`NonFiniteError`); the last good state is saved
 4: a checkpoint that cannot be used (`CheckpointError`)
 5: a file of the run that cannot be written (`StorageError`); the last saved step stands
+130, 143: stopped by Ctrl-C or SIGTERM where no step could be saved (`Interrupted`)
 """
+
+import os
+import re
+import signal
+from pathlib import Path
+
+# Orbax and tensorstore take a backslash for a slash, a component such as "gs:" for a URL, and a
+# pair of brackets for a pattern when they look for what they have written.
+_UNFIT = re.compile(r"\\|\[[^/]*\]|(?<=/)(gs|gcs|s3|az):(?=/|$)")
 
 
 class RunError(Exception):
@@ -43,3 +53,25 @@ class StorageError(RunError):
     """The disk is full, or a directory may not be written to; what was saved before stands."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, outside of a loop that saves its state and ends with code 0."""
+
+    def __init__(self, number: int) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name}; what was saved stands, and the same command goes on from there"
+        )
+        self.exit_code = 128 + number
+
+
+def unfit_path(path: Path) -> str | None:
+    """Why arrays saved below `path` could not be read again, or None."""
+    text = os.path.abspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    found = _UNFIT.search(text)
+    return f"arrays cannot be kept below a folder with {found[0]!r} in its name" if found else None

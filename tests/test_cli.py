@@ -80,7 +80,7 @@ def launch(tmp_path, config_file):
                 main(config, run)
 
         argv = [f"--workdir={tmp_path / 'runs' / 'a'}", *argv]
-        cli.run(record, Config, default=str(config_file), argv=argv)
+        cli.run(record, Config, default=str(config_file), argv=argv, writes=("log",))
         return calls[0]
 
     return launch
@@ -295,7 +295,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(launch, tmp_path, capsys):
     (run.workdir / "config.json").rename(run.workdir / "thesis.tex")
     with pytest.raises(SystemExit):
         launch("--overwrite")
-    assert "so it is no run to delete" in capsys.readouterr().err
+    assert "holds thesis.tex and no record of a run (config.json)" in capsys.readouterr().err
     assert (run.workdir / "thesis.tex").exists()
 
 
@@ -325,7 +325,8 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(launch, tmp
         finally:
             other.kill()
     launch("--overwrite", main=write_a_file)
-    assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "log"]
+    # Nobody has said that a run writes such a file.
+    assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "held", "log"]
 
 
 def test_a_mistake_found_late_keeps_an_earlier_run(launch, tmp_path):

@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from instruct_jax.cli.config import (
     suggest,
 )
 from instruct_jax.cli.workdir import Run, describe, open_workdir
-from instruct_jax.errors import ConfigError, RunError, StorageError
+from instruct_jax.errors import ConfigError, Interrupted, RunError, StorageError
 
 __all__ = [
     "HOST_DEVICE_FLAGS",
@@ -65,41 +67,90 @@ def run(
     config_class: type[Config],
     *,
     default: str,
+    writes: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> None:
     """Calls `main(config, run)` as the command line says; a RunError becomes its exit code.
 
-    `config_class` is a frozen dataclass, `default` the "FILE:NAME" of its usual values. Writes
-    workdir/config.json before `main`: the resolved configuration, versions, commit and command.
+    `config_class` is a frozen dataclass, `default` the "FILE:NAME" of its usual values, `writes`
+    the files in the work directory that this script writes beside those that all do (`COMMON` in
+    replacing.py), so that --overwrite knows them. Writes workdir/config.json before `main`: the
+    resolved configuration, versions, commit and command. Ctrl-C and SIGTERM end it in one line with
+    code 130 and 143; a loop that can save its state handles them itself (training/loop.py).
     Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or ~/.cache/instruct_jax/xla. Where the
     environment says that there are several processes (processes.py) they meet first, and the first
     of them alone writes.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        flags, overrides = _parse(argv, main, default)
-        loaded = load(flags.config, default=default)
-        config = resolve(config_class, loaded.values, overrides)
-        if flags.help:
-            print(flags.usage + field_help(config, loaded.spec, loaded.presets))
-            return
-        workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
-        record = describe(config, loaded.spec, flags.mesh, argv)
-        several = processes.announced()
-        if several:
-            _configure_jax(flags.host_devices)
-            processes.join()
-        with (
-            processes.together(),
-            _storage(workdir),
-            open_workdir(workdir, config, record, overwrite=flags.overwrite),
-        ):
-            if not several:
-                _configure_jax(flags.host_devices)
-            main(config, Run(workdir, flags.mesh))
+        with _ended_by_signals():
+            _run(main, config_class, default, writes, argv)
     except RunError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+def _run(
+    main: Callable[[Config, Run], Any],
+    config_class: type[Config],
+    default: str,
+    writes: Sequence[str],
+    argv: list[str],
+) -> None:
+    flags, overrides = _parse(argv, main, default)
+    if flags.help:
+        print(flags.usage + _fields(config_class, flags.config, default, overrides))
+        return
+    loaded = load(flags.config, default=default)
+    config = resolve(config_class, loaded.values, overrides)
+    workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
+    record = describe(config, loaded.spec, flags.mesh, argv, writes=writes)
+    several = processes.announced()
+    if several:
+        _configure_jax(flags.host_devices)
+        processes.join()
+    with (
+        processes.together(),
+        _storage(workdir),
+        open_workdir(workdir, config, record, overwrite=flags.overwrite),
+    ):
+        if not several:
+            _configure_jax(flags.host_devices)
+        main(config, Run(workdir, flags.mesh))
+
+
+def _fields(config_class: type[Any], spec: str, default: str, overrides: dict[str, str]) -> str:
+    """The fields as --help shows them; a configuration that is broken is named instead."""
+    try:
+        loaded = load(spec, default=default)
+        config = resolve(config_class, loaded.values, overrides)
+        return field_help(config, loaded.spec, loaded.presets)
+    except RunError as error:
+        return f"\nthe fields of {spec} cannot be shown: {' '.join(str(error).splitlines())}"
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within it Ctrl-C and SIGTERM raise Interrupted, so that what was begun is taken back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 # What is wrong with a disk or its permissions, and not with the program.
@@ -148,18 +199,34 @@ def _parse(
         metavar="FILE:NAME",
         help=f"preset (default: {default}); NAME: one of the same file",
     )
-    flag("--workdir", type=Path, metavar="DIR", help="the run's files (default: runs/FILE)")
+    flag("--workdir", metavar="DIR", help="the run's files (default: runs/FILE)")
     flag(
         "--mesh", default="auto", help="data, fsdp, tensor, sequence: data:2,fsdp:4 (default: auto)"
     )
-    flag("--overwrite", action="store_true", help="delete the run in DIR instead of resuming it")
+    flag("--overwrite", action="store_true", help="replace the run in DIR, once this one stands")
     flag("--host_devices", type=int, metavar="N", help="use the CPU as N devices")
+    if {"-h", "--help"} & set(argv):
+        flags, overrides = _help_flags(parser, argv)
+        flags.usage = parser.format_help()
+        return flags, overrides
     rest, overrides = split_overrides(argv)
     flags = parser.parse_args(rest)
-    flags.usage = parser.format_help()
+    if flags.workdir is not None:
+        if not flags.workdir.strip():
+            raise ConfigError("--workdir is empty; name a directory for the run's files")
+        flags.workdir = Path(flags.workdir)
     if flags.host_devices is not None and flags.host_devices < 1:
         raise ConfigError(f"--host_devices={flags.host_devices}: expected 1 or more")
     return flags, overrides
+
+
+def _help_flags(parser: _Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Those of a command line that asks for help: whatever else is wrong with it, it is given."""
+    try:
+        rest, overrides = split_overrides(argv)
+        return parser.parse_known_args(rest)[0], overrides
+    except ConfigError:
+        return parser.parse_args(["--help"]), {}
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

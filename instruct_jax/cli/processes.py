@@ -13,6 +13,7 @@ takes the others with it: a dead one is missed after HEARTBEAT seconds.
 """
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.errors import ConfigError, Interrupted, RunError
 
 COORDINATOR, COUNT, INDEX = (
     f"INSTRUCT_JAX_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS")
@@ -85,7 +86,41 @@ def _told() -> tuple[str, int, int]:
     coordinator, count, index = (str(text) for text in texts.values())
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise ConfigError(f"{INDEX}={index}, {COUNT}={count}: expected 0 <= process < processes")
+    host, port = _address(coordinator)
+    if int(index) == 0 and int(count) > 1:
+        _check_port(coordinator, port)
+    elif int(count) > 1:
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as error:
+            raise ConfigError(f"{COORDINATOR}={coordinator}: no host {host!r} ({error})") from error
     return coordinator, int(count), int(index)
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # as IPv6 addresses are written
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            f"{COORDINATOR}={coordinator}: expected HOST:PORT, the port from 1 to 65535"
+        )
+    return host, int(port)
+
+
+def _check_port(coordinator: str, port: int) -> None:
+    """ConfigError where process 0 may not listen there; jax would end in a segmentation fault."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        # As jax does: on all interfaces.
+        with socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family != socket.AF_INET
+        ):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{COORDINATOR}={coordinator}: process 0 cannot listen on port {port}"
+            f" ({error.strerror}); choose another port"
+        ) from error
 
 
 def index() -> int:
@@ -115,12 +150,15 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if not _joined or (isinstance(error, RunError) and error.everywhere):
             raise
         code = 1
         if isinstance(error, RunError):
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            code = error.exit_code
+        elif isinstance(error, Interrupted):
+            print(error, file=sys.stderr)
             code = error.exit_code
         else:
             traceback.print_exc()

@@ -1,18 +1,19 @@
-"""The directory of a run, and its record: config.json.
+"""The directory of a run: what may be one, whose it is, and how it is left.
 
-The record holds the resolved configuration, versions, commit and command. A directory belongs to
-one configuration: the same one resumes it, another is refused, so that no run is written over by
-mistake. It belongs to one run at a time: to one process, or to the first of several, which writes
-for all.
+A directory belongs to one configuration (record.py): the same one resumes it, another is refused,
+so that no run is written over by mistake. It belongs to one run at a time: to one process, or to
+the first of several, which writes for all. A folder with anything else in it than a run is refused,
+whatever is asked: nothing that a run did not write is written over or deleted.
 """
 
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import time
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from instruct_jax import __version__
-from instruct_jax.cli import processes
-from instruct_jax.cli.config import REPOSITORY, leaves
-from instruct_jax.errors import ConfigError, RunError, UserError
+from instruct_jax.cli import processes, replacing
+from instruct_jax.cli.config import REPOSITORY
+from instruct_jax.cli.record import RECORD, SCHEMA, changes, read_record, write_json
+from instruct_jax.errors import ConfigError, RunError, UserError, unfit_path
 
-RECORD = "config.json"
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "qwix", "numpy", "tokenizers")
+# What may stand in a folder before its run begins: what a shell or a cluster writes there.
+_LOGS = re.compile(r".*\.(log|out|err)|\.(?!git$).*")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Run:
         if not self.writes:
             return
         path = self.workdir / RECORD
-        known = json.loads(path.read_text()) if path.exists() else {}
-        _write_json(path, known | facts)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, known | facts)
 
     def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
         """Records what the rows come from, and shows the licences that are stated (DATA-21)."""
@@ -67,10 +70,12 @@ def open_workdir(
 ) -> Iterator[None]:
     """Within it `workdir` belongs to this run; the record is written first.
 
-    Raises ConfigError where another run works in it (R6), and where it holds anything but an
-    earlier part of this run, which `overwrite` deletes. Where a run fails and has written nothing
-    else, the record and the directories made for it are taken back. Of several processes the first
-    does this for all; where it fails the others leave with its exit code.
+    Raises ConfigError where another run works in it (R6), where it cannot be a run's directory, and
+    where it holds anything but an earlier part of this run. With `overwrite` another run is set
+    aside, and deleted when this one is done or has saved its state on a signal (R19). Where a run
+    fails and has saved nothing, what was made for it is taken back and what it replaced put back.
+    Of several processes the first does this for all; where it fails the others leave with its exit
+    code.
     """
     if processes.index():
         if not processes.agreed(True):
@@ -92,38 +97,130 @@ def open_workdir(
 def _opened(
     workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool
 ) -> Iterator[None]:
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is not a directory")
+    check_workdir(workdir, overwrite=overwrite)
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    with _at_the_door(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
-        _claim(workdir, config, overwrite=overwrite)
-        path = workdir / RECORD
-        fresh = not path.exists()
-        _write_json(path, record)
+        try:
+            with _at_the_door(workdir):
+                before, replaced = _claim(workdir, config, overwrite=overwrite)
+                write_json(workdir / RECORD, _new_record(record, before, replaced))
+        except BaseException:
+            _remove(made)
+            raise
+        fresh = before is None or replaced is not None
         try:
             yield
-        except BaseException as error:
-            remade = (TOKENS,) if isinstance(error, UserError) else ()
-            if fresh and _files(workdir, without=remade) == [path]:
-                shutil.rmtree(workdir)
-                for parent in made[1:]:
-                    parent.rmdir()
+        except SystemExit as end:
+            if not end.code:  # stopped by a signal, with everything saved
+                _forget_replaced(workdir)
             raise
+        except BaseException as error:
+            if fresh:
+                _take_back(workdir, record, replaced, isinstance(error, UserError))
+                _remove(made)
+            raise
+        _forget_replaced(workdir)
+
+
+def check_workdir(workdir: Path, *, overwrite: bool) -> None:
+    """ConfigError for what cannot be the directory of a run, whatever is in it."""
+    told = f"--workdir={workdir}"
+    with _at_the_door(workdir):
+        if (reason := unfit_path(workdir)) is not None:
+            raise ConfigError(f"{told}: {reason}; choose another --workdir")
+        place = workdir.resolve(strict=False)  # OSError or RuntimeError for links in a ring
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"{told} is not a directory")
+        if workdir.is_symlink() and not place.exists():
+            raise ConfigError(f"{told} is a link to {place}, which does not exist")
+        present = next(p for p in (place, *place.parents) if p.exists())
+        if not present.is_dir():
+            raise ConfigError(f"{told}: {present} is not a directory")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError(f"{told}: {present} may not be written to; choose another --workdir")
+    homes = [Path(os.path.expanduser("~")).resolve(), Path.cwd().resolve()]
+    if overwrite and any(place in (home, *home.parents) for home in homes):
+        raise ConfigError(
+            f"{told} --overwrite: holds the current directory or your home; name the"
+            " run's own directory, from outside of it"
+        )
+
+
+@contextmanager
+def _at_the_door(workdir: Path) -> Iterator[None]:
+    """Within it what the system says against `workdir` is a ConfigError; a full disk is none."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(f"--workdir={workdir}: {reason}; choose another --workdir") from error
+
+
+def _new_record(record: dict[str, Any], before: Any, replaced: str | None) -> dict[str, Any]:
+    """`record` with our mark, and with what else is known of the run that goes on."""
+    earlier = replacing.asides(before or {})
+    if replaced is None:
+        return {"schema": SCHEMA} | (before or {}) | record
+    return {"schema": SCHEMA} | record | {"replaces": [*earlier, replaced]}
+
+
+def _take_back(
+    workdir: Path, record: dict[str, Any], replaced: str | None, by_mistake: bool
+) -> None:
+    """After a failure: a run that saved nothing leaves nothing, and what it replaced is back."""
+    traces: tuple[str, ...] = (TOKENS,) if by_mistake else ()
+    if replaced is not None:
+        traces = replacing.TRACES
+    writes = record.get("writes", ())
+    if all(p.parts[0] in (*traces, RECORD) for p in replacing.written(workdir, writes)):
+        if replaced is None:
+            replacing.delete(workdir, writes)
+            return
+        replacing.delete(workdir, writes, among=traces)
+        replacing.put_back(workdir, replaced)
+    elif replaced is not None:
+        _say(f"the run that this one replaces is in {workdir / replaced} until this one is done")
+
+
+def _forget_replaced(workdir: Path) -> None:
+    record = read_record(workdir) or {}
+    names = replacing.asides(record)
+    for name in names:
+        kept = replacing.forget(workdir, name)
+        if kept is not None:
+            _say(f"{kept} holds what the run that was replaced had not written")
+    if names:
+        write_json(workdir / RECORD, {k: v for k, v in record.items() if k != "replaces"})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Takes back directories, innermost first, as far as nothing is in them."""
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:
+            return
 
 
 @contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     # The system lets go of it when the process ends, however it ends: no lock is ever stale.
-    descriptor = os.open(workdir, os.O_RDONLY)
+    with _at_the_door(workdir):
+        descriptor = os.open(workdir, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            record = workdir / RECORD
-            holder = json.loads(record.read_text()).get("process", "") if record.exists() else ""
             raise ConfigError(
-                f"{workdir} is in use by another process{holder and f', {holder}'}; "
+                f"{workdir} is in use by another process{_holder(workdir)}; "
                 "wait for it, stop it, or choose another --workdir"
             ) from None
         except OSError as error:  # a file system without locks
@@ -133,27 +230,48 @@ def _locked(workdir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _claim(workdir: Path, config: Any, *, overwrite: bool) -> None:
-    record = workdir / RECORD
-    if not _files(workdir):
-        return
-    if overwrite:
-        if not record.exists():
-            raise ConfigError(f"--overwrite: no {RECORD} in {workdir}, so it is no run to delete")
-        for path in workdir.iterdir():  # the directory itself holds the lock
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif record.exists():
-        changes = _changes(record, config)
-        if changes:
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+def _holder(workdir: Path) -> str:
+    try:
+        record = read_record(workdir) or {}
+    except ConfigError:
+        return ""
+    return f", {record['process']}" if record.get("process") else ""
+
+
+def _claim(
+    workdir: Path, config: Any, *, overwrite: bool
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The record of the run in `workdir` if there is one, and where it was set aside to."""
+    replacing.recover(workdir, read_record(workdir))
+    record = read_record(workdir)
+    if record is None:
+        strangers = sorted(p.name for p in workdir.iterdir() if not _LOGS.fullmatch(p.name))
+        if strangers:
+            more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             raise ConfigError(
-                f"{workdir} holds a run with another configuration"
-                f" ({', '.join(changes[:3])}{more}); choose another --workdir, or --overwrite"
+                f"{workdir} holds {', '.join(strangers[:3])}{more} and no record of a run"
+                f" ({RECORD}); choose another --workdir, or move them away"
             )
+        return None, None
+    if overwrite:
+        return record, replacing.set_aside(workdir, record)
+    differences = changes(record, config)
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        old = replacing.asides(record)
+        before = f" (it replaces the run in {workdir / old[-1]})" if old else ""
+        raise ConfigError(
+            f"{workdir} holds a run with another configuration"
+            f" ({', '.join(differences[:3])}{more}){before}; choose another --workdir, or"
+            " --overwrite"
+        )
+    return record, None
 
 
-def describe(config: Any, config_file: str, mesh: str, argv: Sequence[str]) -> dict[str, Any]:
-    """The record of a run."""
+def describe(
+    config: Any, config_file: str, mesh: str, argv: Sequence[str], *, writes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The record of a run; `writes` are the files that its script alone writes (replacing.py)."""
     versions = {"instruct_jax": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -169,6 +287,7 @@ def describe(config: Any, config_file: str, mesh: str, argv: Sequence[str]) -> d
         "commit": _commit(),
         "process": f"{os.getpid()} on {platform.node()}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "writes": list(writes),
     }
 
 
@@ -179,32 +298,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None  # not a checkout, or no git
     return done.stdout.strip()
-
-
-def _files(workdir: Path, *, without: Sequence[str] = ()) -> list[Path]:
-    """All files below `workdir` but those in its folders `without`."""
-    kept = [path for path in workdir.rglob("*") if not path.is_dir()]
-    return [path for path in kept if path.relative_to(workdir).parts[0] not in without]
-
-
-def _changes(record: Path, config: Any) -> list[str]:
-    try:
-        before = dict(leaves(json.loads(record.read_text()).get("config", {})))
-    except ValueError as error:
-        raise ConfigError(f"{record} cannot be read: {error}") from error
-    after = dict(leaves(json.loads(json.dumps(dataclasses.asdict(config)))))
-    return [
-        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    with partial.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

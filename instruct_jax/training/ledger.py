@@ -129,18 +129,29 @@ class Ledger:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of the ledger of `workdir`, none where it has none."""
+    """The lines of the ledger of `workdir` that are whole, none where it has none."""
     try:
-        text = (workdir / LEDGER).read_text()
-    except FileNotFoundError:
+        lines = (workdir / LEDGER).read_bytes().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    rows = []
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # half a line: the disk was full, or the machine lost power
-            continue
-    return rows
+    return [row for row in map(_parsed, lines) if row is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of ours; None for half a line, as a full disk or a loss of power leaves, or a spoilt
+    one.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also bytes that are no UTF-8
+        return None
+    if not isinstance(row, dict):
+        return None
+    numbers = ["step", "time"]
+    numbers += ["productive"] if row.get("event") == "state" else ["lost"]
+    whole = all(type(row.get(name)) in (int, float) for name in numbers)
+    texts = all(isinstance(row.get(name), str) for name in ("event", "name"))
+    return row if whole and texts else None
 
 
 def account(workdir: Path, name: str | None = None) -> Account | None:
@@ -158,7 +169,7 @@ def account(workdir: Path, name: str | None = None) -> Account | None:
         lost_steps=sum(row["lost"] for row in opened),
         productive=rows[-1].get("productive", 0.0),
         wall=rows[-1]["time"] - rows[0]["time"],
-        reason=rows[-1].get("reason", RUNNING),
+        reason=str(rows[-1].get("reason", RUNNING)),
     )
 
 

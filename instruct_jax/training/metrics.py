@@ -49,15 +49,18 @@ class MetricLogger:
         if not self._active:
             return
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            partial = self.path.with_suffix(".jsonl.tmp")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, self.path)
+            before = self.path.read_bytes()
+            kept = [line for line in before.splitlines() if _step_of(line) <= step]
+            after = b"".join(line + b"\n" for line in kept)
+            if after != before:
+                partial = self.path.with_suffix(".jsonl.tmp")
+                partial.write_bytes(after)
+                os.replace(partial, self.path)
         self._open_board(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records scalars after `step` steps. A value that is not finite is null."""
-        if not self._active:
+        """Records scalars after `step` steps, if any. A value that is not finite is null."""
+        if not self._active or not metrics:
             return
         values = {name: float(value) for name, value in metrics.items()}
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
@@ -100,7 +103,9 @@ class MetricLogger:
         return self._board
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
-        shown = {name: f"{values[name]:.4g}" for name in self.show if name in values}
+        # An evaluation has none of those in `show`: the first of its own say how it went.
+        names = [name for name in self.show if name in values] or list(values)[: len(self.show)]
+        shown = {name: f"{values[name]:.4g}" for name in names}
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self.total, initial=step, desc=self.name, file=sys.stderr)
@@ -120,11 +125,13 @@ class MetricLogger:
         print(f"{self.name} {step}/{self.total} {text}", file=sys.stderr, flush=True)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
+    """The step of a line of ours; of another, as a killed run may leave, it is never reached."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):  # the unfinished last line of a killed run
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def _clock(seconds: float) -> str:

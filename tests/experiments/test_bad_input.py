@@ -143,7 +143,8 @@ def test_a_finished_run_is_not_written_over(tmp_path, capsys, inputs):
     """Another configuration in its directory is refused, and every file stays."""
     workdir = tmp_path / "run"
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps({"config": {"init": "other"}}))
+    record = {"schema": "instruct_jax.run/1", "config": {"init": "other"}}
+    (workdir / "config.json").write_text(json.dumps(record))
     line = refused(capsys, "sft", *sft_arguments(inputs, workdir))
     assert "holds a run with another configuration" in line
     assert [path.name for path in workdir.iterdir()] == ["config.json"]

@@ -1,0 +1,162 @@
+"""The record of a run, config.json: what was run, and what it may be taken up with.
+
+It bears the mark of this package (`schema`), by which a run is known: the config.json of an
+exported model or of anything else is no record. A run is taken up with the configuration that it
+has, where
+
+- a field that was recorded with another value may change (`may_change` in settings.py): how often
+  something is logged, evaluated or saved, and more epochs, over all of which the schedule then
+  runs;
+- a field that the record lacks, since it is younger than the run, has its default now;
+- a field that the record has and this version lacks is a difference: what it did is not known;
+- two texts that name the same file are the same, however they are written.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instruct_jax.cli.config import leaves
+from instruct_jax.errors import ConfigError
+from instruct_jax.settings import about
+
+RECORD = "config.json"
+SCHEMA = "instruct_jax.run/1"
+_MISSING = object()
+
+
+def read_record(workdir: Path) -> dict[str, Any] | None:
+    """The record in `workdir`, None where there is no config.json.
+
+    ConfigError where there is one that cannot be read, or that is not ours.
+    """
+    path = workdir / RECORD
+    if not os.path.lexists(path):
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _foreign(path, f"cannot be read ({_short(error)})") from error
+    if not is_record(record):
+        raise _foreign(path, "is not the record of a run")
+    if record.get("schema", SCHEMA) != SCHEMA:
+        raise _foreign(path, f"is of schema {record['schema']!r}, this version reads {SCHEMA!r}")
+    return record
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value bears our mark; that of earlier versions was the version itself."""
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        return False
+    versions = value.get("versions")
+    early = isinstance(versions, dict) and "instruct_jax" in versions
+    return str(value.get("schema", "")).startswith("instruct_jax.run/") or early
+
+
+def _foreign(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{path} {reason}; nothing there is touched: choose another --workdir")
+
+
+def changes(record: Mapping[str, Any], config: Any) -> list[str]:
+    """What stands against taking up the run of `record` with `config`, in words."""
+    before = dict(leaves(record["config"]))
+    after = dict(leaves(_plain(dataclasses.asdict(config))))
+    found = []
+    for name, now in after.items():
+        if name not in before and any(old.startswith(f"{name}.") for old in before):
+            continue  # a group that was there; its fields are told below
+        was = before[name] if name in before else _absent(name, before, config)
+        if not (was is not _MISSING and (_same(was, now) or _may_change(config, name, was, now))):
+            told = "absent" if was is _MISSING else repr(was)
+            less = " (more would do)" if _about(config, name).may_change == "more" else ""
+            found.append(f"{name} was {told}, is {now!r}{less}")
+    for name in before.keys() - after.keys():
+        if _under(name, after):
+            found.append(f"{name} was {before[name]!r}, its group is None")
+        elif not any(new.startswith(f"{name}.") for new in after):
+            found.append(f"{name} was {before[name]!r}, and this version has no such field")
+    return sorted(found)
+
+
+def _absent(name: str, before: Mapping[str, Any], config: Any) -> Any:
+    """What a field that is not in a record had: None with its group, else its default."""
+    if (group := _under(name, before)) is not None:
+        return before[group]
+    value, default = config, _MISSING
+    for part in name.split("."):
+        if default is _MISSING:
+            field = next(f for f in dataclasses.fields(value) if f.name == part)
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if default is dataclasses.MISSING:
+                default = _MISSING
+        else:  # what the owner of a group sets in it comes before the group's own
+            default = getattr(default, part, _MISSING)
+        value = getattr(value, part)
+    return default if default is _MISSING else _plain(default)
+
+
+def _under(name: str, tree: Mapping[str, Any]) -> str | None:
+    """The leaf of `tree` that stands where `name` has a group."""
+    parts = name.split(".")
+    return next((g for i in range(1, len(parts)) if (g := ".".join(parts[:i])) in tree), None)
+
+
+def _about(config: Any, name: str) -> Any:
+    *groups, last = name.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    return about(type(config), last)
+
+
+def _may_change(config: Any, name: str, was: Any, now: Any) -> bool:
+    allowed = _about(config, name).may_change
+    if allowed == "more":
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (was, now))
+        return numbers and now > was
+    return bool(allowed)
+
+
+def _same(was: Any, now: Any) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_same, was, now))
+    if isinstance(was, str) and isinstance(now, str):
+        return was == now or (bool(was and now) and _named(was) == _named(now))
+    return bool(was == now) and isinstance(was, bool) == isinstance(now, bool)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The file that a text may name, in its one true form; "NAME=FILE" names one too."""
+    name, equals, path = (
+        text.rpartition("=") if os.sep in text.partition("=")[2] else ("", "", text)
+    )
+    try:
+        return name + equals, os.path.realpath(path)
+    except (OSError, ValueError):
+        return "", text
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
