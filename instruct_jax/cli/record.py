@@ -71,7 +71,8 @@ def changes(record: Mapping[str, Any], config: Any) -> list[str]:
         was = before[name] if name in before else _absent(name, before, config)
         if not (was is not _MISSING and (_same(was, now) or _may_change(config, name, was, now))):
             told = "absent" if was is _MISSING else repr(was)
-            less = " (more would do)" if _about(config, name).may_change == "more" else ""
+            grows = _about(config, name).may_change == "more" and isinstance(was, int | float)
+            less = " (more would do)" if grows else ""
             found.append(f"{name} was {told}, is {now!r}{less}")
     for name in before.keys() - after.keys():
         if _under(name, after):

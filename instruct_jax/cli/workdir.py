@@ -126,7 +126,7 @@ def _opened(
 
 def check_workdir(workdir: Path, *, overwrite: bool) -> None:
     """ConfigError for what cannot be the directory of a run, whatever is in it."""
-    told = f"--workdir={workdir}"
+    told = f"--workdir={workdir}".encode(errors="backslashreplace").decode()
     with _at_the_door(workdir):
         if (reason := unfit_path(workdir)) is not None:
             raise ConfigError(f"{told}: {reason}; choose another --workdir")
