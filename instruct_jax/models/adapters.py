@@ -42,6 +42,7 @@ from instruct_jax.models.matrices import (
     with_dense_rule,
 )
 from instruct_jax.models.transformer import Model, Params
+from instruct_jax.settings import Settings, setting
 
 _A, _B = "_lora_a", "_lora_b"
 # Trained whole beside the adapters: the read-out of a reward or value model starts at random.
@@ -52,25 +53,32 @@ Base = Literal["int8", "int4", "nf4", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Rank 0 trains all parameters and makes no adapter; `targets` are regular expressions that
-    are searched for in the paths of matrices ("layers/attention/query/kernel"); `base` is what the
-    frozen weights are quantised to (QLoRA), None keeps them.
-    """
+class LoraConfig(Settings):
+    """An adapter; `targets` are searched for in paths such as "layers/attention/query/kernel"."""
 
-    rank: int = 0
-    alpha: float = 16.0
-    targets: tuple[str, ...] = MATRICES
-    base: Base | None = None
+    rank: int = setting(0, "of the adapter; 0 makes none and trains all parameters", low=0)
+    alpha: float = setting(16.0, "the adapter's part counts alpha / rank", above=0.0, needs="rank")
+    targets: tuple[str, ...] = setting(
+        MATRICES, "regular expressions for the paths of the matrices it stands beside", needs="rank"
+    )
+    base: Base | None = setting(
+        None, "what the frozen weights are quantised to (QLoRA)", needs="rank"
+    )
 
     def __post_init__(self) -> None:
         """ConfigError for values that make no adapter."""
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank must be 0 (no adapter) or more, got {self.rank}")
-        if self.alpha <= 0:
-            raise ConfigError(f"lora.alpha must be above 0, got {self.alpha}")
+        super().__post_init__()
         if self.base is not None and self.rank == 0:
-            raise ConfigError(f"lora.base {self.base!r} is frozen: give a lora.rank above 0")
+            raise ConfigError(f"base {self.base!r} is frozen: give a rank above 0")
+        if not self.targets:
+            raise ConfigError("targets is empty: name a matrix, such as query/kernel")
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"targets: {pattern!r} is no regular expression ({error})"
+                ) from None
 
     @property
     def scale(self) -> float:

@@ -120,6 +120,7 @@ class Shape:
             old_log_probs="sampler" if self.dtype == "float32" else "forward",
             ptx_coef=27.8 if self.ptx_ratio else 0.0,
             ptx_ratio=max(self.ptx_ratio, 1),
+            warmup_iterations=0,
             seed=self.seed,
         )
 

@@ -19,17 +19,19 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from instruct_jax.data.rows import Comparison, Prompt, write_rows
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.errors import ConfigError
+from instruct_jax.settings import Settings, setting
 from instruct_jax.training import ledger
 
+Stage = Literal["pretrain", "sft", "reward_model", "ppo", "preference"]
 # What a stage is given of `make_inputs`, as overrides of its script.
 _INIT = "--config.init={folder}/pretrain/model"
 _COMPARISONS = "--config.data.comparisons=('{folder}/comparisons.jsonl',)"
-STAGES = {
+STAGES: dict[Stage, tuple[str, ...]] = {
     "pretrain": (),
     "sft": (_INIT,),
     "reward_model": (_INIT, _COMPARISONS),
@@ -45,19 +47,11 @@ _LOOK = 0.02  # seconds between two looks at the metrics
 
 
 @dataclass(frozen=True)
-class StartupConfig:
-    """Which `stages`, each with the preset of this name in its own config."""
+class StartupConfig(Settings):
+    """Which stages start, each with the preset of this name in its own config."""
 
-    stages: tuple[str, ...] = tuple(STAGES)
-    preset: str = "toyworld"
-
-    def __post_init__(self) -> None:
-        """ConfigError for a stage that is not one."""
-        for stage in self.stages:
-            if stage not in STAGES:
-                raise ConfigError(
-                    f"config.startup.stages: no stage {stage!r}; there are {', '.join(STAGES)}"
-                )
+    stages: tuple[Stage, ...] = setting(get_args(Stage), "those that are started")
+    preset: str = setting("toyworld", "of each stage's own config")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from instruct_jax.losses import forward_kl, sum_and_count
 from instruct_jax.losses.chunked import CHUNK_LOGITS
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model, TransformerConfig
+from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.stage import FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
@@ -35,12 +36,12 @@ Targets = Literal["samples", "logits"]
 
 @dataclass(frozen=True)
 class DistillConfig(FitConfig):
-    """`layers` of the teacher's, None for half of them."""
+    """A student's; no paper of ours has one."""
 
     epochs: float = 4.0
     batch_size: int = 64
     learning_rate: float = 5e-4
-    layers: int | None = None
+    layers: int | None = setting(None, "of the student; None is half of the teacher's", low=1)
 
 
 def shortened(

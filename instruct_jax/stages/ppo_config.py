@@ -22,110 +22,139 @@ from dataclasses import dataclass
 from typing import Literal
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.adapters import LoraConfig
-from instruct_jax.stages.stage import AdamConfig
+from instruct_jax.settings import setting
+from instruct_jax.stages.stage import AdamConfig, RunConfig
+
+# Which advantages are of whole responses, and so have a sequence's ratio.
+GROUPED = ("rloo", "grpo")
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(RunConfig):
     """PPO-3: the paper's values; `ptx_coef` 0 is PPO, 27.8 the paper's PPO-ptx."""
 
-    episodes: int = 256_000
-    rollout_batch: int = 512
-    minibatch: int = 64
-    inner_epochs: int = 1
-    prompt_length: int = 1024
-    response_length: int = 1024
-    temperature: float = 1.0
-    # Where the log-probs of the policy that sampled come from: a forward over the whole rows
-    # (PPO-5), or the sampler, which saves a tenth of an iteration's products and is exact to
-    # rounding in float32. In bfloat16 the two differ by 0.03 nats, and the ratio is not 1 at first.
-    old_log_probs: Literal["forward", "sampler"] = "forward"
-    # 0 is on-policy. With 1 an iteration trains on what the policy answered at the start of the
-    # iteration before, off-policy by its updates (`ppo.py`). On one mesh that saves no time.
-    rollout_lag: Literal[0, 1] = 0
-    # So many samples of a prompt are one group; batches and episodes count samples.
-    samples_per_prompt: int = 1
+    episodes: int = setting(
+        256_000, "of the run, in whole rollout batches", low=1, unit="samples", may_change="more"
+    )
+    rollout_batch: int = setting(512, "of an iteration", low=1, unit="samples")
+    minibatch: int = setting(64, "of an update", low=1, unit="samples")
+    inner_epochs: int = setting(1, "passes over a rollout batch", low=1)
+    samples_per_prompt: int = setting(1, "of one prompt, which are a group", low=1)
+    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(1024, "that a response may have", low=1, unit="tokens")
+    temperature: float = setting(
+        1.0, "of sampling and of all log-probs; there is no gradient at 0", above=0.0
+    )
+    # From the sampler they save a tenth of an iteration's products and are exact to rounding in
+    # float32. In bfloat16 the two differ by 0.03 nats, and the ratio is not 1 at first.
+    old_log_probs: Literal["forward", "sampler"] = setting(
+        "forward",
+        "where those of the policy that sampled come from: a pass over whole rows (PPO-5)",
+    )
+    # Off-policy by the updates of one iteration (`ppo.py`). On one mesh that saves no time.
+    rollout_lag: Literal[0, 1] = setting(
+        0, "iterations between a rollout and the updates that learn from it; 0 is on-policy"
+    )
     # Reward: the KL penalty, and what is done to the reward model's score before it.
-    kl_coef: float = 0.02
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    missing_eos: Literal["none", "replace", "subtract"] = "none"
-    missing_eos_penalty: float = 1.0
-    reward_clip: float | None = None
-    whiten_rewards: bool = False
-    # Advantages; only "gae" has a value model.
-    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    group_scale: Literal["group", "batch", "none"] = "group"
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
+    kl_coef: float = setting(0.02, "beta, the KL penalty in the reward", low=0.0, unit="1/nat")
+    kl_target: float | None = setting(
+        None, "the KL that kl_coef is steered to; None holds it", above=0.0, unit="nats a response",
+        needs="kl_coef",
+    )  # fmt: skip
+    kl_horizon: int = setting(
+        10_000, "in which kl_coef is steered", low=1, unit="episodes", needs="kl_target"
+    )
+    missing_eos: Literal["none", "replace", "subtract"] = setting(
+        "none", "what the penalty does to the score of a response without a stop token"
+    )
+    missing_eos_penalty: float = setting(
+        1.0, "which takes its place, negated, or is taken off", low=0.0, needs="missing_eos"
+    )
+    reward_clip: float | None = setting(
+        None, "scores beyond it are cut to it, on both sides; None cuts none", above=0.0
+    )
+    whiten_rewards: bool = setting(
+        False, "whether token rewards are divided by their deviation", needs="estimator=gae"
+    )
+    # Advantages.
+    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = setting(
+        "gae", "of the advantages; gae alone has a value model"
+    )
+    group_scale: Literal["group", "batch", "none"] = setting(
+        "group", "whose deviation divides an advantage", needs="estimator=grpo"
+    )
+    discount: float = setting(
+        1.0, "gamma, a token", low=0.0, high=1.0, needs="estimator=gae|reinforce++"
+    )
+    gae_lambda: float = setting(0.95, "lambda", low=0.0, high=1.0, needs="estimator=gae")
+    whiten_advantages: Literal["rollout", "minibatch", "none"] = setting(
+        "rollout", "over what they get mean 0 and deviation 1"
+    )
     # The clipped losses.
-    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
-    clip: float = 0.2
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    value_clip: float = 0.2
-    kl_loss_coef: float = 0.0
-    loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
+    ratio: Literal["token", "sequence", "sequence_mean"] = setting(
+        "token", "of what the probabilities are compared"
+    )
+    clip: float = setting(0.2, "epsilon of the ratio", above=0.0)
+    clip_high: float | None = setting(None, "its upper epsilon, where it is another", above=0.0)
+    dual_clip: float | None = setting(
+        None, "the ratio's bound where the advantage is negative; None sets none", above=1.0
+    )
+    value_clip: float = setting(
+        0.2, "how far a value moves from that of the rollout", above=0.0, needs="estimator=gae"
+    )
+    kl_loss_coef: float = setting(
+        0.0, "a KL penalty in the loss, token by token", low=0.0, needs="ratio=token"
+    )
+    loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = setting(
+        "token_mean", "of tokens to a loss (ppo_losses.py)", needs="ratio=token"
+    )
     # The pretraining mix.
-    ptx_coef: float = 0.0
-    ptx_ratio: int = 8
-    ptx_reduction: Literal["token_mean", "seq_sum_mean"] = "token_mean"
+    ptx_coef: float = setting(0.0, "gamma, of the pretraining loss; 0 mixes none in", low=0.0)
+    ptx_ratio: int = setting(8, "rows of text beside a sample", low=1, needs="ptx_coef")
+    ptx_reduction: Literal["token_mean", "seq_sum_mean"] = setting(
+        "token_mean", "mean over tokens, or over rows of their sum", needs="ptx_coef"
+    )
     # Optimizers: one each for the policy and the value model.
-    learning_rate: float = 9.65e-6
-    value_learning_rate: float = 9e-6
-    warmup_iterations: int = 10
+    learning_rate: float = setting(9.65e-6, "of the policy, after the warm-up", above=0.0)
+    value_learning_rate: float = setting(
+        9e-6, "of the value model, after the warm-up", above=0.0, needs="estimator=gae"
+    )
+    warmup_iterations: int = setting(
+        10, "in which the rates rise from a tenth", low=0, unit="iterations"
+    )
     adam: AdamConfig = AdamConfig(eps=1e-5)
-    ema_decay: float = 0.992
-    # A gradient whose norm, before clipping, is this or more makes no update; None is no limit.
-    skip_above: float | None = None
-    # Rank 0 trains all parameters. Else an adapter of the policy and one of the value model, whose
-    # head is trained whole; the reference is the policy with its adapter off.
-    lora: LoraConfig = LoraConfig()
-    # Parts of a minibatch that are computed one after the other, and parts of the text mixed into
-    # it, by default as many: a part then has `ptx_ratio` times the rows. It changes no result.
-    micro_batches: int = 1
-    ptx_micro_batches: int | None = None
-    # With more than 1, rows are sorted by length within a minibatch, and each micro-batch computed
-    # at the least of so many widths that has room for its responses; scoring goes the same way, and
-    # sampling goes on in half as many rows, up to one time less than that. It changes no result,
-    # and pays where lengths differ: each width and each number of rows is compiled.
-    length_buckets: int = 1
-    seed: int = 0
+    ema_decay: float = setting(
+        0.992, "of the average of the policy, which is what is kept", low=0.0, below=1.0
+    )
+    # A part of the text then has `ptx_ratio` times the rows of a part of the minibatch.
+    ptx_micro_batches: int | None = setting(
+        None, "parts of the text of an update; None is as many", low=1, needs="ptx_coef"
+    )
+    # Rows are sorted by length within a minibatch, and each micro-batch computed at the least width
+    # that has room for its responses; scoring goes the same way, and sampling goes on in half as
+    # many rows, up to one time less than that. Each width and each number of rows is compiled.
+    length_buckets: int = setting(
+        1, "widths that responses are computed at; more pays where lengths differ", low=1
+    )
     log_every: int = 1
-    eval_every: int = 0
-    save_every: int = 0
 
     def __post_init__(self) -> None:
         """ConfigError where a batch does not divide or two choices do not fit together."""
-        if self.rollout_batch % self.minibatch:
+        super().__post_init__()
+        self._check_batches()
+        if self.warmup_iterations > self.iterations:
             raise ConfigError(
-                f"rollout_batch {self.rollout_batch} is not a multiple of "
-                f"minibatch {self.minibatch}"
+                f"warmup_iterations {self.warmup_iterations} of {self.iterations} iterations: the "
+                "learning rate is never reached; give fewer of them, or more episodes"
             )
-        if self.minibatch % self.micro_batches:
+        if self.kl_target is not None and not self.kl_coef:
+            raise ConfigError("kl_target steers kl_coef, which is 0 and stays so; give it a value")
+        if self.whiten_rewards and self.estimator != "gae":
             raise ConfigError(
-                f"minibatch {self.minibatch} is not a multiple of "
-                f"micro_batches {self.micro_batches}"
+                "whiten_rewards leaves the mean of the rewards, and pays it once a token: without "
+                f"a value model, as with estimator {self.estimator!r}, that is paid for length"
             )
-        text = self.minibatch * self.ptx_ratio
-        if self.ptx_parts < 1 or text % self.ptx_parts:
-            raise ConfigError(
-                f"minibatch {self.minibatch} x ptx_ratio {self.ptx_ratio}, {text} rows of text, is "
-                f"not a multiple of ptx_micro_batches {self.ptx_parts}"
-            )
-        if not 1 <= self.length_buckets <= self.response_length:
-            raise ConfigError(
-                f"length_buckets {self.length_buckets} is not between 1 and "
-                f"response_length {self.response_length}"
-            )
-        if self.rollout_batch % self.samples_per_prompt:
-            raise ConfigError(
-                f"rollout_batch {self.rollout_batch} is not a multiple of "
-                f"samples_per_prompt {self.samples_per_prompt}"
-            )
-        grouped = self.estimator in ("rloo", "grpo")
+        grouped = self.estimator in GROUPED
         if grouped and self.samples_per_prompt < 2:
             raise ConfigError(
                 f"estimator {self.estimator!r} compares the samples of a prompt; "
@@ -141,10 +170,35 @@ class PPOConfig:
                 f"kl_loss_coef is a token loss and ratio is {self.ratio!r}; use kl_coef"
             )
 
+    def _check_batches(self) -> None:
+        divided = (
+            ("rollout_batch", self.rollout_batch, "minibatch", self.minibatch),
+            ("minibatch", self.minibatch, "micro_batches", self.micro_batches),
+            ("rollout_batch", self.rollout_batch, "samples_per_prompt", self.samples_per_prompt),
+        )
+        for whole, rows, part, size in divided:
+            if rows % size:
+                raise ConfigError(f"{whole} {rows} is not a multiple of {part} {size}")
+        text = self.minibatch * self.ptx_ratio
+        if self.ptx_coef and text % self.ptx_parts:
+            raise ConfigError(
+                f"minibatch {self.minibatch} x ptx_ratio {self.ptx_ratio}, {text} rows of text, is "
+                f"not a multiple of ptx_micro_batches {self.ptx_parts}"
+            )
+        if self.episodes < self.rollout_batch:
+            raise ConfigError(
+                f"episodes {self.episodes} is less than one rollout_batch of {self.rollout_batch}"
+            )
+        if self.length_buckets > self.response_length:
+            raise ConfigError(
+                f"length_buckets {self.length_buckets} is not between 1 and "
+                f"response_length {self.response_length}"
+            )
+
     @property
     def iterations(self) -> int:
         """Rollout batches in the run."""
-        return max(1, self.episodes // self.rollout_batch)
+        return self.episodes // self.rollout_batch
 
     @property
     def prompts(self) -> int:

@@ -46,6 +46,7 @@ from instruct_jax.losses import (
 )
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
+from instruct_jax.settings import setting
 from instruct_jax.stages.preference_rows import (
     ResponseScorer,
     branch_log_probs,
@@ -67,24 +68,46 @@ class PreferenceConfig(FitConfig):
     updates and then constant (Adam here, RMSprop there).
     """
 
-    loss: Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "cpo", "dpo_sft"] = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # dpo (then cDPO) and cpo
-    flip_rate: float = 0.1  # robust_dpo
-    margin: float = 1.0  # simpo's gamma
-    sft_weight: float = 1.0  # dpo_sft and cpo
-    odds_weight: float = 0.1  # orpo's lambda
-    desirable_weight: float = 1.0  # kto
-    undesirable_weight: float = 1.0  # kto
-    reference: Literal["precomputed", "live"] = "precomputed"
+    loss: Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "cpo", "dpo_sft"] = setting(
+        "dpo", "what is minimised; all are in losses/preference.py"
+    )
+    beta: float = setting(
+        0.1,
+        "how strong the pull to the reference is; of orpo it scales the logged margin",
+        above=0.0,
+    )
+    label_smoothing: float = setting(
+        0.0, "share of pairs believed to be the wrong way round", low=0.0, below=0.5,
+        needs="loss=dpo|cpo",
+    )  # fmt: skip
+    flip_rate: float = setting(
+        0.1, "share of pairs known to be the wrong way round", low=0.0, below=0.5,
+        needs="loss=robust_dpo",
+    )  # fmt: skip
+    margin: float = setting(1.0, "gamma, asked of the chosen", low=0.0, needs="loss=simpo")
+    sft_weight: float = setting(
+        1.0, "of the chosen's own loss beside the pair's", low=0.0, needs="loss=dpo_sft|cpo"
+    )
+    odds_weight: float = setting(
+        0.1, "lambda, of the pair's loss beside the chosen's own", low=0.0, needs="loss=orpo"
+    )
+    desirable_weight: float = setting(1.0, "of the better half", low=0.0, needs="loss=kto")
+    undesirable_weight: float = setting(1.0, "of the worse half", low=0.0, needs="loss=kto")
+    reference: Literal["precomputed", "live"] = setting(
+        "precomputed",
+        "when the reference reads the rows: all at first, or each batch when it is met",
+        needs="loss=dpo|robust_dpo|ipo|kto|dpo_sft",
+    )
     epochs: float = 1.0
     batch_size: int = 64
     learning_rate: float = 1e-6
     warmup: int = 150
     final_fraction: float = 1.0
-    completions: int = 2
-    prompt_length: int = 512
-    response_length: int = 512
+    completions: int = setting(2, "ranked answers of a prompt, at most", low=2)
+    prompt_length: int = setting(512, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(
+        512, "of a response, its stop token included", low=1, unit="tokens"
+    )
 
     @property
     def needs_reference(self) -> bool:

@@ -23,6 +23,7 @@ from instruct_jax.data.tokens import TokenRows
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.scores import cross_entropy_sum
+from instruct_jax.settings import setting
 from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -31,7 +32,7 @@ from instruct_jax.training.state import LossFn, TrainState
 class PretrainConfig(FitConfig):
     """Rows of `length` tokens (MODEL-2 for the batch sizes and learning rates of GPT-3)."""
 
-    length: int = 96
+    length: int = setting(96, "of a row of text", low=2, unit="tokens")
     warmup: int = 40
     learning_rate: float = 2e-3
     adam: AdamConfig = AdamConfig(weight_decay=0.1)

@@ -31,6 +31,7 @@ from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.sharding import WHOLE, constrain
 from instruct_jax.models.transformer import Model, final_scores
+from instruct_jax.settings import setting
 from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches
 from instruct_jax.stages.trees import TREE, by_prompt, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
@@ -46,11 +47,17 @@ class RewardModelConfig(FitConfig):
     epochs: float = 1.0
     batch_size: int = 64
     learning_rate: float = 9e-6
-    completions: int = 9
-    prompt_length: int = 1024
-    response_length: int = 1024
-    pair_norm: PairNorm = "valid"
-    normalisation: Normalisation = "demo_mean"
+    completions: int = setting(9, "ranked answers of a prompt, at most", low=2)
+    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(
+        1024, "of a response, its stop token included", low=1, unit="tokens"
+    )
+    pair_norm: PairNorm = setting(
+        "valid", "what a prompt's pairs are divided by: those without a tie, or all of them"
+    )
+    normalisation: Normalisation = setting(
+        "demo_mean", "of the score, on demonstrations (RM-4) or on samples of the policy"
+    )
 
 
 def sequence_scores(

@@ -24,8 +24,10 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.tokens import TokenRows
+from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
+from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
 from instruct_jax.stages.stage import FitConfig, fit
 from instruct_jax.training.state import TrainState
@@ -39,17 +41,41 @@ class SFTConfig(FitConfig):
     batch_size: int = 32
     learning_rate: float = 9.65e-6
     residual_dropout: float = 0.2
-    prompt_length: int = 1024
-    response_length: int = 1024
-    loss_on_prompt: bool = False
-    # In dialogues, whether all assistant turns are targets or only the last.
-    all_turns: bool = False
-    # Rows of this many tokens hold several demonstrations, and `batch_size` counts those: the fast
-    # option, since a row of one demonstration is mostly padding, which the layers compute all the
-    # same (the read-out never does). None keeps one a row, as in the paper.
-    pack_length: int | None = None
-    # This share of the rows of every batch is pretraining text (SFT-5).
-    pretrain_fraction: float = 0.0
+    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(
+        1024, "of the longest response, its stop token included", low=1, unit="tokens"
+    )
+    loss_on_prompt: bool = setting(False, "whether prompts are targets too")
+    all_turns: bool = setting(
+        False,
+        "whether all assistant turns of a dialogue are targets, or the last alone",
+        needs="loss_on_prompt=False",
+    )
+    # The fast option, since a row of one demonstration is mostly padding, which the layers compute
+    # all the same (the read-out never does).
+    pack_length: int | None = setting(
+        None,
+        "of rows that hold several demonstrations, and that batch_size counts; None is one a row",
+        low=2,
+        unit="tokens",
+    )
+    pretrain_fraction: float = setting(
+        0.0, "share of a batch's rows that is pretraining text (SFT-5)", low=0.0, below=1.0
+    )
+
+    def __post_init__(self) -> None:
+        """ConfigError also where the share of pretraining text is no row, or the whole batch."""
+        super().__post_init__()
+        if self.pretrain_fraction and not 0 < self.mixed < self.batch_size:
+            raise ConfigError(
+                f"pretrain_fraction {self.pretrain_fraction:g} of batch_size {self.batch_size} is "
+                f"{self.mixed} rows of text: expected 1 to {self.batch_size - 1}"
+            )
+
+    @property
+    def mixed(self) -> int:
+        """Rows of pretraining text in a batch."""
+        return round(self.pretrain_fraction * self.batch_size)
 
 
 def train(
@@ -76,16 +102,15 @@ def train(
         if "segment_ids" in rows:  # what stands before a segment's first token is another row
             segments = rows["segment_ids"]
             rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
-    mixed = round(config.pretrain_fraction * config.batch_size)
-    own = config.batch_size - mixed
+    own = config.batch_size - config.mixed
     demonstrated = Batches(rows, own, seed=config.seed)
     batches: Batches | Mixture = demonstrated
-    if mixed:
+    if config.mixed:
         assert pretraining is not None, "pretrain_fraction > 0 needs pretraining rows"
         text = language_rows(pretraining)
         if "segment_ids" in rows:
             text["segment_ids"] = np.broadcast_to(np.int32(1), pretraining.shape)
-        extra = Batches(text, mixed, seed=config.seed + 1)
+        extra = Batches(text, config.mixed, seed=config.seed + 1)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch
     steps = max(1, round(config.epochs * per_epoch))

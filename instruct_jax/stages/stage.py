@@ -36,6 +36,7 @@ from instruct_jax.models.transformer import (
     language_model,
     scalar_model,
 )
+from instruct_jax.settings import Settings, setting
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
@@ -63,14 +64,14 @@ ADAPTER = 0x10A
 
 
 @dataclass(frozen=True)
-class AdamConfig:
+class AdamConfig(Settings):
     """Adam as the paper uses it (betas 0.9, 0.95); eps, decay and clip are not printed there."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    b1: float = setting(0.9, "how much of the mean gradient an update keeps", low=0.0, below=1.0)
+    b2: float = setting(0.95, "how much of the mean squared gradient", low=0.0, below=1.0)
+    eps: float = setting(1e-8, "added to the root of the mean squared gradient", above=0.0)
+    weight_decay: float = setting(0.0, "share of a matrix taken off, times the rate", low=0.0)
+    clip: float = setting(1.0, "the norm that a larger gradient is cut to; 0 cuts none", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,57 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class RunConfig(Settings):
+    """What every stage has; a step is an update, of PPO an iteration.
+
+    An update is skipped whose gradient is not finite, and with `skip_above` one that is that large.
+    """
+
+    adam: AdamConfig = AdamConfig()
+    lora: LoraConfig = LoraConfig()
+    micro_batches: int = setting(1, "parts of a batch, one after the other, to save memory", low=1)
+    skip_above: float | None = setting(
+        None, "an update is skipped whose gradient, before clipping, has this norm", above=0.0
+    )
+    seed: int = setting(0, "of all that is drawn", low=0, high=2**32 - 1)
+    log_every: int = setting(
+        10, "between two lines of metrics", low=1, unit="steps", may_change=True
+    )
+    eval_every: int = setting(
+        0, "between two evaluations; 0 makes none on the way", low=0, unit="steps", may_change=True
+    )
+    save_every: int = setting(
+        0, "between two checkpoints; 0 saves at the end", low=0, unit="steps", may_change=True
+    )
+
+
+@dataclass(frozen=True)
+class FitConfig(RunConfig):
     """What every stage that minimises one loss has; each stage sets the paper's values.
 
     The schedule is the paper's: cosine from `learning_rate` to `final_fraction` of it, over the
     run, after `warmup` linear updates.
     """
 
-    epochs: float = 1.0
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    warmup: int = 0
-    final_fraction: float = 0.1
-    adam: AdamConfig = AdamConfig()
-    residual_dropout: float = 0.0
-    # Rank 0 trains all parameters.
-    lora: LoraConfig = LoraConfig()
-    micro_batches: int = 1
-    # An update whose gradient has this norm or a larger one, before clipping, is skipped and
-    # counted, as one that is not finite always is; None sets no limit.
-    skip_above: float | None = None
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
+    epochs: float = setting(1.0, "passes over the rows", above=0.0, may_change="more")
+    batch_size: int = setting(64, "rows of an update", low=1, unit="rows")
+    learning_rate: float = setting(1e-4, "at its peak; it falls along a cosine", above=0.0)
+    warmup: int = setting(0, "in which the rate rises to its peak", low=0, unit="updates")
+    final_fraction: float = setting(
+        0.1, "the learning rate at the end, in parts of its peak", low=0.0, high=1.0
+    )
+    residual_dropout: float = setting(
+        0.0, "share dropped of what a layer adds to its input", low=0.0, below=1.0
+    )
+
+    def __post_init__(self) -> None:
+        """ConfigError where a value is out of range, or the micro-batches do not divide a batch."""
+        super().__post_init__()
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"micro_batches {self.micro_batches}"
+            )
 
 
 def with_base(base: Any, loss_fn: LossFn) -> LossFn:

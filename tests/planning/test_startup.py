@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from instruct_jax.cli import from_config
 from instruct_jax.data.formats import read_comparisons
 from instruct_jax.errors import ConfigError
 from instruct_jax.planning.startup import StartupConfig, account, make_inputs, measure_startup
@@ -120,5 +121,5 @@ def test_the_inputs_are_rankings_and_models_of_the_stages_own_scripts(tmp_path):
 
 
 def test_an_unknown_stage_is_a_configuration_error():
-    with pytest.raises(ConfigError, match=r"startup\.stages: no stage 'rlhf'"):
-        StartupConfig(stages=("rlhf",))
+    with pytest.raises(ConfigError, match=r"stages\[0\]='rlhf': expected one of pretrain, sft"):
+        from_config(StartupConfig, {"stages": ("rlhf",)})
