@@ -611,7 +611,7 @@ reference_table = jnp.zeros((VOCABULARY, VOCABULARY))
 def response_log_probs(table, tokens):
     """float[B]: the first token is the prompt, the rest the response."""
     log_probs = losses.token_log_probs(table[tokens[:, :-1]], tokens[:, 1:])
-    return losses.sequence_log_probs(log_probs, jnp.ones(log_probs.shape, bool))
+    return losses.sequence_log_probs(log_probs, where=jnp.ones(log_probs.shape, bool))
 
 
 def preference(table):
@@ -706,7 +706,7 @@ def nnx_step(model, optimizer):
     def loss(model):
         head = model.head.kernel[...]
         per_token = losses.chunked_next_token_loss(model(text), head, text, chunk=4)
-        return losses.masked_mean(per_token, present[:, 1:])
+        return losses.masked_mean(per_token, where=present[:, 1:])
 
     value, gradients = nnx.value_and_grad(loss)(model)
     optimizer.update(model, gradients)
@@ -769,7 +769,7 @@ plt.show()
 # %%
 per_token = jnp.array([[1.0, 1.0, 1.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
 lengths = jnp.array([[True, True, True, True], [True, False, False, False]])
-parts = [losses.loss_sum_and_count(per_token[i : i + 1], lengths[i : i + 1]) for i in (0, 1)]
+parts = [losses.loss_sum_and_count(per_token[i : i + 1], where=lengths[i : i + 1]) for i in (0, 1)]
 total, count = (sum(part) for part in zip(*parts, strict=True))
 print("one division", total / count, "- mean of means", (1.0 + 5.0) / 2)
-assert total / count == losses.reduce_loss(per_token, lengths)
+assert total / count == losses.reduce_loss(per_token, where=lengths)

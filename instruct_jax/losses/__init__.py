@@ -19,6 +19,7 @@ from instruct_jax.losses.distillation import (
     reverse_kl,
 )
 from instruct_jax.losses.group import (
+    critic_free_advantages,
     grpo_advantages,
     grpo_loss,
     gspo_loss,
@@ -107,6 +108,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "cpo_loss",
+    "critic_free_advantages",
     "diverging_pairwise_loss",
     "dpo_loss",
     "dpo_sft_loss",

@@ -39,13 +39,13 @@ def _deviations(
     (rewards,) = full_precision(rewards, rank=2)
     where = mask_like(jnp.ones(rewards.shape, bool) if where is None else where, rewards)
     rewards = jnp.where(where, rewards, 0.0)
-    mean = masked_mean(rewards, where, axis=1)[:, None]
+    mean = masked_mean(rewards, where=where, axis=1)[:, None]
     return rewards, where, jnp.where(where, rewards - mean, 0.0)
 
 
 def _standard_deviation(centered: jax.Array, where: jax.Array, axis: int | None) -> jax.Array:
     """Unbiased, 0 for fewer than two entries, with a finite gradient at 0."""
-    squares, count = sum_and_count(jnp.square(centered), where, axis)
+    squares, count = sum_and_count(jnp.square(centered), where=where, axis=axis)
     variance = squares / jnp.maximum(count - 1.0, 1.0)
     spread = variance > 0
     return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
@@ -89,7 +89,7 @@ def grpo_advantages(
     if scale == "group":
         return centered / (_standard_deviation(centered, where, 1)[:, None] + epsilon)
     if scale == "batch":
-        around_mean = rewards - masked_mean(rewards, where)
+        around_mean = rewards - masked_mean(rewards, where=where)
         return centered / (_standard_deviation(around_mean, where, None) + epsilon)
     raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
 
@@ -147,7 +147,66 @@ def reinforce_plus_plus_advantages(
     to_go, _ = generalized_advantages(
         rewards, jnp.zeros_like(rewards), where=where, discount=discount, gae_lambda=1.0
     )
-    return masked_whiten(to_go, where)
+    return masked_whiten(to_go, where=where)
+
+
+def critic_free_advantages(
+    rewards: chex.Array,
+    *,
+    where: chex.Array,
+    samples: int,
+    estimator: Literal["rloo", "grpo", "reinforce++"],
+    scale: Literal["group", "batch", "none"] = "group",
+    discount: chex.Numeric = 1.0,
+) -> jax.Array:
+    """Advantages of the tokens of B responses, K to a prompt, without a value model.
+
+    Rows i*K to (i+1)*K are the K samples of one prompt. "rloo" and "grpo" give all tokens of a
+    response its one advantage, from the sum of its rewards; "reinforce++" gives each token its
+    reward to go, less the mean reward of the group where there are several samples.
+
+    Source: those of the three advantages above.
+
+    Args:
+      rewards: float[B, R], shaped (`kl_shaped_rewards`).
+      where: bool[B, R].
+      samples: K, which divides B.
+      estimator: which advantages.
+      scale: what "grpo" divides by.
+      discount: gamma of "reinforce++", float[].
+
+    Returns:
+      float[B, R], 0 where masked.
+
+    Raises:
+      ValueError: K does not divide B, or an unknown estimator or scale.
+
+    >>> where = jnp.array([[True, True], [True, False]])
+    >>> rewards = jnp.array([[0.0, 3.0], [1.0, 0.0]])
+    >>> print(critic_free_advantages(rewards, where=where, samples=2, estimator="rloo"))
+    [[ 2.  2.]
+     [-2.  0.]]
+    """
+    (rewards,) = full_precision(rewards, rank=2)
+    where = mask_like(where, rewards)
+    if rewards.shape[0] % samples:
+        raise ValueError(f"{samples} samples a prompt do not divide {rewards.shape[0]} rows")
+    rewards = jnp.where(where, rewards, 0.0)
+    groups = jnp.sum(rewards, axis=1).reshape(-1, samples)
+    present = jnp.any(where, axis=1).reshape(-1, samples)
+    if estimator == "reinforce++":
+        if samples > 1:
+            baseline = jnp.repeat(masked_mean(groups, where=present, axis=1), samples)
+            last = where & (jnp.cumsum(where, axis=1) == jnp.sum(where, axis=1)[:, None])
+            rewards = jnp.where(last, rewards - baseline[:, None], rewards)
+        return reinforce_plus_plus_advantages(rewards, where=where, discount=discount)
+    if estimator == "rloo":
+        advantages = rloo_advantages(groups, where=present)
+    elif estimator == "grpo":
+        advantages = grpo_advantages(groups, where=present, scale=scale)
+    else:
+        raise ValueError(f"estimator must be 'rloo', 'grpo' or 'reinforce++', got {estimator!r}")
+    return jnp.where(where, advantages.reshape(-1)[:, None], 0.0)
 
 
 def reinforce_loss(log_probs: chex.Array, returns: chex.Array, baselines: chex.Array) -> jax.Array:
@@ -265,6 +324,6 @@ def gspo_loss(
     [-0.5]
     """
     log_probs, old_log_probs = full_precision(log_probs, old_log_probs, rank=2)
-    mean_log_probs = masked_mean(log_probs, where, axis=1)
-    old_mean = masked_mean(old_log_probs, where, axis=1)
+    mean_log_probs = masked_mean(log_probs, where=where, axis=1)
+    old_mean = masked_mean(old_log_probs, where=where, axis=1)
     return clipped_policy_loss(mean_log_probs, old_mean, advantages, clip=clip, clip_high=clip_high)

@@ -23,7 +23,7 @@ Reduction = Literal["token_mean", "seq_mean", "seq_sum_const"]
 
 
 def sum_and_count(
-    x: chex.Array, where: chex.Array, axis: int | tuple[int, ...] | None = None
+    x: chex.Array, *, where: chex.Array, axis: int | tuple[int, ...] | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the valid entries and how many they are.
 
@@ -37,7 +37,7 @@ def sum_and_count(
       then divide once.
 
     >>> batches = [jnp.full(100, 0.5), jnp.full(900, 0.3)]
-    >>> parts = [sum_and_count(x, jnp.ones(x.shape, bool)) for x in batches]
+    >>> parts = [sum_and_count(x, where=jnp.ones(x.shape, bool)) for x in batches]
     >>> total, count = (sum(p) for p in zip(*parts))
     >>> print(f"{total / count:.2f}")
     0.32
@@ -49,7 +49,7 @@ def sum_and_count(
 
 
 def masked_mean(
-    x: chex.Array, where: chex.Array, axis: int | tuple[int, ...] | None = None
+    x: chex.Array, *, where: chex.Array, axis: int | tuple[int, ...] | None = None
 ) -> jax.Array:
     r"""Mean of the valid entries; 0 where there are none.
 
@@ -63,14 +63,14 @@ def masked_mean(
     Returns:
       float with `axis` removed.
 
-    >>> print(masked_mean(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])))
+    >>> print(masked_mean(jnp.array([1.0, 2.0, jnp.nan]), where=jnp.array([True, True, False])))
     1.5
     """
-    total, count = sum_and_count(x, where, axis)
+    total, count = sum_and_count(x, where=where, axis=axis)
     return total / jnp.maximum(count, 1.0)
 
 
-def masked_whiten(x: chex.Array, where: chex.Array, *, shift_mean: bool = True) -> jax.Array:
+def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) -> jax.Array:
     r"""Scales the valid entries to unit variance and, with `shift_mean`, to mean zero.
 
     .. math:: w = (x - \mu) / \sqrt{\sigma^2 + 10^{-8}}, \qquad w \mathrel{+}= \mu
@@ -92,23 +92,23 @@ def masked_whiten(x: chex.Array, where: chex.Array, *, shift_mean: bool = True) 
       when it should not.
 
     >>> x = jnp.array([[1.0, 3.0, 99.0]])
-    >>> print(masked_whiten(x, jnp.array([[True, True, False]])))
+    >>> print(masked_whiten(x, where=jnp.array([[True, True, False]])))
     [[-1.  1.  0.]]
     """
     (x,) = full_precision(x)
     where = mask_like(where, x)
-    mean = masked_mean(x, where)
+    mean = masked_mean(x, where=where)
     # The select comes before the square, so that padding stays out of the gradient as well.
     centered = jnp.where(where, x - mean, 0.0)
-    variance = masked_mean(jnp.square(centered), where)
+    variance = masked_mean(jnp.square(centered), where=where)
     white = centered * jax.lax.rsqrt(variance + 1e-8)
     return white if shift_mean else jnp.where(where, white + mean, 0.0)
 
 
 def loss_sum_and_count(
     losses: chex.Array,
-    where: chex.Array,
     *,
+    where: chex.Array,
     reduction: Reduction = "token_mean",
     length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +141,7 @@ def loss_sum_and_count(
 
     >>> x, m = jnp.array([[1.0, 1.0], [4.0, 0.0]]), jnp.array([[True, True], [True, False]])
     >>> for mode in ("token_mean", "seq_mean", "seq_sum_const"):
-    ...     total, count = loss_sum_and_count(x, m, reduction=mode)
+    ...     total, count = loss_sum_and_count(x, where=m, reduction=mode)
     ...     print(mode, total / count)
     token_mean 2.0
     seq_mean 2.5
@@ -150,12 +150,12 @@ def loss_sum_and_count(
     (losses,) = full_precision(losses, rank=2)
     where = mask_like(where, losses)
     if reduction == "token_mean":
-        return sum_and_count(losses, where)
+        return sum_and_count(losses, where=where)
     rows = jnp.sum(jnp.any(where, axis=-1), dtype=losses.dtype)
     if reduction == "seq_mean":
-        return jnp.sum(masked_mean(losses, where, axis=-1)), rows
+        return jnp.sum(masked_mean(losses, where=where, axis=-1)), rows
     if reduction == "seq_sum_const":
-        total, _ = sum_and_count(losses, where)
+        total, _ = sum_and_count(losses, where=where)
         return total / (losses.shape[-1] if length is None else length), rows
     raise ValueError(
         f"reduction must be 'token_mean', 'seq_mean' or 'seq_sum_const', got {reduction!r}"
@@ -164,8 +164,8 @@ def loss_sum_and_count(
 
 def reduce_loss(
     losses: chex.Array,
-    where: chex.Array,
     *,
+    where: chex.Array,
     reduction: Reduction = "token_mean",
     length: int | None = None,
 ) -> jax.Array:
@@ -182,8 +182,8 @@ def reduce_loss(
     Returns:
       float[].
 
-    >>> print(reduce_loss(jnp.array([[1.0, 5.0]]), jnp.array([[True, False]])))
+    >>> print(reduce_loss(jnp.array([[1.0, 5.0]]), where=jnp.array([[True, False]])))
     1.0
     """
-    total, count = loss_sum_and_count(losses, where, reduction=reduction, length=length)
+    total, count = loss_sum_and_count(losses, where=where, reduction=reduction, length=length)
     return total / jnp.maximum(count, 1.0)

@@ -126,8 +126,10 @@ def fit_gold_scores(
     distances, gold = jnp.where(where, distances, 0.0), jnp.where(where, gold, 0.0)
     design = jnp.stack([distances, -_bend(distances, kind)], axis=1)
     (alpha, beta), *_ = jnp.linalg.lstsq(design, gold)
-    residual = masked_mean(jnp.square(gold - gold_score(distances, alpha, beta, kind=kind)), where)
-    variance = masked_mean(jnp.square(gold - masked_mean(gold, where)), where)
+    residual = masked_mean(
+        jnp.square(gold - gold_score(distances, alpha, beta, kind=kind)), where=where
+    )
+    variance = masked_mean(jnp.square(gold - masked_mean(gold, where=where)), where=where)
     spread = variance > 0
     r_squared = jnp.where(spread, 1.0 - residual / jnp.where(spread, variance, 1.0), 0.0)
     return GoldFit(alpha, beta, r_squared)

@@ -377,8 +377,8 @@ def explained_variance(values: chex.Array, returns: chex.Array, *, where: chex.A
     where = mask_like(where, values)
 
     def variance(x: jax.Array) -> jax.Array:
-        centered = jnp.where(where, x - masked_mean(x, where), 0.0)
-        return masked_mean(jnp.square(centered), where)
+        centered = jnp.where(where, x - masked_mean(x, where=where), 0.0)
+        return masked_mean(jnp.square(centered), where=where)
 
     spread = variance(returns)
     explained = 1.0 - variance(returns - values) / jnp.where(spread > 0, spread, 1.0)

@@ -27,7 +27,7 @@ from instruct_jax.losses.masked import masked_mean, sum_and_count
 
 
 def sequence_log_probs(
-    log_probs: chex.Array, where: chex.Array, *, mean: bool = False
+    log_probs: chex.Array, *, where: chex.Array, mean: bool = False
 ) -> jax.Array:
     r"""Log-probability of each response: the sum over its tokens, or with `mean` the average.
 
@@ -43,13 +43,13 @@ def sequence_log_probs(
       float[B], 0 for a row without a valid token.
 
     >>> lp, where = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[True, True, False]])
-    >>> print(sequence_log_probs(lp, where), sequence_log_probs(lp, where, mean=True))
+    >>> print(*(sequence_log_probs(lp, where=where, mean=mean) for mean in (False, True)))
     [-3.] [-1.5]
     """
     (log_probs,) = full_precision(log_probs, rank=2)
     if mean:
-        return masked_mean(log_probs, where, axis=1)
-    return sum_and_count(log_probs, where, axis=1)[0]
+        return masked_mean(log_probs, where=where, axis=1)
+    return sum_and_count(log_probs, where=where, axis=1)[0]
 
 
 def implicit_rewards(
@@ -240,7 +240,7 @@ def kto_reference_kl(
     """
     ratio = _log_ratio(log_probs, ref_log_probs)
     where = mask_like(jnp.ones(ratio.shape, bool) if where is None else where, ratio)
-    return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratio, where), 0.0))
+    return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratio, where=where), 0.0))
 
 
 def kto_loss(

@@ -269,7 +269,7 @@ def diverging_pairwise_loss(
     differs = where & (chosen_tokens != rejected_tokens)
     diverged = where & (jnp.cumsum(differs, axis=1) > 0)
     difference = jnp.where(diverged, chosen - rejected, 0.0)
-    return masked_mean(-jax.nn.log_sigmoid(difference), diverged, axis=1)
+    return masked_mean(-jax.nn.log_sigmoid(difference), where=diverged, axis=1)
 
 
 def centering_loss(chosen: chex.Array, rejected: chex.Array) -> jax.Array:

@@ -82,7 +82,7 @@ def logits_loss(student: Model, teacher: Model) -> LossFn:
         at_once = max(1, CHUNK_LOGITS // (rows * student.config.vocab_size))
         by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (own, taught))
         losses = jax.lax.map(divergence, by_position, batch_size=min(at_once, length))
-        return *sum_and_count(losses.swapaxes(0, 1), targets), {}
+        return *sum_and_count(losses.swapaxes(0, 1), where=targets), {}
 
     return loss
 

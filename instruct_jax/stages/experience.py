@@ -13,16 +13,14 @@ import jax.numpy as jnp
 from instruct_jax.losses import (
     TokenStatistics,
     clip_scores,
+    critic_free_advantages,
     explained_variance,
     generalized_advantages,
-    grpo_advantages,
     kl_estimate,
     kl_shaped_rewards,
     masked_mean,
     masked_whiten,
     missing_eos_scores,
-    reinforce_plus_plus_advantages,
-    rloo_advantages,
 )
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model, final_scores, response_values
@@ -204,7 +202,7 @@ def score_rollout(
         scores, read.log_probs, read.ref_log_probs, where=where, kl_coef=state.kl_coef
     )
     if config.whiten_rewards:
-        rewards = masked_whiten(rewards, where, shift_mean=False)
+        rewards = masked_whiten(rewards, where=where, shift_mean=False)
     returns = None
     if read.values is not None:
         advantages, returns = generalized_advantages(
@@ -215,15 +213,22 @@ def score_rollout(
             gae_lambda=config.gae_lambda,
         )
     else:
-        advantages = critic_free_advantages(config, rewards, where)
+        advantages = critic_free_advantages(
+            rewards,
+            where=where,
+            samples=config.samples_per_prompt,
+            estimator=config.estimator,
+            scale=config.group_scale,
+            discount=config.discount,
+        )
     if config.whiten_advantages == "rollout":
-        advantages = masked_whiten(advantages, where)
+        advantages = masked_whiten(advantages, where=where)
 
     of_policy = read.log_probs, read.ref_log_probs
     experience = Experience(tokens, mask, where, *of_policy, advantages, read.values, returns)
     metrics = {
         "kl_coef": state.kl_coef,
-        "entropy": masked_mean(read.entropy, where),
+        "entropy": masked_mean(read.entropy, where=where),
         "eos_rate": has_eos.mean(dtype=jnp.float32),
         **_reward_metrics(config, read.scores, rewards, where),
         **_policy_metrics(experience, state.kl_coef),
@@ -275,7 +280,7 @@ def _sampler_metrics(experience: Experience, sampler: jax.Array) -> dict[str, ja
     """How far the sampler's log-probs float32[B, R] are from the forward's (NUM-4)."""
     gap = jnp.abs(sampler - experience.log_probs)
     return {
-        "sampler_gap": masked_mean(gap, experience.where),
+        "sampler_gap": masked_mean(gap, where=experience.where),
         "sampler_gap_max": jnp.where(experience.where, gap, 0.0).max(),
     }
 
@@ -286,33 +291,12 @@ def _value_metrics(experience: Experience) -> dict[str, jax.Array]:
     if values is None or returns is None:
         return {}
     return {
-        "value": masked_mean(values, where),
-        "return_mean": masked_mean(returns, where),
+        "value": masked_mean(values, where=where),
+        "return_mean": masked_mean(returns, where=where),
         "return_var": _masked_variance(returns, where),
         "explained_variance": explained_variance(values, returns, where=where),
     }
 
 
-def critic_free_advantages(config: PPOConfig, rewards: jax.Array, where: jax.Array) -> jax.Array:
-    """float32[B, R] advantages of shaped rewards float32[B, R], without a value model.
-
-    Rows i*K to (i+1)*K are the K samples of one prompt. "rloo" and "grpo" give all tokens of a
-    response its one advantage; "reinforce++" gives each token its reward to go, less the mean
-    reward of the group where there are several samples.
-    """
-    groups = rewards.sum(-1).reshape(-1, config.samples_per_prompt)
-    if config.estimator == "reinforce++":
-        if config.samples_per_prompt > 1:
-            baseline = jnp.repeat(groups.mean(1), config.samples_per_prompt)
-            last = where & (jnp.cumsum(where, axis=1) == where.sum(1)[:, None])
-            rewards = jnp.where(last, rewards - baseline[:, None], rewards)
-        return reinforce_plus_plus_advantages(rewards, where=where, discount=config.discount)
-    if config.estimator == "rloo":
-        of_responses = rloo_advantages(groups)
-    else:
-        of_responses = grpo_advantages(groups, scale=config.group_scale)
-    return jnp.where(where, of_responses.reshape(-1)[:, None], 0.0)
-
-
 def _masked_variance(x: jax.Array, where: jax.Array) -> jax.Array:
-    return masked_mean(jnp.square(x - masked_mean(x, where)), where)
+    return masked_mean(jnp.square(x - masked_mean(x, where=where)), where=where)

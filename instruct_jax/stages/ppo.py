@@ -112,7 +112,7 @@ def minibatch_update(
     With pretraining rows the policy's gradient is dL_pg + ptx_coef * dL_ptx, given to Adam once.
     """
     if config.whiten_advantages == "minibatch":
-        batch = batch._replace(advantages=masked_whiten(batch.advantages, batch.where))
+        batch = batch._replace(advantages=masked_whiten(batch.advantages, where=batch.where))
     forms = shorter_forms(lambda b: b.where, config.response_length, config.length_buckets)
     accumulate = partial(
         accumulate_gradients, key=key, micro_batches=config.micro_batches, forms=forms

@@ -51,7 +51,7 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
             losses += config.kl_loss_coef * k3
         total, count = loss_sum_and_count(
             losses,
-            of,
+            where=of,
             reduction=config.loss_reduction,
             length=config.response_length if config.ratio == "token" else 1,
         )
@@ -59,13 +59,13 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
         ratio = jnp.exp(diff)
         clipped = policy_clipped(new, old, advantages, **bounds)
         metrics = {
-            "ratio": sum_and_count(ratio, of),
-            "ratio_square": sum_and_count(jnp.square(ratio), of),
-            "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), of),
+            "ratio": sum_and_count(ratio, where=of),
+            "ratio_square": sum_and_count(jnp.square(ratio), where=of),
+            "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), where=of),
             "ratio_max": jnp.where(of, ratio, -jnp.inf).max(),
             "ratio_min_negated": jnp.where(of, -ratio, -jnp.inf).max(),
-            "approx_kl": sum_and_count(0.5 * jnp.square(diff), of),
-            "clip_fraction": sum_and_count(clipped, of),
+            "approx_kl": sum_and_count(0.5 * jnp.square(diff), where=of),
+            "clip_fraction": sum_and_count(clipped, where=of),
         }
         return total, count, metrics
 
@@ -86,7 +86,7 @@ def _ratio_terms(
         return log_probs, batch.log_probs, batch.advantages, where
     mean = config.ratio == "sequence_mean"
     new, old = (
-        sequence_log_probs(x, where, mean=mean)[:, None] for x in (log_probs, batch.log_probs)
+        sequence_log_probs(x, where=where, mean=mean)[:, None] for x in (log_probs, batch.log_probs)
     )
     return new, old, batch.advantages[:, :1], where.any(axis=1, keepdims=True)
 
@@ -109,8 +109,8 @@ def value_loss(config: PPOConfig, scalar: Model) -> LossFn:
         bound = {"clip": config.value_clip}
         losses = clipped_value_loss(values, batch.values, batch.returns, **bound)
         clipped = value_clipped(values, batch.values, batch.returns, **bound)
-        total, count = sum_and_count(losses, where)
-        return total, count, {"value_clip_fraction": sum_and_count(clipped, where)}
+        total, count = sum_and_count(losses, where=where)
+        return total, count, {"value_clip_fraction": sum_and_count(clipped, where=where)}
 
     return loss
 

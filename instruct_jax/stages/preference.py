@@ -215,10 +215,10 @@ def prompt_losses(
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
         ).reshape(ranks.shape)
-        return masked_mean(losses, labelled, axis=1), labelled.any(1)
+        return masked_mean(losses, where=labelled, axis=1), labelled.any(1)
     losses, pairs = pair_losses(config, scores, ranks, where)
-    flat = losses.reshape(len(ranks), -1), pairs.reshape(len(ranks), -1)
-    return masked_mean(*flat, axis=1), flat[1].any(1)
+    losses, pairs = (x.reshape(len(ranks), -1) for x in (losses, pairs))
+    return masked_mean(losses, where=pairs, axis=1), pairs.any(1)
 
 
 def preference_metrics(
@@ -241,11 +241,11 @@ def preference_metrics(
     of_first = jnp.broadcast_to(rewards[:, :, None], pairs.shape)
     chosen_log_probs = jnp.broadcast_to(scores.policy[:, :, None], pairs.shape)
     return {
-        "accuracy": sum_and_count((margins > 0).astype(jnp.float32), pairs),
-        "margin": sum_and_count(margins, pairs),
-        "reward_chosen": sum_and_count(of_first, pairs),
-        "reward_rejected": sum_and_count(of_first.swapaxes(1, 2), pairs),
-        "log_prob_chosen": sum_and_count(chosen_log_probs, pairs),
+        "accuracy": sum_and_count((margins > 0).astype(jnp.float32), where=pairs),
+        "margin": sum_and_count(margins, where=pairs),
+        "reward_chosen": sum_and_count(of_first, where=pairs),
+        "reward_rejected": sum_and_count(of_first.swapaxes(1, 2), where=pairs),
+        "log_prob_chosen": sum_and_count(chosen_log_probs, where=pairs),
     }
 
 
@@ -265,7 +265,7 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
         scores = Scores(log_probs, batch.get("reference"), lengths)
         scores, ranks, where, kl = ranked_scores(config, scores, batch["ranks"], batch["where"])
         losses, counted = prompt_losses(config, scores, ranks, where, kl)
-        total, count = sum_and_count(losses, counted)
+        total, count = sum_and_count(losses, where=counted)
         metrics = preference_metrics(config, scores, ranks, where)
         if kl is not None:
             metrics["kto_reference_kl"] = (kl, jnp.float32(1.0))
@@ -365,6 +365,6 @@ def judge_preferences(
     ranked = jnp.asarray(comparisons["ranks"]), jnp.asarray(comparisons["where"])
     scores, ranks, where, kl = ranked_scores(config, scores, *ranked)
     losses, counted = prompt_losses(config, scores, ranks, where, kl)
-    sums = {"loss": sum_and_count(losses, counted)}
+    sums = {"loss": sum_and_count(losses, where=counted)}
     sums |= preference_metrics(config, scores, ranks, where)
     return {name: float(total / jnp.maximum(count, 1.0)) for name, (total, count) in sums.items()}

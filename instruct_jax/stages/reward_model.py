@@ -102,7 +102,7 @@ def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = 
         count = (pairs.total > 0).sum(dtype=jnp.float32)
         metrics = {
             "accuracy": (pairs.correct.sum(), pairs.total.sum()),
-            "score": sum_and_count(scores, where),
+            "score": sum_and_count(scores, where=where),
         }
         return losses.sum(), count, metrics
 

@@ -19,14 +19,15 @@ def masked_cases() -> list[Case]:
     mask = {"differentiable": ("x",), "time": ("x", "where")}
     loss = {"differentiable": ("losses",), "time": ("losses", "where")}
     out = [
-        Case("sum_and_count", oracles.sum_and_count, {"x": x, "where": where}, **mask),
-        Case("masked_mean", oracles.masked_mean, {"x": x, "where": where}, **mask),
-        Case("masked_whiten", oracles.masked_whiten, {"x": x, "where": where}, **mask),
+        Case("sum_and_count", oracles.sum_and_count, {"x": x}, {"where": where}, **mask),
+        Case("masked_mean", oracles.masked_mean, {"x": x}, {"where": where}, **mask),
+        Case("masked_whiten", oracles.masked_whiten, {"x": x}, {"where": where}, **mask),
         Case(
             "masked_whiten/keep_mean",
             oracles.masked_whiten,
-            {"x": x + 2, "where": where},
-            hyper={"shift_mean": False},
+            {"x": x + 2},
+            {"where": where},
+            {"shift_mean": False},
             **mask,
         ),
     ]
@@ -36,8 +37,9 @@ def masked_cases() -> list[Case]:
                 Case(
                     f"{name}/{reduction}",
                     getattr(oracles, name),
-                    {"losses": x, "where": where},
-                    hyper={"reduction": reduction, "length": 8},
+                    {"losses": x},
+                    {"where": where},
+                    {"reduction": reduction, "length": 8},
                     **loss,
                 )
             )

@@ -94,12 +94,12 @@ def preference_cases() -> list[Case]:
     no_ref = {"differentiable": tuple(policy)}
     single = {"log_probs": chosen, "ref_log_probs": four["ref_chosen"]}
     kto = single | {"desirable": np.array([True, False, True]), "kl": np.float64(0.4)}
-    tokens = {"log_probs": d.log_probs(B, T), "where": d.where(B, T)}
+    tokens, where = {"log_probs": d.log_probs(B, T)}, {"where": d.where(B, T)}
     lengths = {"chosen_lengths": np.array([3.0, 7.0, 1.0])}
     smooth = {"label_smoothing": 0.1}
     out = [
-        Case(f"sequence_log_probs/{name}", oracles.sequence_log_probs, tokens, hyper={"mean": mean},
-             differentiable=("log_probs",), time=tuple(tokens))
+        Case(f"sequence_log_probs/{name}", oracles.sequence_log_probs, tokens, where,
+             {"mean": mean}, differentiable=("log_probs",), time=("log_probs", "where"))
         for name, mean in (("sum", False), ("mean", True))
     ] + [
         Case("kto_reference_kl", oracles.kto_reference_kl,
@@ -154,6 +154,14 @@ def group_cases() -> list[Case]:
              {"clip": 0.05, "clip_high": 0.1}, stopped=("old_log_probs", "advantages"),
              time=(*policy, "where"), **lp_only),
     ]  # fmt: skip
+    shaped, six = {"rewards": d.normal(6, T)}, d.where(6, T)
+    six[4] = False
+    for estimator in ("rloo", "grpo", "reinforce++"):
+        out.append(
+            Case(f"critic_free_advantages/{estimator}", oracles.critic_free_advantages, shaped,
+                 {"where": six}, {"samples": 3, "estimator": estimator}, time=("rewards", "where"),
+                 **grad)
+        )  # fmt: skip
     for name, hyper in {
         "grpo": {},
         "dapo": {"clip_high": 0.28, "kl_coef": 0.0},

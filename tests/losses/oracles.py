@@ -75,7 +75,7 @@ def loss_sum_and_count(losses, where, *, reduction="token_mean", length=None):
 
 
 def reduce_loss(losses, where, *, reduction="token_mean", length=None):
-    total, count = loss_sum_and_count(losses, where, reduction=reduction, length=length)
+    total, count = loss_sum_and_count(losses, where=where, reduction=reduction, length=length)
     return np.float64(total / count if count else 0.0)
 
 

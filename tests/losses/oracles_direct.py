@@ -255,6 +255,26 @@ def reinforce_plus_plus_advantages(rewards, *, where, discount=1.0):
     return np.where(where, (to_go - mu) / spread, 0.0)
 
 
+def critic_free_advantages(rewards, *, where, samples, estimator, scale="group", discount=1.0):
+    out = np.zeros(rewards.shape)
+    totals = np.array([math.fsum(valid(r, m)) for r, m in zip(rewards, where, strict=True)])
+    groups, there = totals.reshape(-1, samples), where.any(1).reshape(-1, samples)
+    if estimator == "reinforce++":
+        shaped = rewards.copy()
+        for b in range(len(rewards)):
+            if samples > 1 and where[b].any():
+                group = valid(groups[b // samples], there[b // samples])
+                shaped[b, np.flatnonzero(where[b])[-1]] -= mean(group)
+        return reinforce_plus_plus_advantages(shaped, where=where, discount=discount)
+    if estimator == "rloo":
+        of_responses = rloo_advantages(groups, where=there).ravel()
+    else:
+        of_responses = grpo_advantages(groups, where=there, scale=scale).ravel()
+    for b, t in np.argwhere(where):
+        out[b, t] = of_responses[b]
+    return out
+
+
 def reinforce_loss(log_probs, returns, baselines):
     return -(returns - baselines) * log_probs
 

@@ -124,7 +124,7 @@ def test_dr_grpo_gives_a_token_the_same_weight_at_every_length():
         def loss(lp):
             return reduce_loss(
                 grpo_loss(lp, log_probs, log_probs, advantages, kl_coef=0.0),
-                where,
+                where=where,
                 reduction=reduction,
             )
 

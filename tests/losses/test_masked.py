@@ -28,7 +28,7 @@ def ragged(rng):
 def test_whitening_golden_with_the_mean_kept():
     """T22, T23: 1.2, 1.3, ... 2.0, biased variance."""
     x = jnp.linspace(1.2, 2.0, 9).reshape(3, 3)
-    white = masked_whiten(x, jnp.ones((3, 3), bool), shift_mean=False)
+    white = masked_whiten(x, where=jnp.ones((3, 3), bool), shift_mean=False)
     want = [0.0508, 0.4381, 0.8254, 1.2127, 1.6, 1.9873, 2.3746, 2.7619, 3.1492]
     np.testing.assert_allclose(white.ravel(), want, atol=1e-4)
     np.testing.assert_allclose(white.mean(), x.mean(), rtol=1e-6)
@@ -37,7 +37,7 @@ def test_whitening_golden_with_the_mean_kept():
 def test_whitened_valid_entries_have_mean_zero_and_variance_one(rng):
     """T22: and the padding reads 0."""
     x, where = ragged(rng)
-    white = np.asarray(masked_whiten(5 + 3 * x, where))
+    white = np.asarray(masked_whiten(5 + 3 * x, where=where))
     assert abs(white[where].mean()) < 1e-6
     assert abs(white[where].var() - 1) < 1e-5
     assert not white[~np.asarray(where)].any()
@@ -46,7 +46,7 @@ def test_whitened_valid_entries_have_mean_zero_and_variance_one(rng):
 def test_micro_batches_of_unequal_token_counts_give_the_mean_over_tokens():
     """T24: 100 tokens at .5 and 900 at .3 give .32; the mean of the two means is .40."""
     parts = [
-        sum_and_count(jnp.full((1, n), value), jnp.ones((1, n), bool))
+        sum_and_count(jnp.full((1, n), value), where=jnp.ones((1, n), bool))
         for n, value in ((100, 0.5), (900, 0.3))
     ]
     total, count = (sum(part) for part in zip(*parts, strict=True))
@@ -66,7 +66,7 @@ def test_a_loss_and_its_gradient_do_not_depend_on_the_number_of_micro_batches(
     def grad_of_sum(lp, adv, where):
         def loss(lp):
             losses = clipped_policy_loss(lp, jnp.zeros_like(lp), adv)
-            return loss_sum_and_count(losses, where, reduction=reduction)
+            return loss_sum_and_count(losses, where=where, reduction=reduction)
 
         return jax.value_and_grad(loss, has_aux=True)(lp)
 
@@ -86,8 +86,8 @@ def test_whitening_and_losses_do_not_depend_on_the_number_of_devices(rng):
     x, where = ragged(rng)
 
     def both(x, where):
-        white = masked_whiten(x, where)
-        return white, reduce_loss(clipped_policy_loss(x, 0.5 * x, white), where)
+        white = masked_whiten(x, where=where)
+        return white, reduce_loss(clipped_policy_loss(x, 0.5 * x, white), where=where)
 
     one = jax.jit(both)(x, where)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -102,7 +102,7 @@ def test_reductions_differ_on_a_ragged_batch_as_documented():
     losses = jnp.array([[1.0, 1.0, 1.0, 1.0], [6.0, 0.0, 0.0, 0.0]])
     where = jnp.array([[True] * 4, [True, False, False, False]])
     got = {
-        reduction: float(reduce_loss(losses, where, reduction=reduction))
+        reduction: float(reduce_loss(losses, where=where, reduction=reduction))
         for reduction in ("token_mean", "seq_mean", "seq_sum_const")
     }
     assert got == {"token_mean": 2.0, "seq_mean": 3.5, "seq_sum_const": 1.25}
@@ -112,10 +112,10 @@ def test_reductions_differ_on_a_ragged_batch_as_documented():
 def test_empty_rows_do_not_dilute_a_reduction(rng, reduction):
     """A row added to fill a batch has no valid token and no weight."""
     losses, where = ragged(rng)
-    filled = [jnp.concatenate([a, jnp.zeros((8, STEPS), a.dtype)]) for a in (losses, where)]
+    more, there = (jnp.concatenate([a, jnp.zeros((8, STEPS), a.dtype)]) for a in (losses, where))
     np.testing.assert_allclose(
-        reduce_loss(*filled, reduction=reduction),
-        reduce_loss(losses, where, reduction=reduction),
+        reduce_loss(more, where=there, reduction=reduction),
+        reduce_loss(losses, where=where, reduction=reduction),
         rtol=1e-6,
     )
 
@@ -124,7 +124,7 @@ def test_empty_rows_do_not_dilute_a_reduction(rng, reduction):
 def test_nothing_valid_gives_zero_and_a_zero_gradient(function):
     """T54."""
     x, where = jnp.array([[jnp.nan, 1.0]]), jnp.zeros((1, 2), bool)
-    value, grad = jax.value_and_grad(lambda x: function(x, where).sum())(x)
+    value, grad = jax.value_and_grad(lambda x: function(x, where=where).sum())(x)
     assert value == 0
     assert not grad.any()
 
@@ -132,14 +132,14 @@ def test_nothing_valid_gives_zero_and_a_zero_gradient(function):
 def test_masks_must_be_boolean_and_of_the_same_shape():
     x = jnp.ones((2, 3))
     with pytest.raises(AssertionError):
-        masked_mean(x, jnp.ones((2, 3)))
+        masked_mean(x, where=jnp.ones((2, 3)))
     with pytest.raises(AssertionError):
-        masked_mean(x, jnp.ones((2, 1), bool))
+        masked_mean(x, where=jnp.ones((2, 1), bool))
 
 
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="'mean'"):
-        reduce_loss(jnp.ones((1, 1)), jnp.ones((1, 1), bool), reduction="mean")
+        reduce_loss(jnp.ones((1, 1)), where=jnp.ones((1, 1), bool), reduction="mean")
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,10 +152,12 @@ def test_an_unknown_reduction_is_named():
 def test_a_masked_mean_is_linear_and_between_the_extremes(values, shift):
     x = jnp.array([v for v, _ in values], jnp.float32)
     where = jnp.array([w for _, w in values])
-    mean = float(masked_mean(x, where))
+    mean = float(masked_mean(x, where=where))
     valid = [v for v, w in values if w]
     if not valid:
         assert mean == 0
         return
     assert min(valid) - 1e-3 <= mean <= max(valid) + 1e-3
-    np.testing.assert_allclose(masked_mean(x + shift, where), mean + shift, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        masked_mean(x + shift, where=where), mean + shift, rtol=1e-5, atol=1e-3
+    )

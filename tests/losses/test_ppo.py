@@ -161,7 +161,9 @@ def test_the_kl_coefficient_is_not_in_the_first_gradient():
     def gradient(kl_coef):
         rewards = kl_shaped_rewards(jnp.array([1.0, -1.0]), lp, lp, where=where, kl_coef=kl_coef)
         advantages, _ = generalized_advantages(rewards, values, where=where)
-        return jax.grad(lambda x: reduce_loss(clipped_policy_loss(x, lp, advantages), where))(lp)
+        return jax.grad(lambda x: reduce_loss(clipped_policy_loss(x, lp, advantages), where=where))(
+            lp
+        )
 
     np.testing.assert_allclose(gradient(0.0), gradient(0.02), atol=1e-6)
 
@@ -285,4 +287,4 @@ def test_the_clip_fraction_counts_binding_clips_only():
     adv = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0]])
     flags = policy_clipped(lp, jnp.zeros_like(lp), adv)
     np.testing.assert_array_equal(flags, [[1, 0, 0, 1, 0]])
-    np.testing.assert_allclose(masked_mean(flags, jnp.ones((1, 5), bool)), 0.4)
+    np.testing.assert_allclose(masked_mean(flags, where=jnp.ones((1, 5), bool)), 0.4)

@@ -159,4 +159,4 @@ def test_token_log_probs_in_place_of_sequence_log_probs_are_refused():
 def test_a_response_without_tokens_has_log_prob_zero():
     where = jnp.zeros((1, 2), bool)
     for mean in (False, True):
-        assert sequence_log_probs(jnp.full((1, 2), -jnp.inf), where, mean=mean) == 0
+        assert sequence_log_probs(jnp.full((1, 2), -jnp.inf), where=where, mean=mean) == 0

@@ -42,7 +42,7 @@ VECTORS = {v.name: v for v in read(Path(__file__).parents[1] / "fixtures" / "los
 
 
 def sft(hidden, head, tokens, where):
-    return masked_mean(chunked_next_token_loss(hidden, head.T, tokens, chunk=3), where[:, 1:])
+    return masked_mean(chunked_next_token_loss(hidden, head.T, tokens, chunk=3), where=where[:, 1:])
 
 
 def summed_sft(hidden, head, tokens, where):
@@ -60,7 +60,7 @@ def reward(chosen, rejected, margin=0.0, *, centering=0.0):
 
 def pairs(log_probs, ref_log_probs, where, *, mean=False):
     """The chosen half and the rejected half of a TRL batch, as our four arguments."""
-    rows = (sequence_log_probs(x, where, mean=mean) for x in (log_probs, ref_log_probs))
+    rows = (sequence_log_probs(x, where=where, mean=mean) for x in (log_probs, ref_log_probs))
     (chosen, rejected), (ref_chosen, ref_rejected) = (jnp.split(x, 2) for x in rows)
     return chosen, rejected, ref_chosen, ref_rejected
 
@@ -75,7 +75,7 @@ def dpo_of_means(log_probs, ref_log_probs, where, *, beta):
 
 def dpo_with_sft(log_probs, ref_log_probs, where, *, beta):
     half = len(log_probs) // 2
-    sft = masked_mean(-log_probs[:half], where[:half])
+    sft = masked_mean(-log_probs[:half], where=where[:half])
     return dpo(log_probs, ref_log_probs, where, beta=beta) + sft
 
 
@@ -90,7 +90,7 @@ def ipo_of_means(log_probs, ref_log_probs, where, *, beta):
 
 def kto(log_probs, ref_log_probs, other_log_probs, ref_other_log_probs, desirable, where, **hyper):
     policy, ref, other, ref_other = (
-        sequence_log_probs(x, where)
+        sequence_log_probs(x, where=where)
         for x in (log_probs, ref_log_probs, other_log_probs, ref_other_log_probs)
     )
     return kto_loss(policy, ref, desirable, kto_reference_kl(other, ref_other), **hyper).mean()
@@ -111,7 +111,7 @@ def cpo_preference_term(chosen, rejected, **hyper):
 def grpo(reduction):
     def loss(log_probs, old_log_probs, ref_log_probs, advantages, where, **hyper):
         losses = grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, **hyper)
-        return reduce_loss(losses, where, reduction=reduction)
+        return reduce_loss(losses, where=where, reduction=reduction)
 
     return loss
 
@@ -122,7 +122,7 @@ def gspo(log_probs, old_log_probs, ref_log_probs, advantages, where, *, kl_coef,
 
 
 def rloo(log_probs, old_log_probs, advantages, where, *, clip):
-    policy, old = (sequence_log_probs(x, where) for x in (log_probs, old_log_probs))
+    policy, old = (sequence_log_probs(x, where=where) for x in (log_probs, old_log_probs))
     return clipped_policy_loss(policy, old, advantages, clip=clip).mean()
 
 
@@ -130,7 +130,7 @@ def distill(divergence):
     def loss(student_logits, teacher_logits, where, *, beta, temperature):
         keywords = {"beta": beta} if divergence is generalized_jsd else {}
         values = divergence(student_logits, teacher_logits, temperature=temperature, **keywords)
-        return masked_mean(values, where)
+        return masked_mean(values, where=where)
 
     return loss
 

@@ -276,7 +276,7 @@ def test_the_reference_point_moves_no_parameter():
 
     def fixed(params, kl):
         terms, counted = preference.prompt_losses(config, *scored(params)[:3], kl)
-        return losses.masked_mean(terms, counted)
+        return losses.masked_mean(terms, where=counted)
 
     params = labs.policy_params()
     wanted = labs.flat(jax.jit(jax.grad(fixed))(params, scored(params)[3]))
