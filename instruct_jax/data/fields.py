@@ -1,25 +1,38 @@
 """Checked access to the fields of a record: every mistake is a DataError with its place."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from instruct_jax.data.files import Record, kind_of
+from instruct_jax.data.records import Record, kind_of, lone_surrogate
 from instruct_jax.data.rows import DataError, Turn
 
 _ROLES = {
     "system": "system",
+    "developer": "system",  # OpenAI's name for it since 2024
     "user": "user",
     "human": "user",
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bot": "assistant",
     "model": "assistant",
 }
-
-
+# Roles and keys of a message that a model must see, and no template here writes.
+_TOOLS = ("tool", "function", "ipython", "observation", "function_call", "function_response")
+_UNWRITTEN = (
+    "tool_calls", "function_call", "tool_call_id", "refusal", "audio", "images",
+    "reasoning_content", "reasoning", "thinking",
+)  # fmt: skip
+_TEXT_PARTS = ("text", "input_text", "output_text")
+# Columns that change what a row means: in a format that does not read them, they are refused.
+_MEANT = {
+    "system", "system_prompt", "history", "input", "context", "passage", "choices", "options",
+    "weight", "tools", "functions", "image", "images", "audio", "audios", "video", "videos",
+}  # fmt: skip
 _LARGEST = 1e300  # a whole number in JSON may be too large for a float
 
 
@@ -48,37 +61,89 @@ class Fields:
         return tuple(self.number(v, name) for v in self.listed(name))
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """A list of whole numbers."""
+        """A list of whole numbers, 1.0 as good as 1."""
         values = self.listed(name)
-        if any(type(value) is not int for value in values):
+        if not all(map(_is_whole, values)):
             raise self.error("expected whole numbers", name)
-        return tuple(values)
+        return tuple(map(int, values))
 
     def choice(self, name: str, allowed: Sequence[int]) -> int:
         """A whole number out of `allowed`; its digits as text do as well (CSV)."""
         value = self.value(name)
-        if str(value) not in map(str, allowed):
+        digits = str(int(value)) if _is_whole(value) else str(value).strip()
+        if digits not in map(str, allowed):
             raise self.error(f"expected one of {', '.join(map(str, allowed))}", name)
-        return int(value)
+        return int(digits)
+
+    def is_text(self, name: str) -> bool:
+        """Whether the field is a text, and not a chat that a table keeps as its JSON."""
+        value = self.value(name)
+        if not isinstance(value, str):
+            return False
+        messages = _from_json(value) if value.lstrip().startswith("[{") else None
+        return not (messages and all(isinstance(m, dict) and _role(m) for m in messages))
 
     def turns(self, name: str) -> tuple[Turn, ...]:
-        """A chat: a list of {role, content}, or of {from, value}, or of {role, text}."""
+        """A chat: a list of {role, content}, or of {from, value}, or of {role, text}.
+
+        A system turn without a text counts as none.
+        """
+        value = self.value(name)
+        one = isinstance(value, dict) and _role(value)
+        messages = [value] if one else self.listed(name)
         turns = []
-        for i, item in enumerate(self.listed(name)):
+        for i, item in enumerate(messages):
             item = item if isinstance(item, dict) else {}
-            role = str(item.get("role", item.get("from")))
+            role = self._known_role(_role(item), i, name)
             content = item.get("content", item.get("value", item.get("text")))
-            if role not in _ROLES:
-                expected = "expected role (or from) and content (or value)"
-                raise self.error(f"message {i} has no known role: {expected}", name)
+            if isinstance(content, list):
+                content = self._joined_parts(content, i, name)
+            for key in _UNWRITTEN:
+                if item.get(key):
+                    remedy = "which no template here writes; take it out, or put it into content"
+                    raise self.error(f'message {i} has "{key}", {remedy}', name)
             weight = item.get("weight")
             if weight not in (None, 0, 1):
                 raise self.error(f"message {i} has a weight that is neither 0 nor 1", name)
+            if role == "system" and (content is None or content == "" or str(content).isspace()):
+                self.mended["empty system turns left out"] += 1
+                continue
             text = self.checked(content, name, at=f"[{i}]")
-            turns.append(Turn(_ROLES[role], text, weight != 0 or _ROLES[role] != "assistant"))
+            turns.append(Turn(role, text, weight != 0 or role != "assistant"))
         if not turns:
             raise self.error("no messages", name)
         return tuple(turns)
+
+    def _known_role(self, role: str, i: int, name: str) -> str:
+        if role.lower() in _TOOLS:
+            reason = f"message {i} is of role {role[:30]!r}, which no template here writes"
+            raise self.error(reason, name)
+        if role.lower() not in _ROLES:
+            expected = "expected role (or from) and content (or value)"
+            raise self.error(f"message {i} has no known role: {expected}", name)
+        return _ROLES[role.lower()]
+
+    def _joined_parts(self, parts: list[Any], i: int, name: str) -> str:
+        """The text of content in parts (OpenAI's), a line each, as servers join them."""
+        texts = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+            if kind not in _TEXT_PARTS:
+                raise self.error(
+                    f"message {i} has a part of type {str(kind)[:30]!r}, no text", name
+                )
+            texts.append(self.checked(part.get("text"), name, at=f"[{i}]", blank=True))
+        return "\n".join(texts)
+
+    def system(self) -> str | None:
+        """The system prompt in a column of its own: "" for an empty one, None without such a
+        column.
+        """
+        names = [name for name in ("system", "system_prompt") if name in self.record.fields]
+        texts = [self.text(name, blank=True) for name in names]
+        if len(texts) == 2 and texts[0] != texts[1]:
+            raise self.error("system and system_prompt say different things", names[1])
+        return texts[0] if texts else None
 
     def entry(self, name: str) -> "Fields":
         """An object, with checked access of its own."""
@@ -89,8 +154,14 @@ class Fields:
         return [self._entry(value, name) for value in self.listed(name)]
 
     def listed(self, name: str) -> list[Any]:
-        """A list of anything."""
+        """A list of anything, or the JSON of one as text (CSV)."""
         value = self.value(name)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            found = _from_json(value)
+            if found is None:
+                hint = 'in a table, a list is the text of its JSON: [{"role": "user", ...}]'
+                raise self.record.error("not JSON", field=name, hint=hint)
+            value = found
         if not isinstance(value, list | tuple):
             raise self.error(f"expected a list, found {kind_of(value)}", name)
         return list(value)
@@ -111,8 +182,8 @@ class Fields:
         return default if value is None else value
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
-        return self.record.fields.get(name) is not None
+        """Whether the field is there, not null and, as in a table, not empty."""
+        return self.record.fields.get(name) not in (None, "")
 
     def rest(self) -> dict[str, Any]:
         """The fields no one asked for, with those of a "meta" object among them."""
@@ -120,6 +191,14 @@ class Fields:
         rest = {k: v for k, v in fields.items() if k not in self._used and v is not None}
         meta = rest.pop("meta", {})
         return {**rest, **meta} if isinstance(meta, dict) else {**rest, "meta": meta}
+
+    def refuse_unread(self) -> None:
+        """DataError for a column that no one asked for and that changes what the row means."""
+        for name, value in self.record.fields.items():
+            if name in _MEANT and name not in self._used and value not in (None, "", [], {}, 1):
+                hint = f"rename it where it is no part of the row, say to {name}_"
+                reason = "this column is not read in this format"
+                raise self.record.error(reason, field=name, hint=hint)
 
     def error(self, reason: str, name: str | None = None) -> DataError:
         """A DataError at this record, or at its field `name`."""
@@ -137,12 +216,9 @@ class Fields:
             raise self.error(f"{place}empty text", name)
         if "\0" in value:
             raise self.error(f"{place}NUL character", name)
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = f"U+{ord(value[error.start]):04X}"
-                raise self.error(f"{place}lone surrogate {code}", name) from None
+        half = lone_surrogate(value)
+        if half is not None:
+            raise self.error(f"{place}lone surrogate {half}", name)
         return value
 
     def _entry(self, value: Any, name: str) -> "Fields":
@@ -151,3 +227,19 @@ class Fields:
         # The outer field stays among an entry's own, for the excerpt of an error.
         fields = {**value, name: self.record.fields[name]}
         return Fields(replace(self.record, fields=fields), self.mended, inside=name)
+
+
+def _role(message: dict[str, Any]) -> str:
+    return str(message.get("role") or message.get("from") or "").strip()
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def _from_json(text: str) -> list[Any] | None:
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError):
+        return None
+    return value if isinstance(value, list) else None

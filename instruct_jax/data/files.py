@@ -1,34 +1,28 @@
 """Raw records from files, each with the place it came from.
 
-JSONL, JSON arrays, CSV, TSV and plain text, plain or gzipped, are read here; Parquet files, saved
-datasets and hub ids go to `hub`. What cannot be read as a record comes out of the stream as a
+JSONL, JSON arrays, CSV, TSV and plain text, also packed, and Parquet are read by their own modules;
+saved datasets and hub ids by `hub`. What cannot be read as a record comes out of the stream as a
 DataError in its place, so that the caller decides whether to stop or to go on; damage after which
-the rest of a file cannot be trusted (a broken gzip stream, a broken JSON array) is raised.
+the rest of a file cannot be trusted (a broken archive, a broken JSON array) is raised.
 """
 
-import csv
+import datetime
 import difflib
 import glob
-import gzip
 import hashlib
-import io
-import json
 import math
 import os
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from instruct_jax.data import hub
+from instruct_jax.data.jsonrows import json_rows
+from instruct_jax.data.packed import PACKED, kind_of_file, open_data
+from instruct_jax.data.records import Record, Stream
 from instruct_jax.data.rows import DataError
-
-Split = Literal["file", "piece", "line", "paragraph"]
-# Characters of a piece of a long text, which goes on to the end of its paragraph.
-PIECE = 20_000
-# A line longer than this is not a row but a mistake, such as a file without line ends.
-MAX_LINE_BYTES = 8 * 2**20
+from instruct_jax.data.tables import csv_rows, parquet_rows
+from instruct_jax.data.texts import Split, text_rows
 
 # A memo of `hash_files`: a corpus of terabytes is not read again at every start.
 _SHA256: dict[tuple[str, int, int], str] = {}
@@ -37,39 +31,11 @@ _JSON = (".jsonl", ".ndjson", ".json")
 _CSV = {".csv": ",", ".tsv": "\t"}
 _TEXT = (".txt", ".text", ".md")
 _SUFFIXES = (*_JSON, *_CSV, *_TEXT, ".parquet")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One object of a file: its fields, and where it stands (`raw` is its text, when there is one).
-
-    `line` counts from 1; in a dataset without lines it is the row number, also from 1.
-    """
-
-    fields: dict[str, Any]
-    path: str
-    line: int
-    column: int = 1
-    raw: str = ""
-
-    def error(self, reason: str, *, field: str | None = None, hint: str | None = None) -> DataError:
-        """A DataError at this record, or at `field` of it."""
-        at = max(self.raw.find(json.dumps(field)), 0) if field else 0
-        value = self.fields.get(field) if field else None
-        excerpt = json.dumps(value, default=str) if field in self.fields else self.raw or None
-        line, column = _position(self.raw, at, self.line, self.column)
-        return DataError(
-            reason,
-            path=self.path,
-            line=line,
-            column=column if self.raw else None,
-            field=field,
-            excerpt=value if isinstance(value, str) else excerpt,
-            hint=hint,
-        )
-
-
-Stream = Generator[Record | DataError, None, None]
+# Files of these names in a folder are about its data.
+_ABOUT = (
+    "readme", "license", "licence", "manifest", "notice", "changelog", "citation",
+    "dataset_info", "dataset_infos",
+)  # fmt: skip
 
 
 def open_records(
@@ -80,43 +46,100 @@ def open_records(
 ) -> Iterator[tuple[str, Stream]]:
     """(name, records) of every file of a path, glob, folder or hub id; DataError when missing.
 
-    A text file is one record {"text"}, or one a piece, line or paragraph (`split`). All but JSON
-    arrays, and text files as one record, are read as the records are asked for. `watch` is given
-    each file as it is opened, packed as it may be: its position tells how far the reading is.
+    A text file is one record {"text"}, or one a piece, line or paragraph (`split`). All but text
+    files as one record are read as the records are asked for. `watch` is given each file as it is
+    opened, packed as it may be: its position tells how far the reading is.
     """
     name = os.fspath(source)
     if hub.is_hub_id(name):
-        yield name, _hub_records(name, hub.load_hub(name))
+        yield name, _table_records(name, hub.load_hub(name))
         return
     for path in find_files(name):
         if path.is_dir():
-            yield str(path), _hub_records(str(path), hub.load_saved(path))
+            yield str(path), _table_records(str(path), hub.load_saved(path))
         else:
             yield str(path), _file_records(path, split, watch)
 
 
 def find_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The files of a path, glob or folder, sorted; a folder saved by `datasets` stays a folder."""
+    """The files of a path, glob or folder, sorted; a folder saved by `datasets` stays a folder.
+
+    A folder is searched with those in it. What starts with a dot is left out, and what is about
+    the data (README.md). DataError where there is none, or a pipe or device among them.
+    """
     name = os.path.expanduser(os.fspath(source))
-    path = Path(name)
-    if path.is_dir():
-        if hub.is_saved(path):
-            return [path]
-        files = sorted(f for f in path.iterdir() if f.is_file() and _suffix(f) in _SUFFIXES)
+    try:
+        found = _found(name)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        raise DataError(reason, path=error.filename or name) from error
+    return list(dict.fromkeys(found))
+
+
+def _found(name: str) -> list[Path]:
+    kind = _kind(name)
+    if kind == "a folder":
+        files = sorted(_walk(name))
         if not files:
-            raise DataError("no data file in this folder", path=path, hint=_kinds())
+            raise DataError("no data file in this folder", path=name, hint=_kinds())
         return files
-    if path.is_file():
-        return [path]
+    if kind == "a file":
+        return [Path(name)]
+    if kind is not None:
+        raise DataError(f"{kind}, not a file", path=name)
     if glob.has_magic(name):
-        files = sorted(Path(found) for found in glob.glob(name, recursive=True))
+        matches = sorted(glob.glob(name, recursive=True))
+        files = [path for match in matches for path in _matched(match)]
         if not files:
             raise DataError("no file matches", path=name)
         return files
+    raise DataError("no such file", path=name, hint=_nearest(name))
+
+
+def _matched(name: str) -> list[Path]:
+    kind = _kind(name)
+    if kind == "a folder":
+        return sorted(_walk(name))
+    if kind == "a file":
+        return [Path(name)]
+    raise DataError(f"{kind or 'a link that leads nowhere'}, not a file", path=name)
+
+
+def _walk(name: str) -> Iterator[Path]:
+    """The data files in a folder and in those inside it; a link back up is not followed again."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for root, folders, names in os.walk(name, followlinks=True, onerror=refuse):
+        stat = os.stat(root)
+        known = (stat.st_dev, stat.st_ino) in seen
+        seen.add((stat.st_dev, stat.st_ino))
+        if known or hub.is_saved(Path(root)):
+            folders.clear()
+            if not known:
+                yield Path(root)
+            continue
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for path in (Path(root, file) for file in names if not file.startswith(".")):
+            if _suffix(path) in _SUFFIXES and path.name.split(".")[0].lower() not in _ABOUT:
+                yield from _matched(str(path))
+
+
+def _kind(name: str) -> str | None:
+    """What is there, in words; None for nothing."""
+    try:
+        return kind_of_file(os.stat(name).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return None
+
+
+def _nearest(name: str) -> str | None:
+    path = Path(name)
     siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f'did you mean "{path.with_name(close[0])}"?' if close else None
-    raise DataError("no such file", path=name, hint=hint)
+    return f'did you mean "{path.with_name(close[0])}"?' if close else None
 
 
 def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
@@ -155,262 +178,59 @@ def list_files(source: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
-
-
 def _file_records(path: Path, split: Split, watch: Callable[[BinaryIO], object] | None) -> Stream:
     suffix = _suffix(path)
     if suffix not in _SUFFIXES:
         raise DataError("unknown kind of file", path=path, hint=_kinds())
     if suffix == ".parquet":
-        yield from _hub_records(str(path), hub.load_parquet(path))
+        if path.suffix.lower() in PACKED:
+            raise DataError("Parquet is packed in itself", path=path, hint="unpack it")
+        yield from _table_records(str(path), parquet_rows(path))
         return
-    try:
-        with open(path, "rb") as packed, _unpacked(packed, path) as file:
-            if watch is not None:
-                watch(packed)
-            if suffix in _CSV:
-                yield from _csv_records(path, file, _CSV[suffix])
-            elif suffix in _TEXT:
-                yield from _text_records(path, file, split)
-            elif file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                yield from _array_records(path, file)
-            else:
-                yield from _line_records(path, file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"damaged gzip file: {error}", path=path) from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
-
-
-def _unpacked(file: io.BufferedReader, path: Path) -> io.BufferedReader:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
-    return file
-
-
-def _line_records(path: Path, file: io.BufferedReader) -> Stream:
-    number = 0
-    while data := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(data) > MAX_LINE_BYTES:
-            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            limit = f"line of more than {MAX_LINE_BYTES // 2**20} MiB"
-            hint = "put one row on a line, or give long documents as .txt files"
-            excerpt = data[:60].decode("utf-8", "replace")
-            yield DataError(limit, path=path, line=number, excerpt=excerpt, hint=hint)
-            continue
-        if number == 1:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        try:
-            text = _decode(data, path, number).strip("\r\n")
-            if text.strip():
-                yield _parse(text, path, number)
-        except DataError as error:
-            yield error
-
-
-def _array_records(path: Path, file: io.BufferedReader) -> Stream:
-    """The elements are found first and then parsed as lines are, each at its own place."""
-    text = _decode(file.read(), path, 1).removeprefix("\ufeff")
-    decoder = json.JSONDecoder()
-    end = text.index("[") + 1
-    line, column = _position(text, end, 1, 1)
-    while True:
-        start = _skip(text, end, " \t\r\n,")
-        line, column = _position(text[end:start], start - end, line, column)
-        if text[start : start + 1] == "]":
+    with open_data(path, watch) as file:
+        if suffix in _CSV:
+            yield from csv_rows(path, file, _CSV[suffix])
             return
-        try:
-            _, after = decoder.raw_decode(text, start)
-        except (RecursionError, ValueError) as error:
-            raise _not_json(error, text, path, 1, hint="nothing after this can be read") from None
-        try:
-            yield _parse(text[start:after], path, line, column)
-        except DataError as error:
-            yield error
-        line, column = _position(text[start:after], after - start, line, column)
-        end = after
+        start = file.peek(64)
+        if b"\r" in start and b"\n" not in start:
+            hint = "tr '\\r' '\\n' < FILE > NEW"
+            raise DataError("its lines end with CR alone", path=path, line=1, hint=hint)
+        if suffix in _TEXT:
+            yield from text_rows(path, file, split)
+        else:
+            yield from json_rows(path, file)
 
 
-def _parse(text: str, path: Path, line: int, column: int = 1) -> Record:
+def _table_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:
+    """A dataset has every column in every row; what a row lacks is None, or NaN."""
+    number = 0
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except _RowError as error:
-        raise error.at(text, path, line, column) from None
-    except (RecursionError, ValueError) as error:
-        raise _not_json(error, text, path, line) from None
-    if not isinstance(value, dict):
-        reason = f"expected an object, found {kind_of(value)}"
-        raise DataError(reason, path=path, line=line, column=column, excerpt=text)
-    return Record(value, str(path), line, column, text)
+        for number, row in enumerate(rows, 1):
+            fields = {key: _plain(value) for key, value in row.items()}
+            yield Record({k: v for k, v in fields.items() if v is not None}, name, number)
+    except DataError:
+        raise
+    except Exception as error:  # of `datasets`, which raises many kinds
+        reason = f"cannot be read after row {number}: {(str(error).splitlines() or ['?'])[0]}"
+        raise DataError(reason, path=name) from error
 
 
-def _not_json(
-    error: Exception, text: str, path: Path, line: int, *, hint: str | None = None
-) -> DataError:
-    """What the library says, at its place in `text`, which starts at `line`."""
-    # Deep nesting and numbers of thousands of digits fail without a position.
-    at = error.pos if isinstance(error, json.JSONDecodeError) else 0
-    if text.startswith("\ufeff"):
-        hint = "a byte order mark inside the file: were files joined?"
-    elif hint is None and at >= len(text.rstrip()):
-        hint = "one whole JSON object a line, or one array of objects a file"
-    line, column = _position(text, at, line, 1)
-    reason = f"not JSON: {getattr(error, 'msg', error)}"
-    near = text[max(0, at - 20) : at + 60]
-    return DataError(reason, path=path, line=line, column=column, excerpt=near, hint=hint)
-
-
-def _csv_records(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
-    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-        try:
-            _ = reader.fieldnames  # reads the header, which may have line ends in it
-            line = reader.line_num + 1
-            for row in reader:
-                if None in row:
-                    extra = f"{len(row[None])} values more than columns"
-                    yield DataError(extra, path=path, line=line)
-                elif missing := [name for name, value in row.items() if value is None]:
-                    yield DataError("the row has no value", path=path, line=line, field=missing[0])
-                else:
-                    yield Record(dict(row), str(path), line)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"not CSV: {error}", path=path, line=reader.line_num) from error
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8: {error.reason}"
-            raise DataError(reason, path=path, line=reader.line_num + 1) from error
-
-
-def _text_records(path: Path, file: io.BufferedReader, split: Split) -> Stream:
-    lines = _text_lines(path, file)
-    if split in ("file", "piece"):
-        for line, text in _blocks(lines, math.inf if split == "file" else PIECE):
-            if split == "file" or text.strip():
-                yield Record({"text": text}, str(path), line, raw=text)
-        return
-    for line, text in lines if split == "line" else _blocks(lines, 0):
-        if text.strip():
-            lead = text[: len(text) - len(text.lstrip("\n"))].count("\n")
-            yield Record({"text": text.strip("\n")}, str(path), line + lead, raw=text)
-
-
-def _text_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, str]]:
-    """(number, line with its end as a newline); no line is too long here."""
-    for number, data in enumerate(file, 1):
-        text = _decode(data, path, number)
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
-
-
-def _blocks(lines: Iterator[tuple[int, str]], size: float) -> Iterator[tuple[int, str]]:
-    """(number of the first line, text) of blocks, which end with the first empty line that starts
-    after `size` characters; the last one ends with the file, and is never empty but in an empty
-    file.
-    """
-    block: list[str] = []
-    first, length, number = 1, 0, 0
-    for number, line in lines:
-        if not block:
-            first, length = number, 0
-        block.append(line)
-        length += len(line)
-        if line == "\n" and len(block) > 1 and length - 2 >= size:
-            yield first, "".join(block)
-            block = []
-    if block or number == 0:
-        yield first, "".join(block)
-
-
-def pieces(text: str) -> Iterator[str]:
-    """`text` cut at ends of paragraphs into pieces of PIECE characters or a little more; a blank
-    piece is left out.
-    """
-    start = 0
-    while start < len(text):
-        end = text.find("\n\n", start + PIECE)
-        end = len(text) if end < 0 else end + 2
-        if not text[start:end].isspace():
-            yield text[start:end]
-        start = end
-
-
-def _hub_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:
-    for number, row in enumerate(rows, 1):
-        # A dataset has every column in every row; what a row lacks is None.
-        fields = {key: value for key, value in row.items() if value is not None}
-        yield Record(fields, name, number)
-
-
-class _RowError(ValueError):
-    """A mistake inside an object, found while the library parses it and knows no position."""
-
-    def __init__(self, reason: str, key: str) -> None:
-        super().__init__(reason)
-        self.reason, self.key = reason, key
-
-    def at(self, text: str, path: Path, line: int, column: int) -> DataError:
-        """The error at the key, or where the key comes again."""
-        first = text.find(self.key)
-        found = max(first, text.find(self.key, first + 1))
-        line, column = _position(text, found, line, column)
-        excerpt = text[max(0, found - 20) :]
-        return DataError(self.reason, path=path, line=line, column=column, excerpt=excerpt)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise _RowError(f'duplicate key "{key}"', json.dumps(key, ensure_ascii=False))
-    return values
-
-
-def _no_constant(name: str) -> float:
-    raise _RowError(f"{name} is not a number in JSON", name)
-
-
-def _decode(data: bytes, path: Path, line: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8")
-        line, column = _position(before, len(before), line, 1)
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        raise DataError(
-            f"not UTF-8: byte 0x{data[error.start]:02x}",
-            path=path,
-            line=line,
-            column=column,
-            excerpt=data[max(0, error.start - 20) : error.start + 40].decode("utf-8", "replace"),
-            hint="the file is UTF-16; save it as UTF-8" if utf16 else None,
-        ) from None
-
-
-def _position(text: str, at: int, line: int, column: int) -> tuple[int, int]:
-    """(line, column) of `text[at]` when `text[0]` stands at (line, column)."""
-    newlines = text.count("\n", 0, at)
-    if not newlines:
-        return line, column + at
-    return line + newlines, at - text.rfind("\n", 0, at)
-
-
-def _skip(text: str, at: int, characters: str) -> int:
-    while at < len(text) and text[at] in characters:
-        at += 1
-    return at
+def _plain(value: Any) -> Any:
+    """A value of a table as one of JSON: no NaN, a time or an image as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
 
 def _kinds() -> str:
-    return f"known: {', '.join(_SUFFIXES)}, also with .gz"
+    return f"known: {', '.join(_SUFFIXES)}, also packed ({', '.join(PACKED)})"

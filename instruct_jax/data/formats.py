@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, TypeVar
 
 from instruct_jax.data.fields import Fields
-from instruct_jax.data.files import Record, Split, hash_files, open_records, pieces
-from instruct_jax.data.layouts import FORMATS, Case, Format, Instruction, Kind, joined
+from instruct_jax.data.files import hash_files, open_records
+from instruct_jax.data.layouts import FORMATS, Case, Format, Instruction, Kind, joined, read_cases
+from instruct_jax.data.records import Record
 from instruct_jax.data.rows import (
     Comparison,
     DataError,
@@ -34,6 +35,7 @@ from instruct_jax.data.rows import (
     write_rows,
 )
 from instruct_jax.data.templates import ALPACA, CHAT, Template, template_named
+from instruct_jax.data.texts import Split, pieces
 
 __all__ = [
     "Comparison",
@@ -58,6 +60,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
+# Reasons that a verdict lists; sets of columns and reasons that are remembered of a file.
+_SHOWN, _KNOWN = 8, 1000
 T = TypeVar("T", Document, Demonstration, Comparison, Prompt, Dialogue)
 
 
@@ -73,7 +77,9 @@ class FileReport:
 
     def __str__(self) -> str:
         def listed(counts: Counter[str]) -> str:
-            return ", ".join(f"{n} x {reason}" for reason, n in counts.most_common())
+            most = counts.most_common(_SHOWN)
+            more = ", ..." if len(counts) > _SHOWN else ""
+            return ", ".join(f"{n} x {reason}" for reason, n in most) + more
 
         text = f"{self.path}: {self.format}, {self.rows} rows"
         text += f"; {self.bad.total()} bad rows skipped ({listed(self.bad)})" if self.bad else ""
@@ -114,7 +120,7 @@ def stream_documents(
 ) -> Generator[Document, None, None]:
     """The texts of `read_documents` one by one, long ones in pieces; no file is held in memory.
 
-    Pieces end with a paragraph (`files.PIECE` characters or a little more), so that a few books
+    Pieces end with a paragraph (`texts.PIECE` characters or a little more), so that a few books
     divide. `limit` counts rows of the file, of a text file its pieces. The verdict on every file is
     added to `reports` as it is opened; for `watch` see `files.open_records`.
     """
@@ -260,13 +266,15 @@ def _stream(
                     made = _convert(record, kinds, convert, formats, report)
                 except DataError as error:
                     if on_bad_row == "error":
-                        raise
+                        raise error.or_skip() from None
                     last_error = error
-                    report.bad[error.reason] += 1
+                    known = error.reason in report.bad or len(report.bad) < _KNOWN
+                    report.bad[error.reason if known else "other reasons"] += 1
                     continue
+                made = made[: None if limit is None else int(left)]
                 report.rows += len(made)
-                yield from made[: None if limit is None else int(left)]
                 left -= len(made)
+                yield from made
         if report.rows == 0 and left > 0:
             # Not one good row: a wrong file rather than one with bad rows.
             raise last_error or DataError("no rows", path=path)
@@ -285,10 +293,13 @@ def _convert(
         raise record
     columns = tuple(record.fields)
     if columns not in formats:
+        if len(formats) >= _KNOWN:
+            formats.clear()
         formats[columns] = found = _detect(record, kinds)
         report.format = found.name if report.format == "unknown" else report.format
     try:
-        made = [convert(case) for case in formats[columns].layout(Fields(record, report.mended))]
+        fields = Fields(record, report.mended)
+        made = [convert(case) for case in read_cases(formats[columns], fields)]
     except ValueError as error:  # what a template refuses
         raise record.error(str(error)) from None
     # Several annotators of one prompt give one prompt, several instances of a task stay several.
@@ -312,9 +323,8 @@ def _detect(record: Record, kinds: tuple[Kind, ...]) -> Format:
         near = _misspelt(columns, found, found.required)
         if near is not None:
             raise _suggestion(record, *near)
-    for other in FORMATS:
-        if columns.issuperset(other.required):
-            raise record.error(f"expected {' or '.join(kinds)}, found {other.kind} ({other.name})")
+    for other in (f for f in FORMATS if columns.issuperset(f.required)):
+        raise record.error(f"expected {' or '.join(kinds)}, found {other.kind} ({other.name})")
     for found in nearly:
         if len(found.required) > 1:
             (missing,) = set(found.required) - columns
@@ -327,7 +337,8 @@ def _detect(record: Record, kinds: tuple[Kind, ...]) -> Format:
 
 def _misspelt(columns: set[str], found: Format, names: Sequence[str]) -> tuple[str, str] | None:
     """(a column, the name it was meant to be) when one of `names` is absent and nearly there."""
-    others = sorted(columns.difference(found.required, found.optional))
+    names_of_others = (name for other in FORMATS for name in other.required)
+    others = sorted(columns.difference(found.required, found.optional, names_of_others))
     for name in names:
         close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
         if name not in columns and close:

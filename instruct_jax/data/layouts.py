@@ -6,7 +6,7 @@ format, write its function and add it to `FORMATS`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from instruct_jax.data.fields import Fields
@@ -59,6 +59,40 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
+def read_cases(found: Format, f: Fields) -> list[Case]:
+    """The cases of a record, under its system prompt where it has one in a column of its own.
+
+    DataError for a record that does not fit, and for a column that nobody reads but should.
+    """
+    if found.kind == "documents":
+        return found.layout(f)
+    system = f.system()
+    cases = found.layout(f)
+    f.refuse_unread()
+    return cases if system is None else [_under(system, case, f) for case in cases]
+
+
+def _under(system: str, case: Case, f: Fields) -> Case:
+    """An instruction that has no system prompt keeps its form; a whole prompt becomes a turn, so
+    that all rows of a file are in one template.
+    """
+    style, prompt = case.style, case.prompt
+    if isinstance(prompt, Instruction):
+        if not system.strip():
+            return case
+        turns, style = (Turn("user", joined(prompt)),), ALPACA
+    elif isinstance(prompt, str):
+        turns = style.parse(prompt) if style else (Turn("user", prompt),)
+    else:
+        turns = prompt
+    if not system.strip():
+        return replace(case, prompt=turns)
+    if turns[0].role == "system" and turns[0].text != system:
+        raise f.error("another system prompt than that of its messages", "system")
+    given = turns[0].role == "system"
+    return replace(case, prompt=turns if given else (Turn("system", system), *turns), style=style)
+
+
 def _text(f: Fields) -> list[Case]:
     return [Case(f.text("text"), meta=f.rest())]
 
@@ -68,12 +102,15 @@ def _prompt(f: Fields) -> list[Case]:
 
 
 def _instruction(f: Fields) -> list[Case]:
-    prompt = Instruction(f.text("instruction"), f.text("input", blank=True))
-    return [Case(prompt, meta=f.rest())]
+    return [Case(_task(f, "instruction"), meta=f.rest())]
+
+
+def _question_text(f: Fields) -> list[Case]:
+    return [Case(Instruction(f.text("text")), meta=f.rest())]
 
 
 def _question(f: Fields) -> list[Case]:
-    return [Case(Instruction(f.text("text")), meta=f.rest())]
+    return [Case(_task(f, "question"), meta=f.rest())]
 
 
 def _first_turn(f: Fields) -> list[Case]:
@@ -82,7 +119,7 @@ def _first_turn(f: Fields) -> list[Case]:
 
 
 def _alpaca(f: Fields) -> list[Case]:
-    task = Instruction(f.text("instruction"), f.text("input", blank=True))
+    task = _task(f, "instruction")
     answer = (f.text("output"),)
     history = f.listed("history") if f.has("history") else []  # LIMA: earlier [user, assistant]
     turns: list[Turn] = []
@@ -98,8 +135,27 @@ def _alpaca(f: Fields) -> list[Case]:
 
 
 def _dolly(f: Fields) -> list[Case]:
-    task = Instruction(f.text("instruction"), f.text("context", blank=True))
-    return [Case(task, (f.text("response"),), meta=f.rest())]
+    return [Case(_task(f, "instruction"), (f.text("response"),), meta=f.rest())]
+
+
+def _question_answer(f: Fields) -> list[Case]:
+    return [Case(_task(f, "question"), (f.text("answer"),), meta=f.rest())]
+
+
+def _question_response(f: Fields) -> list[Case]:
+    return [Case(_task(f, "question"), (f.text("response"),), meta=f.rest())]
+
+
+def _query_response(f: Fields) -> list[Case]:
+    return [Case(_task(f, "query"), (f.text("response"),), meta=f.rest())]
+
+
+def _task(f: Fields, name: str) -> Instruction:
+    """The instruction in column `name`, and what it is about in "input" or "context"."""
+    inputs = [f.text(column, blank=True) for column in ("input", "context")]
+    if all(text.strip() for text in inputs):
+        raise f.error("both an input and a context", "context")
+    return Instruction(f.text(name), inputs[0] or inputs[1])
 
 
 def _instances(f: Fields) -> list[Case]:
@@ -148,7 +204,7 @@ def _tldr(f: Fields) -> list[Case]:
 
 
 def _preference(f: Fields) -> list[Case]:
-    if isinstance(f.value("chosen"), str):
+    if f.is_text("chosen"):
         prompt = _whole(f, "prompt")
         return [_ranked(f, prompt, (f.text("chosen"), f.text("rejected")), (0, 1))]
     chosen, rejected = f.turns("chosen"), f.turns("rejected")
@@ -156,15 +212,24 @@ def _preference(f: Fields) -> list[Case]:
     if shared != rejected[:-1]:
         raise f.error("chosen and rejected answer different prompts", "rejected")
     if not shared:
-        value = f.value("prompt")
-        whole = isinstance(value, str)
+        whole = f.is_text("prompt")
         shared = (Turn("user", f.text("prompt")),) if whole else f.turns("prompt")
     f.value("prompt", "")
     return [_ranked(f, shared, (chosen[-1].text, rejected[-1].text), (0, 1))]
 
 
+def _task_preference(f: Fields) -> list[Case]:
+    name = "instruction" if f.has("instruction") else "question"
+    return [_ranked(f, _task(f, name), (f.text("chosen"), f.text("rejected")), (0, 1))]
+
+
+def _chat_preference(f: Fields) -> list[Case]:
+    answers = (_answer(f, "chosen"), _answer(f, "rejected"))
+    return [_ranked(f, f.turns("conversations"), answers, (0, 1))]
+
+
 def _hh(f: Fields) -> list[Case]:
-    if not isinstance(f.value("chosen"), str):
+    if not f.is_text("chosen"):
         return _preference(f)
     prompts, answers = [], []
     for name in ("chosen", "rejected"):
@@ -294,12 +359,12 @@ def _ranked(
 
 
 def _whole(f: Fields, name: str) -> str | tuple[Turn, ...]:
-    return f.text(name) if isinstance(f.value(name), str) else f.turns(name)
+    return f.text(name) if f.is_text(name) else f.turns(name)
 
 
 def _answer(f: Fields, name: str) -> str:
     """A string, or a list of one assistant message."""
-    if isinstance(f.value(name), str):
+    if f.is_text(name):
         return f.text(name)
     turns = f.turns(name)
     if len(turns) != 1 or turns[0].role != "assistant":
@@ -330,6 +395,22 @@ FORMATS = (
     Format("tldr comparisons", "comparisons", ("info", "summaries", "choice"), _tldr_comparison),
     Format("gpt4llm", "comparisons", ("user_input", "completion_a", "completion_b"), _gpt4llm),
     Format("preference", "comparisons", ("prompt", "chosen", "rejected"), _preference),
+    Format(
+        "instruction preference",
+        "comparisons",
+        ("instruction", "chosen", "rejected"),
+        _task_preference,
+        ("input",),
+    ),
+    Format(
+        "question preference", "comparisons", ("question", "chosen", "rejected"), _task_preference
+    ),
+    Format(
+        "sharegpt preference",
+        "comparisons",
+        ("conversations", "chosen", "rejected"),
+        _chat_preference,
+    ),
     Format("hh transcripts", "comparisons", ("chosen", "rejected"), _hh, ("prompt",)),
     Format("self-instruct", "demonstrations", ("instruction", "instances"), _instances),
     Format("alpaca", "demonstrations", ("instruction", "output"), _alpaca, ("input", "history")),
@@ -339,8 +420,22 @@ FORMATS = (
     Format("tldr", "demonstrations", ("subreddit", "title", "post", "summary"), _tldr),
     Format("prompt+completion", "demonstrations", ("prompt", "completion"), _completion),
     Format("prompt+response", "demonstrations", ("prompt", "response"), _response),
+    Format(
+        "question+response",
+        "demonstrations",
+        ("question", "response"),
+        _question_response,
+        ("context",),
+    ),
+    Format(
+        "question+answer", "demonstrations", ("question", "answer"), _question_answer, ("context",)
+    ),
+    Format(
+        "query+response", "demonstrations", ("query", "response"), _query_response, ("context",)
+    ),
     Format("questions", "prompts", ("question_id", "turns"), _first_turn),
-    Format("questions", "prompts", ("question_id", "text"), _question),
+    Format("questions", "prompts", ("question_id", "text"), _question_text),
+    Format("questions", "prompts", ("question",), _question, ("context",)),
     Format("instructions", "prompts", ("instruction",), _instruction, ("input",)),
     Format("prompts", "prompts", ("prompt",), _prompt),
     Format("text", "documents", ("text",), _text),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from instruct_jax.errors import UserError
 
 Meta = Mapping[str, Any]
-_EXCERPT = 60
+_EXCERPT, _REASON = 60, 300  # characters that a message shows at most
 
 
 def _meta() -> Any:
@@ -102,17 +102,34 @@ class DataError(UserError):
         """Every part beside `reason` may be missing; `excerpt` is cut and its controls escaped."""
         self.reason, self.path, self.line, self.column = reason, path, line, column
         self.field, self.hint = field, hint
-        self.excerpt = None if excerpt is None else _one_line(excerpt)
+        self._excerpt = excerpt = None if excerpt is None else _cut(excerpt)
+        self.excerpt = None if excerpt is None else json.dumps(excerpt, ensure_ascii=False)
         place = ":".join(str(part) for part in (path, line, column) if part is not None)
-        parts = [place, f'field "{field}"' if field else "", reason, self.excerpt or ""]
+        name = f'field "{_cut(field)}"' if field else ""
+        parts = [place, name, _cut(reason, _REASON), self.excerpt or ""]
         text = ": ".join(part for part in parts if part)
-        super().__init__(f"{text} ({hint})" if hint else text)
+        super().__init__(_printable(f"{text} ({hint})" if hint else text))
+
+    def or_skip(self) -> "DataError":
+        """The same, of a row that could be left out."""
+        return DataError(
+            self.reason,
+            path=self.path,
+            line=self.line,
+            column=self.column,
+            field=self.field,
+            excerpt=self._excerpt,
+            hint="; ".join(filter(None, [self.hint, "data.on_bad_row=skip leaves such rows out"])),
+        )
 
 
-def _one_line(text: str) -> str:
-    cut = text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…"
-    quoted = json.dumps(cut, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+def _cut(text: str, most: int = _EXCERPT) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _printable(text: str) -> str:
+    """In one line, and without half a surrogate pair, which no terminal could be sent."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from instruct_jax.data import files
+from instruct_jax.data import records
 from instruct_jax.data.formats import (
     DataError,
     read_comparisons,
@@ -366,7 +366,7 @@ def test_damage_anywhere_gives_rows_or_a_data_error(tmp_path, layout):
 
 
 def test_a_long_line_is_never_held_in_memory_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_ROW_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + '\n{"text": "b"}\n')
     rows = read_documents(path, on_bad_row="skip")

@@ -21,6 +21,7 @@ from instruct_jax.data.corpus import Corpus
 from instruct_jax.data.loader import Batches, encode_documents
 from instruct_jax.data.rows import DataError
 from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.texts import pieces
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER = train_bpe(["abc"], vocab_size=257)  # one token a byte
@@ -93,7 +94,7 @@ def test_every_document_is_in_one_split(tmp_path, folder):
     assert splits[1] and not splits[0] & splits[1]
     texts = splits[0] | splits[1]
     book = (folder / "c.txt").read_text(encoding="utf-8")  # with newlines made plain
-    assert len(texts) == 60 + 60 + 30 + len(list(files.pieces(book)))
+    assert len(texts) == 60 + 60 + 30 + len(list(pieces(book)))
 
 
 def test_a_file_named_twice_counts_twice(tmp_path, folder):

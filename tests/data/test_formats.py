@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from instruct_jax.data import files
+from instruct_jax.data import files, texts
 from instruct_jax.data.formats import (
     Comparison,
     DataError,
@@ -362,7 +362,7 @@ def test_lines_of_a_text_file_are_prompts_and_paragraphs_may_be_documents(tmp_pa
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_text_is_cut_as_it_is_read_as_if_it_had_been_read_whole(tmp_path, monkeypatch, rng, end):
     """Lines, paragraphs and pieces, at any number of empty lines, with the line they start on."""
-    monkeypatch.setattr(files, "PIECE", 6)
+    monkeypatch.setattr(texts, "PIECE", 6)
     path = tmp_path / "text.txt"
     for _ in range(300):
         letters = ["a", "é", "\n", "\n\n"]
@@ -375,14 +375,14 @@ def test_text_is_cut_as_it_is_read_as_if_it_had_been_read_whole(tmp_path, monkey
             lines = text.split("\n")
             assert all(lines[line - 1] == words.split("\n")[0] for line, words in found)
         streamed = list(stream_documents(path, reports=[]))
-        assert [row.text for row in streamed] == list(files.pieces(text))
+        assert [row.text for row in streamed] == list(texts.pieces(text))
         (whole,) = read_documents(path)
         assert whole.text == text
 
 
 def test_a_long_text_is_cut_at_the_first_end_of_a_paragraph_after_so_many_characters(monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(texts, "PIECE", 4)
     text = "ab\n\ncdefgh\n\n\nij\n\nkl\n\n"
-    assert list(files.pieces(text)) == ["ab\n\ncdefgh\n\n", "\nij\n\nkl\n\n"]
-    assert "".join(files.pieces(text)) == text
-    assert list(files.pieces("abcdef\n\n\n\n")) == ["abcdef\n\n"], "without the blank end"
+    assert list(texts.pieces(text)) == ["ab\n\ncdefgh\n\n", "\nij\n\nkl\n\n"]
+    assert "".join(texts.pieces(text)) == text
+    assert list(texts.pieces("abcdef\n\n\n\n")) == ["abcdef\n\n"], "without the blank end"
