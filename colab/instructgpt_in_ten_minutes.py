@@ -217,7 +217,9 @@ print(f"\n{corpus[0].text}\n---\n{corpus[2].text}")
 
 # %%
 gpt = pretrain.train(
-    pretrain.PretrainConfig(batch_size=32, length=112, learning_rate=3e-3, warmup=50, log_every=20),
+    pretrain.PretrainConfig(
+        batch_size=32, length=112, learning_rate=3e-3, warmup=size(50, 2), log_every=20
+    ),
     lm,
     lm.init(jax.random.key(SEED)),
     text,

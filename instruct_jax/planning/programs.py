@@ -4,7 +4,6 @@ Every array is a ShapeDtypeStruct with the sharding that the stage would give it
 optimizers and steps are the stages' own. One `Program` is what runs `times` times in a run.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from instruct_jax.models.adapters import adapt, split
+from instruct_jax.models.adapters import split
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.planning import costs
 from instruct_jax.planning.abstract import (
@@ -30,7 +29,7 @@ from instruct_jax.stages.preference import PreferenceConfig, preference_loss
 from instruct_jax.stages.pretrain import PretrainConfig, language_loss
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss
 from instruct_jax.stages.sft import SFTConfig
-from instruct_jax.stages.stage import RULES, FitConfig, make_optimizer, make_step
+from instruct_jax.stages.stage import RULES, FitConfig, make_optimizer, make_step, trained_form
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.state import init_state, state_shardings
 
@@ -66,13 +65,11 @@ def fit_batch(job: Job, sharding: NamedSharding) -> dict[str, Any]:
 def _fit(job: Job, mesh: Mesh) -> Program:
     config: FitConfig = job.config
     check_batch_size(config.batch_size, mesh, micro_batches=config.micro_batches)
-    model_config = job.model
-    if config.residual_dropout:
-        model_config = dataclasses.replace(model_config, residual_dropout=config.residual_dropout)
     dropout = config.residual_dropout > 0
     kind: costs.Kind = "scalar" if job.stage == "reward_model" else "language"
     make = scalar_model if kind == "scalar" else language_model
-    model = adapt(make(model_config), config.lora)
+    model = trained_form(make, make(job.model), config)
+    model_config = model.config
     if isinstance(config, RewardModelConfig):
         loss = reward_loss(model, pair_norm=config.pair_norm, dropout=dropout)
     elif isinstance(config, PreferenceConfig):

@@ -64,7 +64,7 @@ def pretrain(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     """One update on `text_rows` rows of text."""
     config, batch = shape.policy_config(), language_rows(rows.text)
     loss = language_loss(language_model(config))
-    stage = PretrainConfig(micro_batches=shape.micro_batches)
+    stage = PretrainConfig(batch_size=len(rows.text), micro_batches=shape.micro_batches)
     step = Training(stage, loss, models.policy, batch, mesh=mesh)
     count, length = rows.text.shape
     account = Account(
@@ -79,9 +79,8 @@ def sft(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     config = shape.policy_config()
     batch = sft_batch(shape, rows.demonstrations, shape.rows, pad_id=config.pad_id)
     loss = language_loss(language_model(config))
-    step = Training(
-        SFTConfig(micro_batches=shape.micro_batches), loss, models.policy, batch, mesh=mesh
-    )
+    stage = SFTConfig(batch_size=len(batch["tokens"]), micro_batches=shape.micro_batches)
+    step = Training(stage, loss, models.policy, batch, mesh=mesh)
     lengths = rows.demonstrations["mask"][: shape.rows].sum(1)
     tokens = int(lengths.sum())
     cost = costs.train(config, lengths)
@@ -110,7 +109,7 @@ def reward_model(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Worklo
         micro_batches=shape.micro_batches,
         devices=axes_size(mesh, BATCH_AXES),
     )(0)
-    stage = RewardModelConfig(micro_batches=shape.micro_batches)
+    stage = RewardModelConfig(batch_size=len(batch["ranks"]), micro_batches=shape.micro_batches)
     step = Training(stage, reward_loss(scalar_model(config)), models.reward, batch, mesh=mesh)
     lengths = np.where(first["where"], first["mask"].sum(-1), 0)
     cost = costs.train_branches(config, first["prompt_lengths"], completion_sizes(first))

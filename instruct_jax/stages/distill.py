@@ -24,11 +24,10 @@ from instruct_jax.data.loader import Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import forward_kl, sum_and_count
 from instruct_jax.losses.chunked import CHUNK_LOGITS
-from instruct_jax.models.adapters import adapt
-from instruct_jax.models.transformer import Model, TransformerConfig
+from instruct_jax.models.transformer import Model, TransformerConfig, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
-from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.stages.stage import FitConfig, fit, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 Targets = Literal["samples", "logits"]
@@ -57,18 +56,18 @@ def shortened(
     return dataclasses.replace(config, num_layers=wanted, attention_pattern=pattern), student
 
 
-def logits_loss(student: Model, teacher: Model) -> LossFn:
+def logits_loss(student: Model, teacher: Model, *, dropout: bool = False) -> LossFn:
     """The second loss above on rows of `language_loss`; the teacher's parameters are under
     "teacher" among the student's. The logits of both are made for a few positions at a time, and
-    again for their gradient.
+    again for their gradient. Dropout is of the student alone.
     """
 
     def loss(
         params: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        del key
         tokens, mask, targets = batch["tokens"], batch["mask"], batch["loss_mask"][:, 1:]
-        own = student.hidden(params, tokens, mask=mask)[:, :-1]
+        drawn = key if dropout else None
+        own = student.hidden(params, tokens, mask=mask, dropout_key=drawn)[:, :-1]
         taught = teacher.hidden(params["teacher"], tokens, mask=mask)[:, :-1]
 
         @jax.checkpoint
@@ -104,10 +103,13 @@ def train(
     returns its parameters. Resumes from `workdir/checkpoints` when there is one.
     """
     batches = Batches(answers, config.batch_size, seed=config.seed)
-    student = adapt(student, config.lora)
+    student = trained_form(language_model, student, config)
+    dropout = config.residual_dropout > 0
     return fit(
         config,
-        language_loss(student) if targets == "samples" else logits_loss(student, teacher),
+        language_loss(student, dropout=dropout)
+        if targets == "samples"
+        else logits_loss(student, teacher, dropout=dropout),
         params,
         batches,
         frozen={} if targets == "samples" else {"teacher": teacher_params},

@@ -44,15 +44,14 @@ from instruct_jax.losses import (
     simpo_loss,
     sum_and_count,
 )
-from instruct_jax.models.adapters import adapt
-from instruct_jax.models.transformer import Model
+from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.preference_rows import (
     ResponseScorer,
     branch_log_probs,
     with_mismatched,
 )
-from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.stages.stage import FitConfig, fit, trained_form
 from instruct_jax.stages.trees import by_prompt, tree_batches
 from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
@@ -327,7 +326,7 @@ def train(
     batches = batches_of(comparisons, steps=steps)
     return fit(
         config,
-        preference_loss(config, adapt(model, config.lora)),
+        preference_loss(config, trained_form(language_model, model, config)),
         params,
         batches if score is None else LiveReference(batches, score),
         steps=steps,

@@ -20,11 +20,10 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.tokens import TokenRows
-from instruct_jax.models.adapters import adapt
-from instruct_jax.models.transformer import Model
+from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.settings import setting
-from instruct_jax.stages.stage import AdamConfig, FitConfig, fit
+from instruct_jax.stages.stage import AdamConfig, FitConfig, fit, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 
@@ -100,7 +99,9 @@ def train(
     steps = max(1, round(config.epochs * len(tokens) / config.batch_size))
     return fit(
         config,
-        language_loss(adapt(model, config.lora), dropout=model.config.residual_dropout > 0),
+        language_loss(
+            trained_form(language_model, model, config), dropout=config.residual_dropout > 0
+        ),
         params,
         batches,
         steps=steps,

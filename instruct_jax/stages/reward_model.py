@@ -28,11 +28,10 @@ from instruct_jax.data.rows import Demonstration
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
-from instruct_jax.models.adapters import adapt
 from instruct_jax.models.sharding import WHOLE, constrain
-from instruct_jax.models.transformer import Model, final_scores
+from instruct_jax.models.transformer import Model, final_scores, scalar_model
 from instruct_jax.settings import setting
-from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches
+from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches, trained_form
 from instruct_jax.stages.trees import TREE, by_prompt, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -210,7 +209,7 @@ def train(
     params = fit(
         config,
         reward_loss(
-            adapt(model, config.lora),
+            trained_form(scalar_model, model, config),
             pair_norm=config.pair_norm,
             dropout=config.residual_dropout > 0,
         ),

@@ -25,11 +25,10 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.tokens import TokenRows
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.adapters import adapt
-from instruct_jax.models.transformer import Model
+from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.stages.stage import FitConfig, fit, trained_form
 from instruct_jax.training.state import TrainState
 
 
@@ -94,7 +93,8 @@ def train(
 
     `demonstrations`: tokens int32[N, T], mask, loss_mask. `pretraining` int32[M, T] rows of the
     same length fill `config.pretrain_fraction` of every batch. `on_epoch(epoch, params)` sees the
-    parameters after every epoch (SFT-4). Resumes from `workdir/checkpoints` when there is one.
+    parameters after every epoch (SFT-4), `evaluate` then and every `config.eval_every` updates.
+    Resumes from `workdir/checkpoints` when there is one.
     """
     rows = dict(demonstrations)
     if config.loss_on_prompt:
@@ -115,23 +115,25 @@ def train(
     per_epoch = demonstrated.steps_per_epoch
     steps = max(1, round(config.epochs * per_epoch))
 
-    def at_epoch_end(step: int, state: TrainState) -> dict[str, float]:
-        """Called by the loop after update `step`, every `per_epoch` updates."""
-        if on_epoch is not None:
+    def look(step: int, state: TrainState) -> dict[str, float]:
+        """Called by the loop after update `step`, at the end of an epoch or between."""
+        if on_epoch is not None and step % per_epoch == 0:
             on_epoch(step // per_epoch, state.params)
         return evaluate(step, state) if evaluate is not None else {}
 
     return fit(
         config,
-        language_loss(adapt(model, config.lora), dropout=model.config.residual_dropout > 0),
+        language_loss(
+            trained_form(language_model, model, config), dropout=config.residual_dropout > 0
+        ),
         params,
         batches,
         steps=steps,
         mesh=mesh,
         workdir=workdir,
         name="sft",
-        evaluate=at_epoch_end,
-        eval_every=per_epoch,
+        evaluate=None if on_epoch is None and evaluate is None else look,
+        epoch=per_epoch,
     )
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.adapters import LoraConfig, adapter_rules, merge, split
+from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
 from instruct_jax.models.config import Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.hf import inspect_pretrained, load_pretrained
@@ -152,6 +152,23 @@ class FitConfig(RunConfig):
             )
 
 
+def check_warmup(config: FitConfig, *, steps: int) -> None:
+    """ConfigError where a run of `steps` updates never reaches its learning rate."""
+    if config.warmup > steps:
+        raise ConfigError(
+            f"warmup {config.warmup} of {steps} updates: the learning rate is never reached; "
+            "give fewer of them, or more epochs or rows"
+        )
+
+
+def trained_form(
+    make: Callable[[TransformerConfig], Model], model: Model, config: FitConfig
+) -> Model:
+    """`model`, which `make` made, as it is trained: with the run's dropout and its adapter."""
+    dropping = dataclasses.replace(model.config, residual_dropout=config.residual_dropout)
+    return adapt(make(dropping), config.lora)
+
+
 def with_base(base: Any, loss_fn: LossFn) -> LossFn:
     """`loss_fn` of `params` joined to `base`; what `base` alone holds has no gradient."""
     return lambda params, batch, key: loss_fn(join(base, params), batch, key)
@@ -207,17 +224,18 @@ def fit(
     name: str,
     frozen: Any = None,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
-    eval_every: int | None = None,
+    epoch: int = 0,
 ) -> Any:
     """Minimises one loss for `steps` updates and returns the parameters.
 
     `loss_fn` is of the functions of `adapt(model, config.lora)`. With a rank above 0 an adapter is
     all that is trained and checkpointed; `evaluate` and the caller see the parameters merged, and
     the adapter alone is left in `workdir/adapter`. `frozen` holds what else the loss finds beside
-    its parameters and does not change (a teacher). Resumes from `workdir/checkpoints`. `eval_every`
-    overrides the config's. Raises ConfigError, before anything is compiled, where `mesh` does not
-    divide the batch.
+    its parameters and does not change (a teacher). Resumes from `workdir/checkpoints`. `evaluate`
+    is also called after every `epoch` updates. Raises ConfigError, before anything is compiled,
+    where `mesh` does not divide the batch or the run ends within its warm-up.
     """
+    check_warmup(config, steps=steps)
     check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
     tx = make_optimizer(config, steps=steps)
     key, lora = jax.random.key(config.seed), config.lora
@@ -245,7 +263,7 @@ def fit(
             checkpointer=checkpointer,
             save_every=config.save_every,
             evaluate=None if evaluate is None else plain,
-            eval_every=config.eval_every if eval_every is None else eval_every,
+            eval_every=(config.eval_every, epoch),
             log_every=config.log_every,
         )
     if lora.rank:

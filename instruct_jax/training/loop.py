@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def train(
     checkpointer: Checkpointer | None = None,
     save_every: int = 0,
     evaluate: Evaluate[State] | None = None,
-    eval_every: int = 0,
+    eval_every: int | Sequence[int] = 0,
     log_every: int = 1,
     max_skipped: int = 20,
 ) -> State:
@@ -85,7 +85,8 @@ def train(
 
     With a `checkpointer` the state is saved every `save_every` steps (0: never), at the end and on
     a signal, which then raises SystemExit(0). `evaluate(step, state)` is logged every `eval_every`
-    steps, before the save, so that none is lost. Logged metrics are means over the steps of a log
+    steps (0: never; of several, whenever one of them is due), before the save, so that none is
+    lost. Logged metrics are means over the steps of a log
     interval; `batch_wait_seconds` is how long a step waited for its batch: 0 where that keeps up.
 
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
@@ -102,7 +103,8 @@ def train(
         productive=start.productive,
         active=checkpointer is not None and start.step < steps and jax.process_index() == 0,
     )
-    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, eval_every, max_skipped)
+    every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
+    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped)
     state = start.state
     signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
     with _accounted(ledger, logger):
@@ -162,7 +164,7 @@ class _Run:
     ledger: Ledger
     checkpointer: Checkpointer | None
     evaluation: Evaluate[Any] | None
-    eval_every: int
+    eval_every: tuple[int, ...]
     max_skipped: int
 
     def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
@@ -184,7 +186,8 @@ class _Run:
 
     def evaluation_due(self, done: int) -> bool:
         """Whether an evaluation follows step `done`."""
-        return self.evaluation is not None and self.eval_every > 0 and done % self.eval_every == 0
+        due = any(every > 0 and done % every == 0 for every in self.eval_every)
+        return self.evaluation is not None and due
 
     def evaluate(self, done: int, state: Any) -> None:
         """Evaluates, where there is something to evaluate with."""

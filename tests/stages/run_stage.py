@@ -136,7 +136,12 @@ def train(stage: str, workdir: Path, steps: int, *, mesh: str, lora: int = 0) ->
     scalar_params = scalar_from_language(params, jax.random.key(1), SHAPE)
     if stage == "pretrain":
         return pretrain.train(
-            PretrainConfig(**fit, eval_every=3), model, params, text(), evaluate=evaluate, **where
+            PretrainConfig(**fit, eval_every=3, warmup=2),
+            model,
+            params,
+            text(),
+            evaluate=evaluate,
+            **where,
         )
     if stage == "sft":
         # Half of every batch is text, so an epoch of demonstrations takes twice as many steps.

@@ -52,7 +52,7 @@ def fitted(workdir, config=FIT, *, steps=6, evaluate=None, mesh="data:2"):
     rows = language_rows(labs.text_rows(rows=64)["tokens"])
     model = adapt(language_model(labs.SHAPE), config.lora)
     return fit(
-        config,
+        dataclasses.replace(config, eval_every=steps),
         language_loss(model),
         labs.policy_params(),
         Batches(rows, config.batch_size, seed=0),
@@ -61,7 +61,6 @@ def fitted(workdir, config=FIT, *, steps=6, evaluate=None, mesh="data:2"):
         workdir=workdir,
         name="lora",
         evaluate=evaluate,
-        eval_every=steps,
     )
 
 

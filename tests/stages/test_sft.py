@@ -154,7 +154,7 @@ def test_every_epoch_is_shown_with_the_parameters_after_it(tmp_path):
     assert max(row["step"] for row in log) == 6
 
 
-def test_fine_tuning_drops_out_where_the_model_says_so(tmp_path):
+def test_fine_tuning_drops_out_what_its_configuration_says(tmp_path):
     """SFT-3: residual dropout 0.2 is part of the paper's recipe, and no part of PPO's."""
     shape = dataclasses.replace(SHAPE, residual_dropout=0.2)
     batch = random_demonstrations(8)
@@ -163,13 +163,16 @@ def test_fine_tuning_drops_out_where_the_model_says_so(tmp_path):
     assert sums[0] == sums[1] != sums[2]
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "language_loss", lambda model, *, dropout: seen.append(dropout))
+        patch.setattr(
+            sft,
+            "language_loss",
+            lambda model, *, dropout: seen.append((model.config.residual_dropout, dropout)),
+        )
         patch.setattr(sft, "fit", lambda *_, **__: None)
-        for each in (SHAPE, shape):
-            sft.train(
-                CONFIG, language_model(each), None, batch, mesh=ONE, workdir=tmp_path
-            )  # fmt: skip
-    assert seen == [False, True]
+        for rate in (0.0, 0.2):
+            config = dataclasses.replace(CONFIG, residual_dropout=rate)
+            sft.train(config, language_model(SHAPE), None, batch, mesh=ONE, workdir=tmp_path)
+    assert seen == [(0.0, False), (0.2, True)]
 
 
 def test_the_epoch_is_chosen_by_reward_and_not_by_loss(tmp_path):
