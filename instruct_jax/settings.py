@@ -39,12 +39,12 @@ class About:
     @property
     def range(self) -> str:
         """The bounds in words, such as "above 0 and at most 1"; empty where there are none."""
-        words = [f"above {self.above:g}"] if self.above is not None else []
-        words += [f"below {self.below:g}"] if self.below is not None else []
+        words = [f"above {_written(self.above)}"] if self.above is not None else []
+        words += [f"below {_written(self.below)}"] if self.below is not None else []
         if self.low is not None and self.high is not None:
-            return " and ".join([f"{self.low:g} to {self.high:g}", *words])
-        words[:0] = [f"{self.low:g} or more"] if self.low is not None else []
-        words += [f"at most {self.high:g}"] if self.high is not None else []
+            return " and ".join([f"{_written(self.low)} to {_written(self.high)}", *words])
+        words[:0] = [f"{_written(self.low)} or more"] if self.low is not None else []
+        words += [f"at most {_written(self.high)}"] if self.high is not None else []
         return " and ".join(words)
 
     def holds(self, number: float) -> bool:
@@ -74,9 +74,9 @@ def setting(
 
     `low` and `high` are allowed values, `above` and `below` are not. `unit` is shown beside the
     type. `needs` names the condition under which the field acts: a sibling that is on (not None,
-    0, False, "", "none" or empty), dotted for one inside a group, or "sibling=a|b" for one that has
-    one of these values. `may_change`: whether a run may be resumed with another value, or with
-    "more" of it.
+    0, False, "", "none" or empty), dotted for one inside a group; "sibling=a|b" for one that has
+    one of these values, "sibling>1" for a larger one; joined by " or ", and those by " and ".
+    `may_change`: whether a run may be resumed with another value, or with "more" of it.
     """
     about = About(text, low, high, above, below, unit, needs, may_change)
     return dataclasses.field(default=default, metadata={"about": about})
@@ -111,17 +111,33 @@ class Settings:
                     raise ConfigError(f"{field.name}={value!r}: expected {expected}{what}")
 
 
-def why_idle(config: Any, needs: str) -> str | None:
-    """Why the condition `needs` does not hold in `config`, in words; None where it does."""
+def why_idle(config: Any, needs: str, *, prefix: str = "") -> str | None:
+    """Why the condition `needs` does not hold in `config`, in words; None where it does.
+
+    `prefix` is how the fields of `config` are named from outside ("ppo.").
+    """
     if needs == NEVER:
         return "nothing here reads it"
-    name, _, wanted = needs.partition("=")
+    for every in filter(None, needs.split(" and ")):
+        reasons = [_why_off(config, one, prefix) for one in every.split(" or ")]
+        if None not in reasons:
+            return " and ".join(map(str, reasons))
+    return None
+
+
+def _why_off(config: Any, condition: str, prefix: str) -> str | None:
+    name, least = condition.partition(">")[::2]
+    name, wanted = name.partition("=")[::2]
     value = config
-    for part in name.split(".") if name else ():
+    for part in name.split("."):
         value = getattr(value, part)
-    if wanted:
-        return None if str(value) in wanted.split("|") else f"{name} is {value!r}"
-    return f"{name} is {value!r}" if name and value in _OFF else None
+    if least:
+        on = value is not None and value > float(least)
+    elif wanted:
+        on = str(value) in wanted.split("|")
+    else:
+        on = value not in _OFF
+    return None if on else f"{prefix}{name} is {value!r}"
 
 
 def _numbers(value: Any) -> list[float]:
@@ -129,3 +145,7 @@ def _numbers(value: Any) -> list[float]:
         return [number for item in value for number in _numbers(item)]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return [value] if number else []
+
+
+def _written(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -15,7 +15,8 @@ from ml_collections.config_dict import placeholder
 
 from instruct_jax import cli
 from instruct_jax.cli import Run, from_config
-from instruct_jax.cli.config import field_help, load_config, resolve
+from instruct_jax.cli.config import load_config, resolve
+from instruct_jax.cli.help import field_help
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from instruct_jax.settings import NEVER, Settings, setting
 
@@ -116,7 +117,7 @@ def test_nested_values_become_nested_frozen_dataclasses():
         (BASE | {"name": None}, "config.name=None: expected str"),
         (BASE | {"limit": "many"}, "config.limit=many: expected int | None"),
         (BASE | {"files": ["a", 3]}, "config.files[1]=3: expected str"),
-        (BASE | {"files": "a"}, "config.files='a': expected tuple[str, ...]"),
+        (BASE | {"files": "a"}, "config.files='a': expected tuple of str"),
         (BASE | {"shape": (1, 2.0, 3)}, "config.shape: expected 2 values, got 3"),
         (BASE | {"adam": 3}, "config.adam=3: expected Adam"),
         (BASE | {"extra": {"learning_rate": 1, "clp": 1}}, "config.extra.clp; did you mean clip?"),
@@ -180,7 +181,7 @@ def test_an_override_may_follow_its_name_and_the_last_one_counts(launch):
         ("--config.flag=yes", "config.flag=yes: expected bool"),
         ("--config.limit=many", "config.limit=many: expected int | None"),
         ("--config.shape=1", "config.shape: expected 2 values, got 1"),
-        ("--config.files=('a'", "config.files=('a': expected tuple[str, ...]"),
+        ("--config.files=('a'", "config.files=('a': expected tuple of str"),
         ("--config.adam=3", "config.adam is a group of fields; set one of them"),
         ("--config.adam.kind=jax", "expected one of torch, tf"),
         ("--config.steps", "--config.steps needs a value"),
@@ -475,10 +476,41 @@ def test_help_says_of_each_field_what_it_is_and_hides_those_that_nothing_reads()
     text = field_help(Described(), "x.py:tiny", ("tiny", "large"))
     assert "presets: tiny, large" in text and "data.pairs" not in text
     assert (
-        "--config.inner.rate=0.25\n        float, above 0 and at most 1, 1/s. how fast it goes"
+        "--config.inner.rate=0.25\n      How fast it goes [float, above 0 and at most 1, 1/s]"
         in text
     )
-    assert "int, 1 or more. rows of text. Acts with mixed." in text
+    assert "Rows of text [int, 1 or more; acts with inner.mixed]" in text
+    assert "  --config.data.prompts=\n      [str; acts with inner.mixed]" in text
+    assert "  --config.inner.sizes=1,2\n      Widths [tuple of int, 1 or more]" in text
+    assert "  --config.inner.limit=none\n" in text
+    # What a class says itself stands before what its base said.
+    assert text.index("inner.value") < text.index("inner.rate")
+    set_otherwise = dataclasses.replace(Described(), inner=Slower(rate=1.0))
+    assert "at most 1, 1/s; default 0.25]" in field_help(set_otherwise, "x.py")
+
+
+@dataclass(frozen=True)
+class Sampled(Settings):
+    steps: int = setting(4, low=1)
+    lag: int = 0
+    clip: float = setting(0.2, "a bound", above=0.0, needs="steps>1 or lag")
+    both: float = setting(0.0, low=0.0, needs="lag and steps=2|4")
+    switch: bool = setting(False, needs="lag")
+
+
+def test_conditions_are_joined_and_what_is_turned_off_is_never_refused():
+    assert resolve(Sampled, {}, {"clip": "1"}).clip == 1.0
+    assert resolve(Sampled, {}, {"steps": "1", "lag": "1", "clip": "1"}).clip == 1.0
+    assert resolve(Sampled, {}, {"lag": "1", "both": "1"}).both == 1.0
+    for overrides, reason in (
+        ({"steps": "1", "clip": "1"}, "clip has no effect: steps is 1 and lag is 0; leave it out"),
+        ({"both": "1"}, "both has no effect: lag is 0"),
+        ({"lag": "1", "both": "1", "steps": "3"}, "both has no effect: steps is 3"),
+        ({"switch": "true"}, "switch has no effect: lag is 0"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            resolve(Sampled, {}, overrides)
+    assert resolve(Sampled, {"switch": True}, {"lag": "0", "switch": "false"}) == Sampled()
 
 
 def test_a_bare_name_is_a_preset_of_ours_and_a_file_of_the_same_name_here_is_not_run(

@@ -7,6 +7,7 @@ written, and told in one line on stderr with exit code 2 (the other codes: instr
 """
 
 import argparse
+import difflib
 import errno
 import inspect
 import logging
@@ -22,14 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from instruct_jax.cli import processes
-from instruct_jax.cli.config import (
-    field_help,
-    from_config,
-    load,
-    load_config,
-    resolve,
-    suggest,
-)
+from instruct_jax.cli.config import from_config, known, load, load_config, resolve
+from instruct_jax.cli.help import field_help
+from instruct_jax.cli.names import suggest, suggest_field
 from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, Interrupted, RunError, StorageError
 
@@ -100,7 +96,7 @@ def _run(
     writes: Sequence[str],
     argv: list[str],
 ) -> None:
-    flags, overrides = _parse(argv, main, default)
+    flags, overrides = _parse(argv, main, default, known(config_class))
     if flags.help:
         print(flags.usage + _fields(config_class, flags.config, default, overrides))
         return
@@ -175,14 +171,20 @@ def _storage(workdir: Path) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
+    fields: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
+        flags = [option for action in self._actions for option in action.option_strings]
         unknown = re.match(r"unrecognized arguments: (-[^\s=]*)", message)
-        raise ConfigError(message + (suggest(unknown[1], known) if unknown else ""))
+        if unknown is None:
+            raise ConfigError(message)
+        field = suggest_field(unknown[1].lstrip("-"), self.fields)
+        likely = difflib.get_close_matches(unknown[1], flags) or "did you mean" not in field
+        raise ConfigError(message + (suggest(unknown[1], flags) if likely else field))
 
 
 def _parse(
-    argv: Sequence[str], main: Callable[..., Any], default: str
+    argv: Sequence[str], main: Callable[..., Any], default: str, fields: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The flags, and the overrides as "a.b" -> text."""
     parser = _Parser(
@@ -191,6 +193,7 @@ def _parse(
         allow_abbrev=False,
         add_help=False,
     )
+    parser.fields = fields
     flag = parser.add_argument
     flag("-h", "--help", action="store_true", help="this, and the fields of the configuration")
     flag(

@@ -13,7 +13,6 @@ or another dataclass. What more there is to say of a field, such as its range, s
 
 import ast
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import re
@@ -26,8 +25,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
+from instruct_jax.cli.names import suggest, suggest_field
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.settings import NEVER, About, about, why_idle
+from instruct_jax.settings import NEVER, about, why_idle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -86,7 +86,8 @@ def resolve(
 ) -> Config:
     """A `config_class` of `values`, with `overrides` as "a.b" -> text.
 
-    An override of a field that cannot act beside the others is refused; a preset may hold one.
+    An override of a field that cannot act beside the others is refused, but for one that turns the
+    field off; a preset may hold one.
     """
     for name, text in overrides.items():
         value = _read(_hint_of(config_class, name), text, f"config.{name}")
@@ -99,7 +100,8 @@ def resolve(
         target[last] = value
     config = from_config(config_class, values)
     for name in overrides:
-        if (reason := _why_idle(config, name)) is not None:
+        reason = _why_idle(config, name)
+        if reason is not None and not _is_off(config, name):
             raise ConfigError(f"config.{name} has no effect: {reason}; leave it out")
     return config
 
@@ -110,41 +112,11 @@ def from_config(config_class: type[Config], values: Mapping[str, Any] | ConfigDi
     return _build(config_class, plain, "config")
 
 
-def field_help(config: Any, spec: str, presets: Sequence[str] = ()) -> str:
-    """The presets, and every field that this script reads: its value as it is written on the
-    command line, its type and range, and what it does.
-    """
-    lines = [f"\npresets: {', '.join(presets)}"] if presets else []
-    lines += [
-        f"\nfields, with their values in {spec}",
-        "(a tuple is written a,b or ('a', 'b'), and no value none):",
-    ]
-    for name, hint, said, value in _described(config, config, ""):
-        kind = ", ".join(filter(None, [_name_of(hint), said.range, said.unit]))
-        acts = f"Acts with {said.needs}." if said.needs else ""
-        words = " ".join(filter(None, [f"{kind}.", said.text and f"{said.text}.", acts]))
-        lines += [f"  --config.{name}={value!r}", f"        {words}"]
-    return "\n".join(lines)
-
-
-def _described(root: Any, config: Any, prefix: str) -> Iterator[tuple[str, Any, About, Any]]:
-    """(name, type, what is said of it, value) of every field that acts in some configuration."""
-    for name, hint in _fields(type(config)).items():
-        value, path = getattr(config, name), prefix + name
-        if _condition(root, path) == NEVER:
-            continue
-        if dataclasses.is_dataclass(value):
-            yield from _described(root, value, f"{path}.")
-        else:
-            yield path, hint, about(type(config), name), value
-
-
-def _condition(owner: Any, name: str) -> str:
-    """The condition under which the script of `owner` reads the field or group "a.b" of it."""
+def conditions(owner: Any, name: str) -> Iterator[str]:
+    """The conditions under which the script of `owner` reads the field or group "a.b" of it."""
     for field, condition in getattr(owner, "acts_if", {}).items():
         if name == field or name.startswith(f"{field}."):
-            return str(condition)
-    return ""
+            yield str(condition)
 
 
 def _why_idle(config: Any, name: str) -> str | None:
@@ -152,13 +124,30 @@ def _why_idle(config: Any, name: str) -> str | None:
     owner, parts = config, name.split(".")
     for depth, part in enumerate(parts):
         rest, inside = ".".join(parts[depth:]), "".join(f"{p}." for p in parts[:depth])
-        for condition in (_condition(owner, rest), about(type(owner), part).needs):
-            if (reason := why_idle(owner, condition)) is not None:
-                return reason if condition == NEVER else inside + reason
+        for condition in (*conditions(owner, rest), about(type(owner), part).needs):
+            if (reason := why_idle(owner, condition, prefix=inside)) is not None:
+                return reason
         owner = getattr(owner, part)
         if owner is None:
             return None
     return None
+
+
+def _is_off(config: Any, name: str) -> bool:
+    """Whether the field "a.b" is None, False or 0, as it is by default: that turns nothing on."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    value = getattr(config, last)
+    return not value and value == getattr(default_of(type(config)), last, value)
+
+
+def default_of(config_class: type) -> Any:
+    """A configuration in which nothing is set; MISSING where a field has no default."""
+    try:
+        return config_class()
+    except (TypeError, ValueError):
+        return dataclasses.MISSING
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -168,38 +157,6 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or all that is known."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(sorted(known))}"
-
-
-def _suggest_field(name: str, known: Sequence[str]) -> str:
-    """The field that was meant, by its last word, its initials (lr) or one of its words; else
-    those of its group.
-    """
-    group, _, word = name.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        owner, _, field = candidate.rpartition(".")
-        words = field.split("_")
-        alike = difflib.SequenceMatcher(None, word, field).ratio()
-        if word == "".join(w[0] for w in words if w):
-            alike = 0.9
-        elif set(word.split("_")) & set(words):
-            alike = max(alike, 0.7)
-        return alike + 0.05 * (owner == group)  # the right field in the wrong group also counts
-
-    best = max(known, key=likeness)
-    if likeness(best) >= 0.7:
-        return f"; did you mean config.{best}?"
-    siblings = [field for field in known if field.rpartition(".")[0] == group] or known
-    return f"; there are {', '.join(siblings)}"
 
 
 # --- the schema --------------------------------------------------------------------------------
@@ -216,13 +173,14 @@ def _group(hint: Any) -> Any:
     return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
 
 
-def _fields(config_class: type) -> dict[str, Any]:
+def fields(config_class: type) -> dict[str, Any]:
+    """The fields of a dataclass, with their types."""
     hints = typing.get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 def _field_names(config_class: type) -> Iterable[str]:
-    for name, hint in _fields(config_class).items():
+    for name, hint in fields(config_class).items():
         group = _group(hint)
         if group is None:
             yield name
@@ -230,24 +188,36 @@ def _field_names(config_class: type) -> Iterable[str]:
             yield from (f"{name}.{inner}" for inner in _field_names(group))
 
 
+def known(config_class: type) -> list[str]:
+    """The fields "a.b" that the script of `config_class` reads."""
+    names = _field_names(config_class)
+    return [name for name in names if NEVER not in conditions(config_class, name)]
+
+
 def _hint_of(config_class: type, name: str) -> Any:
     """The type of the field "a.b"."""
     hint: Any = config_class
     for part in name.split("."):
         group = _group(hint)
-        if group is None or part not in _fields(group):
-            names = list(_field_names(config_class))
-            raise ConfigError(f"unknown key config.{name}{_suggest_field(name, names)}")
-        hint = _fields(group)[part]
+        if group is None or part not in fields(group):
+            raise ConfigError(
+                f"unknown key config.{name}{suggest_field(name, known(config_class))}"
+            )
+        hint = fields(group)[part]
     return hint
 
 
-def _name_of(hint: Any) -> str:
+def name_of(hint: Any) -> str:
+    """A type as it is read: "int | None", "one of a, b", "tuple of str"."""
     if len(options := _options(hint)) > 1:
-        return " | ".join("None" if o is types.NoneType else _name_of(o) for o in options)
+        return " | ".join("None" if o is types.NoneType else name_of(o) for o in options)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    if typing.get_origin(hint) is tuple:
+        items = [name_of(a) for a in typing.get_args(hint) if a is not Ellipsis]
+        several = Ellipsis in typing.get_args(hint)
+        return f"tuple of {items[0]}" if several else f"tuple of ({', '.join(items)})"
+    return str(getattr(hint, "__name__", hint))
 
 
 def _pairs(hint: Any, items: Sequence[Any], path: str) -> list[tuple[Any, Any, str]]:
@@ -265,10 +235,10 @@ def _pairs(hint: Any, items: Sequence[Any], path: str) -> list[tuple[Any, Any, s
 
 def _build(config_class: Any, values: Mapping[str, Any], path: str, default: Any = None) -> Any:
     """`config_class` of `values`; what they leave out is `default`'s, else the class's own."""
-    fields = _fields(config_class)
+    hints = fields(config_class)
     for name in values:
-        if name not in fields:
-            raise ConfigError(f"unknown key {path}.{name}{suggest(name, fields)}")
+        if name not in hints:
+            raise ConfigError(f"unknown key {path}.{name}{suggest(name, hints)}")
     for field in dataclasses.fields(config_class):
         defaults = (field.default, field.default_factory)
         missing = defaults == (dataclasses.MISSING, dataclasses.MISSING)
@@ -277,7 +247,7 @@ def _build(config_class: Any, values: Mapping[str, Any], path: str, default: Any
     # A group that is named in part keeps the rest of what its owner set, as Adam's eps in PPO.
     owner = config_class if default is None else default
     arguments = {
-        name: _convert(fields[name], value, f"{path}.{name}", getattr(owner, name, None))
+        name: _convert(hints[name], value, f"{path}.{name}", getattr(owner, name, None))
         for name, value in values.items()
     }
     try:
@@ -308,7 +278,7 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
         return float(value)
     if type(value) is hint:
         return value
-    raise ConfigError(f"{path}={value!r}: expected {_name_of(hint)}")
+    raise ConfigError(f"{path}={value!r}: expected {name_of(hint)}")
 
 
 def _read(hint: Any, text: str, path: str) -> Any:
@@ -330,7 +300,7 @@ def _read(hint: Any, text: str, path: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return hint(text)
     except (KeyError, ValueError, SyntaxError):
-        raise ConfigError(f"{path}={text}: expected {_name_of(hint)}") from None
+        raise ConfigError(f"{path}={text}: expected {name_of(hint)}") from None
 
 
 def _first_that_fits(reader: Any, hint: Any, value: Any, path: str, is_none: bool) -> Any:
@@ -345,4 +315,4 @@ def _first_that_fits(reader: Any, hint: Any, value: Any, path: str, is_none: boo
             return reader(option, value, path)
         except ConfigError:
             continue
-    raise ConfigError(f"{path}={value}: expected {_name_of(hint)}")
+    raise ConfigError(f"{path}={value}: expected {name_of(hint)}")

@@ -56,10 +56,12 @@ Base = Literal["int8", "int4", "nf4", "fp8"]
 class LoraConfig(Settings):
     """An adapter; `targets` are searched for in paths such as "layers/attention/query/kernel"."""
 
-    rank: int = setting(0, "of the adapter; 0 makes none and trains all parameters", low=0)
-    alpha: float = setting(16.0, "the adapter's part counts alpha / rank", above=0.0, needs="rank")
+    rank: int = setting(0, "rank of the adapter; 0 makes none and trains all parameters", low=0)
+    alpha: float = setting(
+        16.0, "how much the adapter counts: alpha / rank", above=0.0, needs="rank"
+    )
     targets: tuple[str, ...] = setting(
-        MATRICES, "regular expressions for the paths of the matrices it stands beside", needs="rank"
+        MATRICES, "regular expressions for the matrices that it stands beside", needs="rank"
     )
     base: Base | None = setting(
         None, "what the frozen weights are quantised to (QLoRA)", needs="rank"

@@ -50,8 +50,8 @@ _LOOK = 0.02  # seconds between two looks at the metrics
 class StartupConfig(Settings):
     """Which stages start, each with the preset of this name in its own config."""
 
-    stages: tuple[Stage, ...] = setting(get_args(Stage), "those that are started")
-    preset: str = setting("toyworld", "of each stage's own config")
+    stages: tuple[Stage, ...] = setting(get_args(Stage), "stages that are started")
+    preset: str = setting("toyworld", "preset of each stage's own config")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class DistillConfig(FitConfig):
     epochs: float = 4.0
     batch_size: int = 64
     learning_rate: float = 5e-4
-    layers: int | None = setting(None, "of the student; None is half of the teacher's", low=1)
+    layers: int | None = setting(None, "layers of the student; none: half of its teacher's", low=1)
 
 
 def shortened(

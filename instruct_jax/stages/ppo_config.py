@@ -27,6 +27,8 @@ from instruct_jax.stages.stage import AdamConfig, RunConfig
 
 # Which advantages are of whole responses, and so have a sequence's ratio.
 GROUPED = ("rloo", "grpo")
+# Where the policy that is updated is not the one that sampled, so that ratios leave 1.
+MOVES = "updates>1 or rollout_lag or old_log_probs=sampler"
 
 
 @dataclass(frozen=True)
@@ -34,101 +36,147 @@ class PPOConfig(RunConfig):
     """PPO-3: the paper's values; `ptx_coef` 0 is PPO, 27.8 the paper's PPO-ptx."""
 
     episodes: int = setting(
-        256_000, "of the run, in whole rollout batches", low=1, unit="samples", may_change="more"
+        256_000,
+        "episodes of the run, in whole rollout batches",
+        low=1,
+        unit="episodes",
+        may_change="more",
     )
-    rollout_batch: int = setting(512, "of an iteration", low=1, unit="samples")
-    minibatch: int = setting(64, "of an update", low=1, unit="samples")
+    rollout_batch: int = setting(512, "episodes of an iteration", low=1, unit="episodes")
+    minibatch: int = setting(64, "episodes of an update", low=1, unit="episodes")
     inner_epochs: int = setting(1, "passes over a rollout batch", low=1)
-    samples_per_prompt: int = setting(1, "of one prompt, which are a group", low=1)
-    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
-    response_length: int = setting(1024, "that a response may have", low=1, unit="tokens")
+    samples_per_prompt: int = setting(
+        1, "answers to one prompt, which are a group of episodes", low=1
+    )
+    prompt_length: int = setting(
+        1024, "tokens of the longest prompt; longer ones are left out", low=1, unit="tokens"
+    )
+    response_length: int = setting(1024, "tokens that a response may have", low=1, unit="tokens")
     temperature: float = setting(
-        1.0, "of sampling and of all log-probs; there is no gradient at 0", above=0.0
+        1.0, "temperature of sampling and of all log-probs; at 0 there is no gradient", above=0.0
     )
     # From the sampler they save a tenth of an iteration's products and are exact to rounding in
     # float32. In bfloat16 the two differ by 0.03 nats, and the ratio is not 1 at first.
     old_log_probs: Literal["forward", "sampler"] = setting(
         "forward",
-        "where those of the policy that sampled come from: a pass over whole rows (PPO-5)",
+        "where the log-probs of the policy that sampled come from; forward: a pass over whole rows",
     )
     # Off-policy by the updates of one iteration (`ppo.py`). On one mesh that saves no time.
     rollout_lag: Literal[0, 1] = setting(
         0, "iterations between a rollout and the updates that learn from it; 0 is on-policy"
     )
     # Reward: the KL penalty, and what is done to the reward model's score before it.
-    kl_coef: float = setting(0.02, "beta, the KL penalty in the reward", low=0.0, unit="1/nat")
+    kl_coef: float = setting(0.02, "beta, what a nat of KL costs in the reward", low=0.0)
     kl_target: float | None = setting(
-        None, "the KL that kl_coef is steered to; None holds it", above=0.0, unit="nats a response",
+        None,
+        "the KL of a response that kl_coef is steered to; none holds it",
+        above=0.0,
+        unit="nats",
         needs="kl_coef",
-    )  # fmt: skip
+    )
     kl_horizon: int = setting(
-        10_000, "in which kl_coef is steered", low=1, unit="episodes", needs="kl_target"
+        10_000, "episodes in which kl_coef is steered", low=1, unit="episodes", needs="kl_target"
     )
     missing_eos: Literal["none", "replace", "subtract"] = setting(
-        "none", "what the penalty does to the score of a response without a stop token"
+        "none", "what missing_eos_penalty does to the score of a response without a stop token"
     )
     missing_eos_penalty: float = setting(
-        1.0, "which takes its place, negated, or is taken off", low=0.0, needs="missing_eos"
+        1.0,
+        "what takes the place of that score, negated, or is taken off it",
+        low=0.0,
+        needs="missing_eos",
     )
     reward_clip: float | None = setting(
-        None, "scores beyond it are cut to it, on both sides; None cuts none", above=0.0
+        None, "scores are cut to this on both sides of 0; none cuts none", above=0.0
     )
     whiten_rewards: bool = setting(
         False, "whether token rewards are divided by their deviation", needs="estimator=gae"
     )
     # Advantages.
     estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = setting(
-        "gae", "of the advantages; gae alone has a value model"
+        "gae", "how advantages are got; gae alone has a value model (see ppo_config.py)"
     )
     group_scale: Literal["group", "batch", "none"] = setting(
         "group", "whose deviation divides an advantage", needs="estimator=grpo"
     )
     discount: float = setting(
-        1.0, "gamma, a token", low=0.0, high=1.0, needs="estimator=gae|reinforce++"
+        1.0,
+        "gamma, what a reward is worth one token earlier",
+        low=0.0,
+        high=1.0,
+        needs="estimator=gae|reinforce++",
     )
-    gae_lambda: float = setting(0.95, "lambda", low=0.0, high=1.0, needs="estimator=gae")
+    gae_lambda: float = setting(
+        0.95,
+        "lambda, between one step and the whole response",
+        low=0.0,
+        high=1.0,
+        needs="estimator=gae",
+    )
     whiten_advantages: Literal["rollout", "minibatch", "none"] = setting(
-        "rollout", "over what they get mean 0 and deviation 1"
+        "rollout", "over what advantages get mean 0 and deviation 1"
     )
     # The clipped losses.
     ratio: Literal["token", "sequence", "sequence_mean"] = setting(
-        "token", "of what the probabilities are compared"
+        "token", "what has one probability ratio: a token, a response, or the mean token of one"
     )
-    clip: float = setting(0.2, "epsilon of the ratio", above=0.0)
-    clip_high: float | None = setting(None, "its upper epsilon, where it is another", above=0.0)
+    clip: float = setting(
+        0.2, "epsilon, how far the ratio moves before it is clipped", above=0.0, needs=MOVES
+    )
+    clip_high: float | None = setting(
+        None, "epsilon above 1; none: the same as below", above=0.0, needs=MOVES
+    )
     dual_clip: float | None = setting(
-        None, "the ratio's bound where the advantage is negative; None sets none", above=1.0
+        None,
+        "bound of the ratio where the advantage is negative; none sets none",
+        above=1.0,
+        needs=MOVES,
     )
     value_clip: float = setting(
-        0.2, "how far a value moves from that of the rollout", above=0.0, needs="estimator=gae"
+        0.2,
+        "how far a value moves before it is clipped",
+        above=0.0,
+        needs="estimator=gae and " + MOVES,
     )
     kl_loss_coef: float = setting(
-        0.0, "a KL penalty in the loss, token by token", low=0.0, needs="ratio=token"
+        0.0, "what a nat of KL costs in the loss, token by token", low=0.0, needs="ratio=token"
     )
     loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = setting(
-        "token_mean", "of tokens to a loss (ppo_losses.py)", needs="ratio=token"
+        "token_mean", "how the losses of tokens become one (ppo_losses.py)", needs="ratio=token"
     )
     # The pretraining mix.
-    ptx_coef: float = setting(0.0, "gamma, of the pretraining loss; 0 mixes none in", low=0.0)
-    ptx_ratio: int = setting(8, "rows of text beside a sample", low=1, needs="ptx_coef")
+    ptx_coef: float = setting(
+        0.0, "gamma, how much the pretraining loss counts; 0 mixes none in", low=0.0
+    )
+    ptx_ratio: int = setting(8, "rows of text beside an episode", low=1, needs="ptx_coef")
     ptx_reduction: Literal["token_mean", "seq_sum_mean"] = setting(
-        "token_mean", "mean over tokens, or over rows of their sum", needs="ptx_coef"
+        "token_mean",
+        "mean of the text's loss over tokens, or over rows of their sum",
+        needs="ptx_coef",
     )
     # Optimizers: one each for the policy and the value model.
-    learning_rate: float = setting(9.65e-6, "of the policy, after the warm-up", above=0.0)
+    learning_rate: float = setting(
+        9.65e-6, "learning rate of the policy, after the warm-up", above=0.0
+    )
     value_learning_rate: float = setting(
-        9e-6, "of the value model, after the warm-up", above=0.0, needs="estimator=gae"
+        9e-6,
+        "learning rate of the value model, after the warm-up",
+        above=0.0,
+        needs="estimator=gae",
     )
     warmup_iterations: int = setting(
-        10, "in which the rates rise from a tenth", low=0, unit="iterations"
+        10, "iterations in which the rates rise from a tenth", low=0, unit="iterations"
     )
     adam: AdamConfig = AdamConfig(eps=1e-5)
     ema_decay: float = setting(
-        0.992, "of the average of the policy, which is what is kept", low=0.0, below=1.0
+        0.992,
+        "how much of the policy's average an update keeps; the average is the model",
+        low=0.0,
+        below=1.0,
     )
     # A part of the text then has `ptx_ratio` times the rows of a part of the minibatch.
     ptx_micro_batches: int | None = setting(
-        None, "parts of the text of an update; None is as many", low=1, needs="ptx_coef"
+        None, "parts of the text of an update; none: micro_batches", low=1, needs="ptx_coef"
     )
     # Rows are sorted by length within a minibatch, and each micro-batch computed at the least width
     # that has room for its responses; scoring goes the same way, and sampling goes on in half as

@@ -83,15 +83,27 @@ class PreferenceConfig(FitConfig):
         0.1, "share of pairs known to be the wrong way round", low=0.0, below=0.5,
         needs="loss=robust_dpo",
     )  # fmt: skip
-    margin: float = setting(1.0, "gamma, asked of the chosen", low=0.0, needs="loss=simpo")
+    margin: float = setting(
+        1.0, "gamma, the margin asked of the chosen", low=0.0, needs="loss=simpo"
+    )
     sft_weight: float = setting(
-        1.0, "of the chosen's own loss beside the pair's", low=0.0, needs="loss=dpo_sft|cpo"
+        1.0,
+        "how much the chosen's own loss counts beside the pair's",
+        low=0.0,
+        needs="loss=dpo_sft|cpo",
     )
     odds_weight: float = setting(
-        0.1, "lambda, of the pair's loss beside the chosen's own", low=0.0, needs="loss=orpo"
+        0.1,
+        "lambda, how much the pair's loss counts beside the chosen's own",
+        low=0.0,
+        needs="loss=orpo",
     )
-    desirable_weight: float = setting(1.0, "of the better half", low=0.0, needs="loss=kto")
-    undesirable_weight: float = setting(1.0, "of the worse half", low=0.0, needs="loss=kto")
+    desirable_weight: float = setting(
+        1.0, "how much the better half counts", low=0.0, needs="loss=kto"
+    )
+    undesirable_weight: float = setting(
+        1.0, "how much the worse half counts", low=0.0, needs="loss=kto"
+    )
     reference: Literal["precomputed", "live"] = setting(
         "precomputed",
         "when the reference reads the rows: all at first, or each batch when it is met",
@@ -103,9 +115,9 @@ class PreferenceConfig(FitConfig):
     warmup: int = 150
     final_fraction: float = 1.0
     completions: int = setting(2, "ranked answers of a prompt, at most", low=2)
-    prompt_length: int = setting(512, "of the longest prompt", low=1, unit="tokens")
+    prompt_length: int = setting(512, "tokens of the longest prompt", low=1, unit="tokens")
     response_length: int = setting(
-        512, "of a response, its stop token included", low=1, unit="tokens"
+        512, "tokens of a response, its stop token included", low=1, unit="tokens"
     )
 
     @property

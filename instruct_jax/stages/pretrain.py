@@ -31,7 +31,7 @@ from instruct_jax.training.state import LossFn, TrainState
 class PretrainConfig(FitConfig):
     """Rows of `length` tokens (MODEL-2 for the batch sizes and learning rates of GPT-3)."""
 
-    length: int = setting(96, "of a row of text", low=2, unit="tokens")
+    length: int = setting(96, "tokens of a row of text", low=2, unit="tokens")
     warmup: int = 40
     learning_rate: float = 2e-3
     adam: AdamConfig = AdamConfig(weight_decay=0.1)

@@ -47,15 +47,17 @@ class RewardModelConfig(FitConfig):
     batch_size: int = 64
     learning_rate: float = 9e-6
     completions: int = setting(9, "ranked answers of a prompt, at most", low=2)
-    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
+    prompt_length: int = setting(1024, "tokens of the longest prompt", low=1, unit="tokens")
     response_length: int = setting(
-        1024, "of a response, its stop token included", low=1, unit="tokens"
+        1024, "tokens of a response, its stop token included", low=1, unit="tokens"
     )
     pair_norm: PairNorm = setting(
-        "valid", "what a prompt's pairs are divided by: those without a tie, or all of them"
+        "valid",
+        "what a prompt's loss is divided by: its pairs without a tie, or all",
+        needs="completions>2",
     )
     normalisation: Normalisation = setting(
-        "demo_mean", "of the score, on demonstrations (RM-4) or on samples of the policy"
+        "demo_mean", "how the score is shifted: to mean 0 on demonstrations, on samples, or not"
     )
 
 

@@ -40,9 +40,9 @@ class SFTConfig(FitConfig):
     batch_size: int = 32
     learning_rate: float = 9.65e-6
     residual_dropout: float = 0.2
-    prompt_length: int = setting(1024, "of the longest prompt", low=1, unit="tokens")
+    prompt_length: int = setting(1024, "tokens of the longest prompt", low=1, unit="tokens")
     response_length: int = setting(
-        1024, "of the longest response, its stop token included", low=1, unit="tokens"
+        1024, "tokens of a response, its stop token included", low=1, unit="tokens"
     )
     loss_on_prompt: bool = setting(False, "whether prompts are targets too")
     all_turns: bool = setting(
@@ -54,7 +54,7 @@ class SFTConfig(FitConfig):
     # all the same (the read-out never does).
     pack_length: int | None = setting(
         None,
-        "of rows that hold several demonstrations, and that batch_size counts; None is one a row",
+        "tokens of a row of several demonstrations, which batch_size counts; none: one a row",
         low=2,
         unit="tokens",
     )

@@ -111,15 +111,23 @@ class RunConfig(Settings):
     skip_above: float | None = setting(
         None, "an update is skipped whose gradient, before clipping, has this norm", above=0.0
     )
-    seed: int = setting(0, "of all that is drawn", low=0, high=2**32 - 1)
+    seed: int = setting(0, "seed of all that is drawn", low=0, high=2**32 - 1)
     log_every: int = setting(
-        10, "between two lines of metrics", low=1, unit="steps", may_change=True
+        10, "steps between two lines of metrics", low=1, unit="steps", may_change=True
     )
     eval_every: int = setting(
-        0, "between two evaluations; 0 makes none on the way", low=0, unit="steps", may_change=True
+        0,
+        "steps between two evaluations; 0 makes none on the way",
+        low=0,
+        unit="steps",
+        may_change=True,
     )
     save_every: int = setting(
-        0, "between two checkpoints; 0 saves at the end", low=0, unit="steps", may_change=True
+        0,
+        "steps between two checkpoints; 0 saves at the end alone",
+        low=0,
+        unit="steps",
+        may_change=True,
     )
 
 
@@ -133,8 +141,12 @@ class FitConfig(RunConfig):
 
     epochs: float = setting(1.0, "passes over the rows", above=0.0, may_change="more")
     batch_size: int = setting(64, "rows of an update", low=1, unit="rows")
-    learning_rate: float = setting(1e-4, "at its peak; it falls along a cosine", above=0.0)
-    warmup: int = setting(0, "in which the rate rises to its peak", low=0, unit="updates")
+    learning_rate: float = setting(
+        1e-4, "learning rate at its peak, from which it falls along a cosine", above=0.0
+    )
+    warmup: int = setting(
+        0, "updates in which the learning rate rises to its peak", low=0, unit="updates"
+    )
     final_fraction: float = setting(
         0.1, "the learning rate at the end, in parts of its peak", low=0.0, high=1.0
     )
