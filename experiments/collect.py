@@ -10,8 +10,10 @@ rankings of your own go straight to experiments/reward_model.py.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 
@@ -25,7 +27,9 @@ from instruct_jax.feedback.labelers import (
     collect_rankings,
     simulated_labelers,
 )
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
+from instruct_jax.settings import NEVER
 from instruct_jax.stages.stage import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
@@ -36,8 +40,11 @@ WRITES = ("comparisons.jsonl", "labelers.json")
 class Config:
     """`policy` answers every prompt of the training split `completions` times."""
 
+    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+
     policy: str = "runs/sft/model"
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     completions: int = 4
     prompt_length: int = 56
     response_length: int = 24
@@ -49,7 +56,9 @@ class Config:
 
 def main(config: Config, run: cli.Run) -> Path:
     """Samples, ranks and returns the file of comparisons."""
-    policy = load_trained(config.policy, kind="language")
+    policy = load_trained(config.policy, kind="language", compute=config.model)
+    longest = config.prompt_length + config.response_length
+    check_length(policy.config, longest, field="config.prompt_length + response_length")
     source = open_source(config.data)
     if not isinstance(source, ToySource):
         raise ConfigError("data.source must be 'toyworld': simulated labelers need its gold judge")

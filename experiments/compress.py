@@ -32,6 +32,7 @@ from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.matrices import parameter_total, tree_bytes
 from instruct_jax.models.pruning import prune, sparse_bytes
 from instruct_jax.models.quantization import quantize_params, quantized, with_int8_cache
@@ -57,6 +58,8 @@ class Config:
 
     model: str = "runs/ppo_ptx/model"
     reward_model: str | None = None
+    # How the models are computed; `model` is the folder here.
+    compute: ComputeConfig = ComputeConfig()
     variants: tuple[str, ...] = ("int8",)
     data: DataConfig = DataConfig()
     prompts: int = 400
@@ -99,8 +102,7 @@ class Materials:
 
 def main(config: Config, run: cli.Run) -> dict[str, Any]:
     """Measures the original and all variants; returns what compression.json holds."""
-    original = load_trained(config.model, kind="language")
-    reward = load_trained(config.reward_model, kind="scalar") if config.reward_model else None
+    original, reward = load_models(config)
     source = open_source(config.data)
     run.record_data(source.provenance(), source.licences())
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
@@ -125,6 +127,20 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     (run.workdir / "compression.md").write_text(text)
     print(text)
     return report
+
+
+def load_models(config: Config) -> tuple[TrainedModel, TrainedModel | None]:
+    """The original and the reward model. Raises ConfigError where a length does not fit them."""
+    original = load_trained(config.model, kind="language", compute=config.compute)
+    check_length(original.config, config.document_length, field="config.document_length")
+    longest = config.prompt_length + config.response_length
+    field = "config.prompt_length + response_length"
+    check_length(original.config, longest, field=field)
+    if config.reward_model is None:
+        return original, None
+    reward = load_trained(config.reward_model, kind="scalar", compute=config.compute)
+    check_length(reward.config, longest, field=f"{field}, of config.reward_model")
+    return original, reward
 
 
 def _check_variant(name: str) -> None:

@@ -21,13 +21,18 @@ from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.hf import (
     chat_template_of,
+    family_of,
     inspect_pretrained,
-    load_pretrained,
     model_card,
     read_chat_template,
+    read_pretrained,
     save_pretrained,
 )
 from instruct_jax.models.hf.text import CHAT_FILE
+from instruct_jax.models.vocabulary import resize_vocabulary
+from instruct_jax.settings import Settings, setting
+from instruct_jax.stages.record import RECORD as MODEL_RECORD
+from instruct_jax.stages.record import Base, read_record
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
@@ -39,51 +44,71 @@ WRITES = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """`tokenizer` is for folders without one; `family` is a model_type (None: the one that came in,
-    or the first that fits).
+class Config(Settings):
+    """One conversion; `source` is a folder of the one kind, the work directory gets the other."""
 
-    `template` names the prompt template that becomes the chat template (None: the run's own, or
-    what came in with the model). `ignore_code` reads a folder although its config.json names code
-    (auto_map); the code is not run.
-    """
-
-    direction: Literal["from_hf", "to_hf"] = "from_hf"
-    source: str = ""
-    revision: str | None = None
-    ignore_code: bool = False
-    tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    family: str | None = None
-    template: str | None = None
-    name: str | None = None
-    licence: str = "other"
-    shard_gb: float = 5.0
+    direction: Literal["from_hf", "to_hf"] = setting("from_hf", "which way")
+    source: str = setting("", "the model to convert: a folder, or a hub id for from_hf")
+    revision: str | None = setting(None, "of a hub id", needs="direction=from_hf")
+    ignore_code: bool = setting(
+        False,
+        "read a folder although its config.json names code (auto_map), which is not run",
+        needs="direction=from_hf",
+    )
+    tokenizer: str | None = setting(
+        None, "a tokenizer instead of the folder's own", needs="direction=from_hf"
+    )
+    resize: bool = setting(
+        False,
+        "give tokens that the tokenizer has and the model lacks the mean of all embeddings",
+        needs="direction=from_hf",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of the numbers that are written", needs="direction=to_hf"
+    )
+    family: str | None = setting(
+        None,
+        "a model_type; None is the one that came in, or the first that fits",
+        needs="direction=to_hf",
+    )
+    template: str | None = setting(
+        None,
+        "the template that becomes the chat template; None is the run's own",
+        needs="direction=to_hf",
+    )
+    name: str | None = setting(None, "of the model, for its card", needs="direction=to_hf")
+    licence: str | None = setting(None, "of the weights; None is what the base says")
+    shard_gb: float = setting(
+        5.0, "size of a file of weights at most", above=0.0, unit="GB", needs="direction=to_hf"
+    )
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Writes the model and returns its folder."""
     if not config.source:
         raise ConfigError("config.source is empty; name the model to convert")
-    if config.shard_gb <= 0:
-        raise ConfigError(f"config.shard_gb={config.shard_gb}: expected more than 0")
     return (from_hf if config.direction == "from_hf" else to_hf)(config, run)
 
 
 def from_hf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/model of a Hugging Face folder or hub id."""
-    options: dict[str, Any] = {"revision": config.revision, "ignore_code": config.ignore_code}
-    found = inspect_pretrained(config.source, **options)
-    tokenizer = load_tokenizer(config.tokenizer or found.folder)
-    if tokenizer.vocab_size < found.config.vocab_size:
-        raise ConfigError(
-            f"{config.source}: {found.config.vocab_size} tokens, its tokenizer has "
-            f"{tokenizer.vocab_size}"
-        )
-    shape, params = load_pretrained(found.folder, ignore_code=config.ignore_code)
-    trained = TrainedModel(found.kind, shape, params, tokenizer, "imported")
-    notes = {"source": config.source, "model_type": found.raw["model_type"]}
-    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    found = inspect_pretrained(
+        config.source,
+        revision=config.revision,
+        ignore_code=config.ignore_code,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer else None,
+        resize=config.resize,
+    )
+    tokenizer = found.tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{config.source}: no tokenizer here; give one as config.tokenizer")
+    shape, params = read_pretrained(found)
+    if added := tokenizer.vocab_size - shape.vocab_size:
+        shape, params = resize_vocabulary(shape, params, tokenizer.vocab_size)
+        print(f"{config.source}: {added} tokens without a row got the mean of all embeddings")
+    base = Base(found.name, config.licence or found.licence, found.raw["model_type"])
+    trained = TrainedModel(found.kind, shape, params, tokenizer, "imported", base)
+    folder = save_trained(run.workdir / "model", trained)
     chat = read_chat_template(found.folder)
     if chat is not None:
         (folder / CHAT_FILE).write_text(chat, encoding="utf-8")
@@ -95,8 +120,11 @@ def to_hf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/hf of a stage's model folder."""
     source = Path(config.source)
     trained = load_trained(source)
-    about, record = _json(source / "model.json"), _json(source.parent / "config.json")
-    name = config.name or f"{source.absolute().parent.name}-{trained.stage}"
+    record: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
+    if (source / MODEL_RECORD).is_file():
+        record, notes = _run_of(source), read_record(source).notes
+    name = config.name or _name(source, trained)
     bias, folded = 0.0, trained.config.norm == "layernorm"
     if trained.kind == "scalar":
         bias = float(trained.params["head"]["bias"][0])
@@ -106,10 +134,12 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         kind=trained.kind,
         stage=trained.stage,
         record=record,
-        notes=about.get("notes", {}),
+        notes=notes,
+        base=trained.base and trained.base.name,
+        history=trained.history,
         folded=folded,
         head_bias=bias,
-        licence=config.licence,
+        licence=config.licence or (trained.base and trained.base.licence),
     )
     folder = save_pretrained(
         run.workdir / "hf",
@@ -118,7 +148,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         tokenizer=trained.tokenizer,
         chat_template=_chat_template(config, source, record),
         card=card,
-        family=config.family or about.get("notes", {}).get("model_type"),
+        family=config.family or _family(trained),
         dtype=config.dtype,
         shard_bytes=int(config.shard_gb * 1e9),
     )
@@ -134,7 +164,9 @@ def _chat_template(config: Config, source: Path, record: dict[str, Any]) -> str 
         own = read_chat_template(source)
         if own is not None:
             return own
-        name = record.get("config", {}).get("data", {}).get("template")
+        about = record.get("config")
+        data = about.get("data") if isinstance(about, dict) else None
+        name = data.get("template") if isinstance(data, dict) else None
     if name is None:
         return None
     try:
@@ -143,8 +175,35 @@ def _chat_template(config: Config, source: Path, record: dict[str, Any]) -> str 
         raise ConfigError(f"config.template: {error}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _name(source: Path, trained: TrainedModel) -> str:
+    folder = source.absolute().parent
+    return trained.stage if folder == Path.home() else f"{folder.name}-{trained.stage}"
+
+
+def _family(trained: TrainedModel) -> str | None:
+    """The family that the weights came in, where it can still say what they have become."""
+    name = trained.base and trained.base.model_type
+    try:
+        return family_of(trained.config, name)
+    except ValueError:
+        return None
+
+
+def _run_of(source: Path) -> dict[str, Any]:
+    """The record of the run that a model folder lies in; empty where it was taken out of one."""
+    path = next((p for p in _records(source) if p.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        record = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: the record of the run is damaged ({error})") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _records(source: Path) -> list[Path]:
+    # A stage's model lies in its work directory, an epoch's or a student's one folder deeper.
+    return [folder / "config.json" for folder in list(source.absolute().parents)[:2]]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ once, at temperature 1; the baseline answers a second time, to be compared with.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -25,7 +25,9 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import Question, held_out_loss, task_accuracy
 from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
+from instruct_jax.settings import NEVER
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
 from instruct_jax.stages.text import text_rows
@@ -40,11 +42,14 @@ class Config:
     one whose answers to `prefix_prompts` validation prompts the reward model likes best (SFT-7).
     """
 
+    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+
     models: tuple[str, ...] = ("sft=runs/sft/model",)
     baseline: str = "sft"
     prompted: tuple[str, ...] = ()
     reward_model: str | None = None
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     prompts: int = 512
     prefix_prompts: int = 64
     tasks: int = 256
@@ -61,9 +66,15 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     models = {}
     for entry in config.models:
         name, _, folder = entry.partition("=")
-        models[name] = load_trained(folder, kind="language")
+        models[name] = load_trained(folder, kind="language", compute=config.model)
+        check_length(models[name].config, config.document_length, field="config.document_length")
+        _check_answers(config, models[name], name)
     if config.baseline not in models:
         raise ConfigError(f"baseline {config.baseline!r} is none of the models {sorted(models)}")
+    reward = None
+    if config.reward_model:
+        reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+        _check_answers(config, reward, "config.reward_model")
     source = open_source(config.data)
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
@@ -75,7 +86,6 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
     documents = text_rows(source, "valid", tokenizer, **kept)[:]
     run.record_data(source.provenance(), source.licences())
-    reward = load_trained(config.reward_model, kind="scalar") if config.reward_model else None
 
     answers = {"baseline": _answers(config, models[config.baseline], prompts, draw=0)}
     results: dict[str, dict[str, Any]] = {}
@@ -107,6 +117,13 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     }
     (run.workdir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _check_answers(config: Config, trained: TrainedModel, name: str) -> None:
+    longest = config.prompt_length + config.response_length
+    check_length(
+        trained.config, longest, field=f"config.prompt_length + response_length, of {name}"
+    )
 
 
 def _answers(

@@ -21,10 +21,11 @@ from instruct_jax.data.loader import Batches, encode_prompts
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.stages import ppo
 from instruct_jax.stages.ppo import PPOConfig
-from instruct_jax.stages.stage import load_adapter, load_trained, save_trained
+from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
 from instruct_jax.stages.text import text_rows
 from instruct_jax.stages.trunks import on_the_policys_trunk
 from instruct_jax.training.mesh import make_mesh
@@ -46,14 +47,16 @@ class Config:
     # policy's trunk serves the reference, the reward model and the value model too.
     reward_adapter: str | None = None
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     ptx_length: int = 96
     ppo: PPOConfig = PPOConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
-    start = load_trained(config.init, kind="language")
-    reward = load_trained(config.reward_model, kind="scalar")
+    start = load_trained(config.init, kind="language", compute=config.model)
+    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    check_lengths(config, start, reward)
     if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
         raise ConfigError(
             f"{config.reward_model} and {config.init} have different tokenizers; "
@@ -122,6 +125,15 @@ def main(config: Config, run: cli.Run) -> Path:
     )
     trained = start._replace(params=state.policy.ema, stage="ppo")
     return save_trained(run.workdir / "model", trained)
+
+
+def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> None:
+    """ConfigError where a row has positions that a model has not."""
+    longest = config.ppo.prompt_length + config.ppo.response_length
+    for name, trained in (("init", start), ("reward_model", reward)):
+        field = f"config.ppo.prompt_length + response_length, of config.{name}"
+        check_length(trained.config, longest, field=field)
+    check_length(start.config, config.ptx_length, field="config.ptx_length")
 
 
 if __name__ == "__main__":

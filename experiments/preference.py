@@ -16,6 +16,7 @@ from pathlib import Path
 from instruct_jax import cli
 from instruct_jax.data.loader import encode_comparisons
 from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import preference
 from instruct_jax.stages.preference import PreferenceConfig
@@ -33,14 +34,17 @@ class Config:
 
     init: str = "runs/sft/model"
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     preference: PreferenceConfig = PreferenceConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
-    start = load_trained(config.init, kind="language")
-    source = open_source(config.data)
+    start = load_trained(config.init, kind="language", compute=config.model)
     stage = config.preference
+    longest, field = stage.prompt_length + stage.response_length, "prompt_length + response_length"
+    check_length(start.config, longest, field=f"config.preference.{field}")
+    source = open_source(config.data)
     train_rows, valid_rows = (
         encode_comparisons(
             source.comparisons(split),

@@ -16,6 +16,7 @@ from instruct_jax import cli
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.models.config import check_length
 from instruct_jax.models.transformer import language_model
 from instruct_jax.stages import pretrain
 from instruct_jax.stages.pretrain import PretrainConfig
@@ -51,6 +52,7 @@ def main(config: Config, run: cli.Run) -> Path:
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     model_config = config.model.build(tokenizer)
+    check_length(model_config, fit.length, field="config.pretrain.length")
     model = language_model(model_config)
     # All that can be wrong beside the text is found before the work of tokenising it.
     folder = config.data.token_folder(run.workdir)

@@ -28,6 +28,7 @@ from instruct_jax.evaluation.reward_model import (
     fit_length_baseline,
     ordered_pairs,
 )
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.stages import reward_model
 from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
@@ -44,12 +45,16 @@ class Config:
 
     init: str = "runs/sft/model"
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
-    start = load_trained(config.init, kind="language")
+    start = load_trained(config.init, kind="language", compute=config.model)
+    longest = config.reward_model.prompt_length + config.reward_model.response_length
+    field = "config.reward_model.prompt_length + response_length"
+    check_length(start.config, longest, field=field)
     source = open_source(config.data)
     lengths = {
         "prompt_length": config.reward_model.prompt_length,

@@ -8,17 +8,21 @@ Writes WORKDIR/selection.json, every epoch's score and validation loss with the 
 WORKDIR/model, the chosen model folder.
 """
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 
 from instruct_jax import cli
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
+from instruct_jax.settings import NEVER
+from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
 from instruct_jax.stages.stage import load_trained
@@ -31,9 +35,12 @@ WRITES = ("selection.json",)
 class Config:
     """`epochs` holds one model folder an epoch, as `--config.keep_epochs=True` of sft.py wrote."""
 
+    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+
     epochs: str = "runs/sft/epochs"
     reward_model: str = "runs/reward_model/model"
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     prompts: int = 256
     prompt_length: int = 56
     response_length: int = 24
@@ -46,7 +53,10 @@ def main(config: Config, run: cli.Run) -> Path:
     folders = {int(path.name): path for path in Path(config.epochs).glob("[0-9]*")}
     if not folders:
         raise ConfigError(f"{config.epochs}: no epochs here; train with --config.keep_epochs=True")
-    reward = load_trained(config.reward_model, kind="scalar")
+    longest = config.prompt_length + config.response_length
+    field = "config.prompt_length + response_length"
+    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    check_length(reward.config, longest, field=f"{field}, of config.reward_model")
     prompts = [
         row.text
         for row in open_source(config.data).prompts("valid")
@@ -54,7 +64,8 @@ def main(config: Config, run: cli.Run) -> Path:
     ][: config.prompts]
     scores, losses = {}, {}
     for epoch, folder in sorted(folders.items()):
-        trained = load_trained(folder, kind="language")
+        trained = load_trained(folder, kind="language", compute=config.model)
+        check_length(trained.config, longest, field=field)
         answers = complete(
             trained.model,
             trained.params,
@@ -74,7 +85,7 @@ def main(config: Config, run: cli.Run) -> Path:
             response_length=config.response_length,
         )
         scores[epoch] = float(scored.mean())
-        losses[epoch] = json.loads((folder / "model.json").read_text())["notes"]["valid_loss"]
+        losses[epoch] = read_record(folder).notes["valid_loss"]
     best = select_epoch(scores, losses=losses, path=run.workdir / "selection.json")
     return Path(shutil.copytree(folders[best], run.workdir / "model", dirs_exist_ok=True))
 

@@ -23,7 +23,8 @@ from instruct_jax.data.packing import pack
 from instruct_jax.data.sources import DataConfig, Source, Split, open_source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.evaluation.language import held_out_loss
-from instruct_jax.models.transformer import language_model
+from instruct_jax.models.config import ComputeConfig, check_length
+from instruct_jax.models.transformer import TransformerConfig, language_model
 from instruct_jax.stages import sft
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
@@ -40,13 +41,15 @@ class Config:
 
     init: str = "runs/pretrain/model"
     data: DataConfig = DataConfig()
+    model: ComputeConfig = ComputeConfig()
     sft: SFTConfig = SFTConfig()
     keep_epochs: bool = False
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
-    start = load_trained(config.init, kind="language")
+    start = load_trained(config.init, kind="language", compute=config.model)
+    check_lengths(config, start.config)
     source = open_source(config.data)
     mesh = make_mesh(run.mesh)
     rows, valid = (encode(config, source, start.tokenizer, split) for split in ("train", "valid"))
@@ -87,6 +90,16 @@ def main(config: Config, run: cli.Run) -> Path:
     last = losses[max(losses)] if losses else held_out_loss(model, params, **valid, mesh=mesh)
     notes = {"valid_loss": last}
     return save_trained(run.workdir / "model", trained, notes=notes)
+
+
+def check_lengths(config: Config, model: TransformerConfig) -> None:
+    """ConfigError where a row has positions that the model has not."""
+    stage = config.sft
+    text, field = stage.prompt_length + stage.response_length, "prompt_length + response_length"
+    check_length(model, text, field=f"config.sft.{field}")
+    if stage.pack_length is not None and stage.pretrain_fraction > 0:
+        # Demonstrations in a row begin anew, the text beside them fills one.
+        check_length(model, stage.pack_length, field="config.sft.pack_length of pretraining text")
 
 
 def encode(

@@ -88,12 +88,8 @@ def test_every_model_can_be_shaped_without_memory(name):
     config = opened("pretrain", name)
     assert config.vocab_size > 256, "a byte-level BPE has 256 entries before its first merge"
     size = families.preset(config.model.preset)
-    size = dataclasses.replace(
-        size,
-        max_length=config.model.max_length or size.max_length,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-    )
+    length = config.model.max_length or size.max_length
+    size = config.model.on(dataclasses.replace(size, max_length=length))
     assert config.pretrain.length <= size.max_length
     model = language_model(size)
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -6,24 +6,32 @@ Text never turns into a special token: "<|endoftext|>" in a user's text is encod
 and only the loader puts EOS where a response ends.
 """
 
-import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from instruct_jax.data.rows import DataError
+from instruct_jax.data.tokenizer_checks import (
+    LONGEST,
+    check_behaviour,
+    check_ids,
+    parse_object,
+    read_object,
+    read_text,
+)
 
 EOS = "<|endoftext|>"
 # The stop tokens of published tokenizers, for a tokenizer.json that does not name its own.
 _KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 _BYTES = 256
+_SAMPLE = ("Hello, world 1\n", "\u00e9 \u4e2d")
 
 
 class Tokenizer:
@@ -85,28 +93,54 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> T
     """A tokenizer.json[.gz], a folder with one, or a GPT-2 folder (vocab.json and merges.txt).
 
     EOS is `eos`, else the `eos_token` of the tokenizer_config.json beside it, else the first known
-    stop token of its vocabulary. DataError when nothing is there or the files are not a tokenizer.
+    stop token of its vocabulary. DataError when nothing is there, when the files are not a
+    tokenizer, or one that cannot be used with any text (`tokenizer_checks.py`).
     """
     path = Path(path)
     names = ("tokenizer.json", "tokenizer.json.gz")
     files = [path] if path.is_file() else [path / n for n in names if (path / n).is_file()]
-    try:
-        if files:
-            backend = tokenizers.Tokenizer.from_str(_read(files[0]))
-        elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            backend = _gpt2(path)
-        elif path.exists():
-            hint = "expected tokenizer.json[.gz], or vocab.json and merges.txt"
-            raise DataError("no tokenizer in this folder", path=path, hint=hint)
-        else:
-            raise DataError("no such file or folder", path=path)
-    except DataError:
-        raise
-    except Exception as error:  # the library raises bare Exception for every malformed file
-        raise DataError(f"not a tokenizer: {error}", path=files[0] if files else path) from error
-    if backend.get_vocab_size() == 0:
+    if files:
+        found = files[0]
+        backend, about = _parsed(found)
+    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        found, about = path / "vocab.json", {}
+        backend = _guarded(path, lambda: _gpt2(path))
+    elif path.exists():
+        hint = "expected tokenizer.json[.gz], or vocab.json and merges.txt"
+        raise DataError("no tokenizer in this folder", path=path, hint=hint)
+    else:
+        raise DataError("no such file or folder", path=path)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary:
         raise DataError("the vocabulary is empty", path=path)
-    return Tokenizer(backend, eos=eos or _eos_of(backend, path if path.is_dir() else path.parent))
+    check_ids(vocabulary, about.get("added_tokens"), found)
+    tokenizer = Tokenizer(
+        backend, eos=eos or _eos_of(backend, path if path.is_dir() else path.parent)
+    )
+    _guarded(found, lambda: tokenizer.encode_batch(_SAMPLE))
+    return tokenizer
+
+
+def _parsed(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """A tokenizer.json as the library reads it, and as it is."""
+    text = read_text(path)
+    about = parse_object(text, path)
+    check_behaviour(about, path)
+    model = about.get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        # Merges left out at random are for training a tokenizer's model; text has one encoding.
+        text = json.dumps(about | {"model": model | {"dropout": None}})
+    return _guarded(path, lambda: tokenizers.Tokenizer.from_str(text)), about
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except BaseException as error:
+        # The library raises bare Exceptions for malformed files, and its panics are not even those.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"not a tokenizer: {error}", path=path) from error
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -135,31 +169,29 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _gpt2(folder: Path) -> tokenizers.Tokenizer:
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    return _byte_level(model)
+    files = [folder / name for name in ("vocab.json", "merges.txt")]
+    for path in files:
+        if path.stat().st_size > LONGEST:
+            raise DataError(f"more than {LONGEST:,} bytes; no tokenizer is so large", path=path)
+    return _byte_level(models.BPE.from_file(*map(str, files)))
 
 
 def _eos_of(backend: tokenizers.Tokenizer, folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        try:
-            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"not a tokenizer config: {error}", path=config) from error
+        token = read_object(config).get("eos_token")
         # Hugging Face writes the token as a string or as {"content": string, ...}.
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            return str(token)
+            if not isinstance(token, str) or backend.token_to_id(token) is None:
+                told = f"eos_token={str(token)[:60]!r} is no token of the tokenizer"
+                raise DataError(told, path=config, hint="name the one that ends a text")
+            return token
     for token in _KNOWN_EOS:
         if backend.token_to_id(token) is not None:
             return token
-    hint = f"name its stop token with eos=...; looked for {', '.join(_KNOWN_EOS)}"
+    hint = f"looked for {', '.join(_KNOWN_EOS)}; name it as eos_token in tokenizer_config.json"
     raise DataError("the tokenizer has no known end of text", path=folder, hint=hint)
-
-
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
 
 
 def _write(path: Path, text: str) -> None:

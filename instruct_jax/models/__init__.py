@@ -20,6 +20,7 @@ from instruct_jax.models.transformer import (
     token_positions,
     unstack_layers,
 )
+from instruct_jax.models.vocabulary import resize_vocabulary
 
 __all__ = [
     "PARTITION_RULES",
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "parameter_count",
     "preset",
+    "resize_vocabulary",
     "response_values",
     "save_pretrained",
     "scalar_from_language",

@@ -4,6 +4,10 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+from instruct_jax.errors import ConfigError
+from instruct_jax.settings import Settings, setting
+
+Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "xla", "blocks", "cudnn", "splash"]
 Remat = Literal["none", "products", "full"]
 
@@ -13,7 +17,7 @@ _CHOICES = {
     "norm_order": ("pre", "post", "sandwich"),
     "activation": ("gelu", "gelu_exact", "relu", *_GATED),
     "positions": ("learned", "rope"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": get_args(Dtype),
     "attention": get_args(Attention),
     "remat": get_args(Remat),
 }
@@ -124,6 +128,13 @@ class TransformerConfig:
             raise ValueError(f"attention={self.attention!r} cannot drop weights; use 'xla'")
         if self.attention == "cudnn" and self.attention_softcap is not None:
             raise ValueError("attention='cudnn' has no soft cap; use 'xla'")
+        if not 0.0 < self.rope_fraction <= 1.0:
+            raise ValueError(f"rope_fraction must lie in (0, 1], got {self.rope_fraction}")
+        if self.rope_original_length is not None and self.rope_low_factor >= self.rope_high_factor:
+            raise ValueError(
+                f"rope_low_factor={self.rope_low_factor} must be below "
+                f"rope_high_factor={self.rope_high_factor}"
+            )
         for field in ("norm_eps", "rope_theta", "rope_local_theta", "rope_factor", "query_scalar",
                       "attention_softcap", "logit_softcap"):  # fmt: skip
             value = getattr(self, field)
@@ -170,3 +181,40 @@ class TransformerConfig:
     def vocab_rows(self) -> int:
         """Rows of the embedding table: vocabulary and PAD, rounded up to `vocab_multiple`."""
         return -(-(self.vocab_size + 1) // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(Settings):
+    """How a stage computes its models, whatever they were made with; it changes no parameter.
+
+    None keeps what the model's folder (or its named size) says.
+    """
+
+    dtype: Dtype | None = setting(None, "what matrices are multiplied in; masters stay float32")
+    remat: Remat | None = setting(None, "what the backward pass computes again, to save memory")
+    attention: Attention | None = setting(None, "how attention over whole rows is computed")
+
+    def on(self, config: TransformerConfig) -> TransformerConfig:
+        """`config` computed so. Raises ConfigError where the model cannot be."""
+        fields = dataclasses.fields(ComputeConfig)
+        changes = {field.name: getattr(self, field.name) for field in fields}
+        try:
+            return dataclasses.replace(
+                config, **{name: value for name, value in changes.items() if value is not None}
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.model: {error}") from error
+
+
+def check_length(config: TransformerConfig, length: int, *, field: str) -> None:
+    """ConfigError where rows of `length` tokens, which `field` asks for, have positions that the
+    model has not.
+
+    What counts is the position of a token in its own text: of rows that hold several texts give
+    the longest text, not the width of the row.
+    """
+    if length > config.max_length:
+        raise ConfigError(
+            f"{field}: {length} tokens, the model reads {config.max_length} (its max_length); "
+            "ask for fewer, or take a model that reads more"
+        )

@@ -64,6 +64,10 @@ class Model(NamedTuple):
     1, 2, ... of a common beginning 0, with the `positions` int32[B, T] of their tokens
     (`data/trees.py`), dropout acts only when `dropout_key` is given. `apply` is `readout` after
     `hidden`.
+
+    All raise ValueError for rows wider than `config.max_length`. Packed rows may be: there the
+    position of a token in its own segment counts, which no shape tells, and who packs must see to
+    it (`models.config.check_length`). So it is with a cache, whose rows begin in different slots.
     """
 
     config: TransformerConfig
@@ -132,9 +136,9 @@ class _Trunk(nn.Module):
     ) -> jax.Array:
         """int32[B, T] -> dtype[B, T, D] after the last norm."""
         c, (_, length) = self.config, tokens.shape
+        if positions is None and segment_ids is None:
+            _check_width(c, length)
         if mask is None:
-            if c.positions == "learned" and length > c.max_length:
-                raise ValueError(f"{length} tokens do not fit max_length={c.max_length}")
             mask = jnp.ones(tokens.shape, jnp.bool_)
         if branches is not None:
             if positions is None:
@@ -317,6 +321,11 @@ def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
     return jax.tree.map(cast, tree)
 
 
+def _check_width(config: TransformerConfig, length: int) -> None:
+    if length > config.max_length:
+        raise ValueError(f"{length} tokens do not fit max_length={config.max_length}")
+
+
 def _visible(rows: Rows) -> jax.Array:
     """bool[B, T, T]: whether query t sees key s."""
     return constrain(jnp.tril(rows.meets(rows)), ROWS, POSITIONS, WHOLE)
@@ -375,6 +384,7 @@ def _decode(
 ) -> tuple[jax.Array, Cache]:
     c, (_, length) = module.config, tokens.shape
     slots = cache.mask.shape[1]
+    _check_width(c, length)
     if length > slots:
         raise ValueError(f"{length} tokens do not fit a cache of {slots} slots")
     mask = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask

@@ -3,7 +3,6 @@ them is there.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.preference import PreferenceConfig
 from instruct_jax.stages.pretrain import PretrainConfig
+from instruct_jax.stages.record import RECORD, read_record
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
 
@@ -121,11 +121,12 @@ def job_of(
     if stage == "pretrain":
         model = _pretrained(config, policy)
     else:
-        model = _model(name, policy, config.init, "--policy")
+        model = config.model.on(_model(name, policy, config.init, "--policy"))
     if stage == "ppo":
         if reward is None and name.startswith("instructgpt"):
             reward = INSTRUCTGPT_REWARD
         scalar = _model(name, reward or policy, config.reward_model, "--reward")
+        scalar = config.model.on(scalar)
         ptx_length, steps = config.ptx_length, inner.iterations
     else:
         steps = max(1, round(inner.epochs * rows / inner.batch_size))
@@ -139,13 +140,12 @@ def _pretrained(config: Any, policy: str | None) -> TransformerConfig:
     if config.tokenizer is None:
         model = dataclasses.replace(model, vocab_size=config.vocab_size)
     length = given.max_length or model.max_length
-    return dataclasses.replace(model, dtype=given.dtype, remat=given.remat, max_length=length)
+    return given.on(dataclasses.replace(model, max_length=length))
 
 
 def _model(name: str, size: str | None, folder: str, flag: str) -> TransformerConfig:
-    about = Path(folder or ".") / "model.json"
-    if size is None and about.is_file():
-        return TransformerConfig(**json.loads(about.read_text())["config"])
+    if size is None and folder and (Path(folder) / RECORD).is_file():
+        return read_record(Path(folder)).config
     if size is None:
         words = re.split(r"[_\-.]", name)
         size = next((SIZES[word] for word in words if word in SIZES), None)

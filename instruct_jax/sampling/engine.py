@@ -170,6 +170,7 @@ class Engine:
         free = [slot for slot, row in enumerate(self._rows) if row is None][: len(rows)]
         distinct = list(dict.fromkeys(row.prompt for row in rows))
         width = _rounded(max(max(map(len, distinct)) - 1, 1), PREFIX_STEP)
+        width = min(width, self._model.config.max_length)  # where every prompt fits
         self._make_room(width)
         count = max(1 << (len(distinct) - 1).bit_length(), self._arrival // 4)
         count = -(-count // self._parts) * self._parts

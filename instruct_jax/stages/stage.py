@@ -23,11 +23,11 @@ import optax
 from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
-from instruct_jax.errors import ConfigError
+from instruct_jax.errors import CheckpointError, ConfigError
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
-from instruct_jax.models.config import Remat
+from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
-from instruct_jax.models.hf import inspect_pretrained, load_pretrained
+from instruct_jax.models.hf import inspect_pretrained, parameter_shapes, read_pretrained
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
@@ -37,6 +37,7 @@ from instruct_jax.models.transformer import (
     scalar_model,
 )
 from instruct_jax.settings import Settings, setting
+from instruct_jax.stages.record import RECORD, Base, Record, read_record
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
@@ -75,13 +76,11 @@ class AdamConfig(Settings):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ComputeConfig):
     """A named size; the vocabulary is always the tokenizer's. None keeps the preset's value."""
 
-    preset: str = "mini"
-    max_length: int | None = None
-    dtype: str = "float32"
-    remat: Remat = "none"
+    preset: str = setting("mini", "a named size of models/families.py")
+    max_length: int | None = setting(None, "the longest text it can read", low=1, unit="tokens")
 
     def build(self, tokenizer: Tokenizer) -> TransformerConfig:
         """The preset with these changes; ConfigError for an unknown name or an unfit value."""
@@ -89,12 +88,9 @@ class ModelConfig:
             base = preset(self.preset)
         except ValueError as error:
             raise ConfigError(f"config.model.preset: {error}") from error
-        return dataclasses.replace(
-            base,
-            vocab_size=tokenizer.vocab_size,
-            max_length=self.max_length or base.max_length,
-            dtype=self.dtype,
-            remat=self.remat,
+        length = self.max_length or base.max_length
+        return self.on(
+            dataclasses.replace(base, vocab_size=tokenizer.vocab_size, max_length=length)
         )
 
 
@@ -284,13 +280,19 @@ def fit(
 
 
 class TrainedModel(NamedTuple):
-    """A model folder in memory."""
+    """A model folder in memory.
+
+    `base` is what its weights came from, `history` the stages that it went through, its own last
+    where it was loaded: a stage says `trained._replace(params=..., stage=...)` and hands both on.
+    """
 
     kind: str
     config: TransformerConfig
     params: Any
     tokenizer: Tokenizer
     stage: str
+    base: Base | None = None
+    history: tuple[str, ...] = ()
 
     @property
     def model(self) -> Model:
@@ -306,34 +308,38 @@ def save_trained(
     """
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory / "params", trained.params, {"stage": trained.stage})
-    about = {
-        "kind": trained.kind,
-        "stage": trained.stage,
-        "config": dataclasses.asdict(trained.config),
-        "notes": notes or {},
-    }
+    about = Record(
+        kind=trained.kind,
+        stage=trained.stage,
+        config=trained.config,
+        history=trained.history,
+        base=trained.base,
+        notes=notes or {},
+    )
 
     def describe() -> None:
         trained.tokenizer.save(directory)
         # Written last: a folder with a model.json is complete.
-        (directory / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+        (directory / RECORD).write_text(json.dumps(about.as_json(), indent=2) + "\n")
 
     hosts.first_alone(describe)
     return directory
 
 
-def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedModel:
-    """Reads a model folder, or a Hugging Face folder of a language model with its tokenizer.
+def load_trained(
+    directory: str | Path, *, kind: str | None = None, compute: ComputeConfig | None = None
+) -> TrainedModel:
+    """Reads a model folder, or a Hugging Face folder of a language model with its tokenizer; it is
+    then computed as `compute` says, where that is given.
 
-    ConfigError when `directory` is neither, or does not hold the `kind` asked for.
+    ConfigError when `directory` is neither, does not hold the `kind` asked for, or has a tokenizer
+    of another vocabulary than the model's; CheckpointError when it is damaged.
     """
     directory = Path(directory)
-    if (directory / "model.json").is_file():
+    if (directory / RECORD).is_file():
         trained = _load_own(directory)
     elif (directory / "config.json").is_file():
-        found = inspect_pretrained(directory)
-        config, params = load_pretrained(directory)
-        trained = TrainedModel(found.kind, config, params, load_tokenizer(directory), "imported")
+        trained = _load_foreign(directory)
     else:
         raise ConfigError(
             f"{directory}: neither model.json nor config.json here; give the `model` folder that a "
@@ -343,23 +349,44 @@ def load_trained(directory: str | Path, *, kind: str | None = None) -> TrainedMo
         raise ConfigError(
             f"{directory}: holds a {trained.kind} model ({trained.stage}), a {kind} model is needed"
         )
-    return trained
+    return trained if compute is None else trained._replace(config=compute.on(trained.config))
 
 
 def _load_own(directory: Path) -> TrainedModel:
-    about = json.loads((directory / "model.json").read_text())
-    try:
-        config = TransformerConfig(**about["config"])
-    except (TypeError, ValueError) as error:  # of another version, or by another hand
-        raise ConfigError(f"{directory / 'model.json'}: config: {error}") from error
+    about = read_record(directory)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size != about.config.vocab_size:
+        raise ConfigError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
+            f"{about.config.vocab_size}: put back the tokenizer that the model was trained with"
+        )
     params, _ = load_model(directory / "params")
+    _, shapes = parameter_shapes(about.config, about.kind)
+    found = {path: leaf.shape for path, leaf in tree_paths(params)}
+    wanted = {path: leaf.shape for path, leaf in shapes.items()}
+    if found != wanted:
+        wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
+        raise CheckpointError(
+            f"{directory}: the parameters are not those that model.json describes: "
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+        )
+    history = (*about.history, about.stage)
     return TrainedModel(
-        kind=about["kind"],
-        config=config,
-        params=params,
-        tokenizer=load_tokenizer(directory),
-        stage=about["stage"],
+        about.kind, about.config, params, tokenizer, about.stage, about.base, history
     )
+
+
+def _load_foreign(directory: Path) -> TrainedModel:
+    found = inspect_pretrained(directory)
+    if found.tokenizer is None:
+        raise ConfigError(
+            f"{directory}: no tokenizer here; import the folder with experiments/convert.py and "
+            "--config.tokenizer=FILE"
+        )
+    config, params = read_pretrained(found)
+    base = Base(found.name, found.licence, found.raw["model_type"])
+    tokenizer, history = found.tokenizer, ("imported",)
+    return TrainedModel(found.kind, config, params, tokenizer, "imported", base, history)
 
 
 class Adapter(NamedTuple):

@@ -46,7 +46,7 @@ def write_model(folder: Path, *, reads: Tokenizer | None = None) -> Path:
         num_layers=2,
         d_model=32,
         num_heads=2,
-        max_length=64,
+        max_length=128,
         scan_unroll=2,
     )
     params = language_model(shape).init(jax.random.key(0))

@@ -5,8 +5,11 @@ import resource
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from instruct_jax.models.transformer import scalar_from_language
+from instruct_jax.stages.stage import load_trained, save_trained
 from tests.experiments import scripts
 
 SFT = ("--config=configs/sft.py:debug", "--config.data.source=files")
@@ -19,6 +22,15 @@ def inputs(tmp_path_factory):
     paths = scripts.write_rows(folder)
     scripts.write_model(folder / "model")
     return folder, paths
+
+
+@pytest.fixture(scope="module")
+def reward_folder(inputs):
+    """A reward model of the same tokenizer."""
+    start = load_trained(inputs[0] / "model")
+    params = scalar_from_language(start.params, jax.random.key(0), start.config)
+    reward = start._replace(kind="scalar", params=params, stage="reward_model")
+    return save_trained(inputs[0] / "reward", reward)
 
 
 def sft_arguments(inputs, workdir):
@@ -125,8 +137,9 @@ def test_other_mistakes_are_told_by_every_script(
 def test_a_policy_and_a_reward_model_of_two_tokenizers_are_refused(tmp_path, capsys, inputs):
     folder, _ = inputs
     other = scripts.write_model(tmp_path / "other", reads=scripts.tokenizer(["xyz", "pqr"]))
-    record = json.loads((other / "model.json").read_text())
-    (other / "model.json").write_text(json.dumps(record | {"kind": "scalar"}))
+    start = load_trained(other)
+    params = scalar_from_language(start.params, jax.random.key(0), start.config)
+    save_trained(other, start._replace(kind="scalar", params=params))
     line = refused(
         capsys,
         "ppo",
@@ -189,3 +202,43 @@ def test_a_process_ends_within_two_seconds_with_one_line_and_code_2(
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not workdir.exists()
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "field"),
+    [
+        ("pretrain", ["--config.model.max_length=32"], "config.pretrain.length"),
+        ("sft", ["--config.sft.response_length=100"], "config.sft.prompt_length + response_len"),
+        ("sft", ["--config.sft.pack_length=200", "--config.sft.pretrain_fraction=0.5"],
+         "config.sft.pack_length"),
+        ("reward_model", ["--config.reward_model.prompt_length=120"], "config.reward_model.prompt"),
+        ("preference", ["--config.preference.prompt_length=120"], "config.preference.prompt_leng"),
+        ("ppo", ["--config.ppo.response_length=120"], "config.ppo.prompt_length + response_length"),
+        ("ppo", ["--config.ptx_length=200"], "config.ptx_length"),
+        ("collect", ["--config.prompt_length=120"], "config.prompt_length + response_length"),
+        ("evaluate", ["--config.document_length=200"], "config.document_length"),
+        ("evaluate", ["--config.response_length=100"], "config.prompt_length + response_length"),
+        ("compress", ["--config.document_length=200"], "config.document_length"),
+        ("select_sft", ["--config.response_length=100"], "config.prompt_length + response_length"),
+    ],
+)  # fmt: skip
+def test_a_length_past_the_model_s_positions_is_refused_before_anything_is_computed(
+    tmp_path, capsys, inputs, reward_folder, script, arguments, field
+):
+    workdir, model = tmp_path / "run", inputs[0] / "model"
+    start = {
+        "pretrain": [],
+        "ppo": [f"--config.init={model}", f"--config.reward_model={reward_folder}"],
+        "evaluate": [f"--config.models=('sft={model}',)"],
+        "collect": [f"--config.policy={model}"],
+        "compress": [f"--config.model={model}"],
+        "select_sft": [f"--config.epochs={model.parent}", f"--config.reward_model={reward_folder}"],
+    }.get(script, [f"--config.init={model}"])
+    if script == "select_sft":
+        (tmp_path / "epochs").mkdir()
+        (tmp_path / "epochs" / "1").symlink_to(model)
+        start[0] = f"--config.epochs={tmp_path / 'epochs'}"
+    arguments = [f"--config=configs/{script}.py:debug", f"--workdir={workdir}", *start, *arguments]
+    line = refused(capsys, script, *arguments)
+    assert field in line and "(its max_length)" in line
+    assert not workdir.exists()

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from instruct_jax.errors import ConfigError
 from instruct_jax.models import (
     TransformerConfig,
+    init_cache,
     language_model,
     scalar_model,
     token_positions,
 )
+from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.layers import Block, make_context
 from instruct_jax.models.rows import MASKED
 from tests.models.cases import (
@@ -373,7 +376,42 @@ def test_a_configuration_that_cannot_work_is_refused(change, message):
         dataclasses.replace(GPT, **change)
 
 
-def test_more_tokens_than_learned_positions_are_refused():
-    model, params = language(GPT)
-    with pytest.raises(ValueError, match="97 tokens do not fit max_length=96"):
-        model.apply(params, random_tokens(1, 97))
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("make", [language, scalar], ids=["policy", "reward and value"])
+def test_no_position_past_the_last_is_read_in_silence(config, make):
+    """Neither learned nor rotary ones, with a mask or without, whole or through a cache."""
+    model, params = make(config)
+    tokens = random_tokens(1, 97)
+    for options in ({}, {"mask": np.ones(tokens.shape, bool)}):
+        for function in (model.apply, model.hidden):
+            with pytest.raises(ValueError, match="97 tokens do not fit max_length=96"):
+                function(params, tokens, **options)
+        if make is language:
+            with pytest.raises(ValueError, match="97 tokens do not fit max_length=96"):
+                model.decode(params, tokens, init_cache(config, 1, 128), **options)
+
+
+def test_in_packed_rows_the_position_counts_and_not_the_width_of_the_row():
+    config = dataclasses.replace(GPT, max_length=8)
+    case = language(config)
+    tokens = random_tokens(1, 16)
+    segments = np.repeat([[1, 2]], 8, axis=1).astype(np.int32)
+    packed = outputs(case, tokens, segment_ids=segments)
+    alone = outputs(case, tokens.reshape(2, 8))
+    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=1e-5)
+
+
+def test_a_length_that_the_model_has_no_positions_for_is_told_at_the_door():
+    check_length(GPT, 96, field="config.sft.pack_length")
+    with pytest.raises(ConfigError, match=r"^config\.sft\.pack_length: 97 tokens, .* 96"):
+        check_length(GPT, 97, field="config.sft.pack_length")
+
+
+def test_how_a_model_is_computed_can_be_chosen_whatever_it_was_made_with():
+    made = dataclasses.replace(GPT, dtype="bfloat16", remat="full")
+    assert ComputeConfig().on(made) is not GPT and ComputeConfig().on(made) == made
+    chosen = ComputeConfig(dtype="float32", remat="none", attention="xla").on(made)
+    assert chosen == dataclasses.replace(GPT, attention="xla")
+    dropping = dataclasses.replace(GPT, attention_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"config\.model: attention='blocks' cannot drop weights"):
+        ComputeConfig(attention="blocks").on(dropping)

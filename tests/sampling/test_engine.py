@@ -282,3 +282,13 @@ def test_what_cannot_be_decoded_is_refused(lm):
     with pytest.raises(ValueError, match="end token 31 is outside the vocabulary of 31"):
         Engine(*lm, Sampling(stop_ids=(EOS,), stop_sequences=((3, VOCAB),)), slots=1)
     assert engine.step() == {} and dict(engine.run()) == {}
+
+
+def test_a_prompt_that_just_fits_the_model_is_answered(lm):
+    """Widths are rounded up for fewer programs, but never past the model's positions."""
+    model = language_model(dataclasses.replace(CONFIG, max_length=37))
+    prompt = np.random.default_rng(1).integers(0, VOCAB - 1, 35).tolist()
+    (response,) = respond(model, lm[1], [prompt], keys_of(1), SAMPLING, max_new_tokens=2)
+    assert 1 <= len(response.tokens) <= 2
+    with pytest.raises(ValueError, match="= 38 exceed the model's max_length 37"):
+        respond(model, lm[1], [prompt], keys_of(1), SAMPLING, max_new_tokens=3)

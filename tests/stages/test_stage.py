@@ -30,27 +30,34 @@ from tests.stages import lab as labs
 TOKENIZER = train_bpe(["hello world"], vocab_size=260)
 
 
+SHAPE = dataclasses.replace(labs.SHAPE, vocab_size=TOKENIZER.vocab_size)
+
+
+def parameters(make=language_model, seed=0):
+    return make(SHAPE).init(jax.random.key(seed))
+
+
 @pytest.fixture
 def trained():
     """A language model in memory."""
-    return TrainedModel("language", labs.SHAPE, labs.policy_params(), TOKENIZER, "sft")
+    return TrainedModel("language", SHAPE, parameters(), TOKENIZER, "sft")
 
 
 def test_a_model_folder_gives_back_what_it_was_given(tmp_path, trained):
-    reward = trained._replace(kind="scalar", params=labs.reward_params(), stage="reward_model")
+    reward = trained._replace(kind="scalar", params=parameters(scalar_model), stage="reward_model")
     for model, make in ((trained, language_model), (reward, scalar_model)):
         folder = save_trained(tmp_path / model.kind, model, notes={"valid_loss": 1.5})
         loaded = load_trained(folder, kind=model.kind)
         assert labs.same_bits(loaded.params, model.params)
         assert (loaded.kind, loaded.stage, loaded.config) == (model.kind, model.stage, model.config)
         assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
-        assert loaded.model is make(labs.SHAPE)
+        assert loaded.model is make(SHAPE)
         about = json.loads((folder / "model.json").read_text())
         assert about["notes"] == {"valid_loss": 1.5} and about["stage"] == model.stage
 
 
 def test_a_model_on_a_mesh_is_saved_whole_and_a_folder_is_replaced(tmp_path, trained):
-    save_trained(tmp_path, trained._replace(params=labs.policy_params(1)))
+    save_trained(tmp_path, trained._replace(params=parameters(seed=1)))
     spread = place_params(trained.params, make_mesh("fsdp:4,tensor:2"))
     assert not all(x.is_fully_replicated for x in jax.tree.leaves(spread))
     save_trained(tmp_path, trained._replace(params=spread))
@@ -75,8 +82,12 @@ def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"remat": True}, "remat=True is not one of none, products, full"),
-        ({"experts": 8}, "unexpected keyword argument 'experts'"),
+        ({"remat": True}, "remat=.True. is not of type str"),
+        ({"remat": "all"}, "remat='all' is not one of none, products, full"),
+        ({"d_model": "32"}, "d_model='32' is not of type int"),
+        ({"norm": None}, "norm='None' is not of type str"),
+        ({"num_heads": 3}, "d_model=32 is not a multiple of num_heads=3"),
+        ({"experts": 8}, "unknown experts; it was written by another version"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_told_with_its_file(

@@ -6,7 +6,13 @@ folder is ever run.
 
 from instruct_jax.models.hf.card import model_card
 from instruct_jax.models.hf.families import FAMILIES, family_of
-from instruct_jax.models.hf.reading import Pretrained, inspect_pretrained, load_pretrained
+from instruct_jax.models.hf.layout import parameter_shapes
+from instruct_jax.models.hf.reading import (
+    Pretrained,
+    inspect_pretrained,
+    load_pretrained,
+    read_pretrained,
+)
 from instruct_jax.models.hf.text import chat_template_of, read_chat_template
 from instruct_jax.models.hf.writing import save_pretrained
 
@@ -18,6 +24,8 @@ __all__ = [
     "inspect_pretrained",
     "load_pretrained",
     "model_card",
+    "parameter_shapes",
     "read_chat_template",
+    "read_pretrained",
     "save_pretrained",
 ]

@@ -29,7 +29,8 @@ FLOATS: dict[str, np.dtype] = {
 _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2,
                 "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # fmt: skip
 _LENGTH = struct.Struct("<Q")
-_LONGEST_JSON = 100_000_000
+# A thousand tensors take a tenth of a megabyte; of what JSON may hold, values cost more than bytes.
+_LONGEST_JSON, _MOST_VALUES = 64_000_000, 2_000_000
 
 
 class Stored(NamedTuple):
@@ -211,6 +212,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             raise UserError(f"{path}: the name {twice[:80]!r} is there twice")
         return value
 
+    if text.count(b",") > _MOST_VALUES:
+        raise UserError(f"{path}: more than {_MOST_VALUES:,} values; no model has so many tensors")
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:

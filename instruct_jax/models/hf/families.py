@@ -127,8 +127,8 @@ FAMILIES: dict[str, Family] = {
         "Gemma2",
         keys={
             **_GEMMA_KEYS,
-            "attention_softcap": Key("attn_logit_softcapping", 50.0),
-            "logit_softcap": Key("final_logit_softcapping", 30.0),
+            "attention_softcap": Key("attn_logit_softcapping", 50.0, optional=True),
+            "logit_softcap": Key("final_logit_softcapping", 30.0, optional=True),
         },
         activation=Key("hidden_activation", "gelu_pytorch_tanh"),
         activations=_GEGLU,

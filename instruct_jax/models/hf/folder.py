@@ -1,5 +1,6 @@
 """Which folder a name stands for: a path, or the snapshot of a hub id."""
 
+import re
 from pathlib import Path
 
 from instruct_jax.data.hub import is_hub_id
@@ -7,6 +8,9 @@ from instruct_jax.errors import UserError
 from instruct_jax.models.hf.container import read_json
 from instruct_jax.models.hf.families import FAMILIES
 from instruct_jax.models.hf.schema import Family, Raw
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LONGEST_CARD = 65_536
 
 # What is downloaded: no pickles, no code, no other framework's weights.
 PATTERNS = (
@@ -20,7 +24,9 @@ PATTERNS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "README.md",
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.json.gz", "vocab.json")
 
 
 def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
@@ -46,6 +52,32 @@ def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
             "check the id and the connection, or give a folder"
         ) from error
     return Path(snapshot)
+
+
+def origin_of(source: str | Path, folder: Path, raw: Raw) -> tuple[str, str | None]:
+    """What a folder is called, and its licence: a hub id where one is known, never a path.
+
+    Known from the id that was asked for, the cache of the hub, or config.json's _name_or_path; the
+    licence from the front matter of README.md.
+    """
+    licence = _licence(folder / "README.md")
+    if not Path(source).exists():
+        return str(source).removeprefix("hf:"), licence
+    cached = [part for part in folder.absolute().parts if part.startswith("models--")]
+    ids = [part.removeprefix("models--").replace("--", "/", 1) for part in cached]
+    ids.append(str(raw.get("_name_or_path")))
+    return next(filter(_HUB_ID.fullmatch, ids), folder.resolve().name), licence
+
+
+def _licence(card: Path) -> str | None:
+    try:
+        with card.open("rb") as file:
+            text = file.read(_LONGEST_CARD).decode("utf-8", "replace")
+    except OSError:
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    said = front and re.search(r"^license:\s*['\"]?([\w.+-]{1,60})['\"]?\s*$", front[1], re.M)
+    return said[1] if said else None
 
 
 def read_raw_config(directory: Path, *, ignore_code: bool = False) -> tuple[str, Family, Raw]:

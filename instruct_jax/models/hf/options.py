@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.hf.schema import REQUIRED, Key, Raw, period
+from instruct_jax.models.hf.schema import REQUIRED, Key, Raw, mapping, period, shown
 from instruct_jax.models.hf.schema import number as number_of
 
 
@@ -16,12 +16,13 @@ def read_rope(
 ) -> Raw:
     """Base, part of a head and scaling of the rotary positions."""
     # transformers 5 gathers what used to be rope_theta and rope_scaling.
-    new = raw.get("rope_parameters") or {}
-    rope = {**(raw.get("rope_scaling") or {}), **(new if part is None else new.get(part) or {})}
+    new = mapping(raw, "rope_parameters")
+    rope = {**mapping(raw, "rope_scaling"), **(new if part is None else mapping(new, part))}
     kind = rope.get("rope_type", rope.get("type", "default"))
     kinds = ("default", "linear", "llama3")
     if kind not in kinds:
-        raise ValueError(f"rope type={kind!r} is not supported; supported: {', '.join(kinds)}")
+        known = ", ".join(kinds)
+        raise ValueError(f"rope type={shown(kind)!r} is not supported; supported: {known}")
 
     def number(name: str, default: Any = REQUIRED) -> float:
         value = rope.get(name, raw.get(name, default))
@@ -62,7 +63,7 @@ def write_rope(c: TransformerConfig) -> Raw:
 
 
 def _window(raw: Raw, default: int | None) -> int | None:
-    return Key("sliding_window", default).read(raw, int)
+    return Key("sliding_window", default, optional=True).read(raw, int)
 
 
 def _layer_types(raw: Raw, default: str) -> str:
@@ -71,7 +72,7 @@ def _layer_types(raw: Raw, default: str) -> str:
     if types is None:
         return default
     letters = {"full_attention": "g", "sliding_attention": "l"}
-    if not isinstance(types, list) or not types or not all(t in letters for t in types):
+    if not isinstance(types, list) or not types or not all(t in tuple(letters) for t in types):
         raise ValueError(f"layer_types: expected a list of {' and '.join(letters)}")
     if len(types) != raw.get("num_hidden_layers"):
         raise ValueError(f"layer_types has {len(types)} entries, one a layer is needed")
@@ -113,12 +114,19 @@ def write_phi3(c: TransformerConfig) -> Raw:
     return write_windowed(c) | {"partial_rotary_factor": c.rope_fraction}
 
 
+def _count(raw: Raw, name: str, default: int) -> int:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={shown(value)} is not a number of layers")
+    return value
+
+
 def read_qwen(raw: Raw) -> Raw:
     """Local layers, if any, come after the global ones."""
     if not raw.get("use_sliding_window", False):
         return read_rope(raw)
     layers = Key("num_hidden_layers").read(raw, int)
-    first = min(raw.get("max_window_layers", 28), layers)
+    first = min(_count(raw, "max_window_layers", 28), layers)
     pattern = _layer_types(raw, "g" * first + "l" * (layers - first))
     return read_rope(raw) | {"window": _window(raw, 4096), "attention_pattern": pattern}
 
@@ -141,8 +149,10 @@ def write_gemma2(c: TransformerConfig) -> Raw:
 
 def read_gemma3(raw: Raw) -> Raw:
     """Five local layers, with a base of their own, to a global one."""
-    every = Key("sliding_window_pattern", 6).read(raw)
-    own = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
+    # A global layer past the last one is none.
+    layers = Key("num_hidden_layers").read(raw, int)
+    every = min(Key("sliding_window_pattern", 6).read(raw), layers + 1)
+    own = mapping(mapping(raw, "rope_parameters"), "sliding_attention")
     base = own.get("rope_theta", raw.get("rope_local_base_freq", 10_000.0))
     return read_rope(raw, theta=1e6, part="full_attention") | {
         "window": _window(raw, 4096),
@@ -172,9 +182,10 @@ def write_neox(c: TransformerConfig) -> Raw:
 def read_opt(raw: Raw) -> Raw:
     """Norms before or after; no projections."""
     if raw.get("word_embed_proj_dim", raw["hidden_size"]) != raw["hidden_size"]:
+        told = shown(raw["word_embed_proj_dim"])
         raise ValueError(
-            f"word_embed_proj_dim={raw['word_embed_proj_dim']!r}: embeddings narrower than the "
-            "model, with projections (OPT-350m), are not supported"
+            f"word_embed_proj_dim={told}: embeddings narrower than the model, with projections "
+            "(OPT-350m), are not supported"
         )
     return {"norm_order": "pre" if raw.get("do_layer_norm_before", True) else "post"}
 

@@ -14,12 +14,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from instruct_jax.data.tokenizer import load_tokenizer
+from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.families import parameter_count
 from instruct_jax.models.hf.container import FLOATS, Stored, open_weights, read_header
-from instruct_jax.models.hf.folder import find_folder, read_raw_config
+from instruct_jax.models.hf.folder import (
+    TOKENIZER_FILES,
+    find_folder,
+    origin_of,
+    read_raw_config,
+)
 from instruct_jax.models.hf.layout import Piece, clip, parameter_shapes, pieces, sizes
 from instruct_jax.models.hf.schema import Family, Raw, read_config
 from instruct_jax.models.transformer import Params
@@ -38,20 +43,35 @@ class Pretrained(NamedTuple):
     config: TransformerConfig
     family: Family
     raw: Raw
+    tokenizer: Tokenizer | None
+    """The folder's own, or the one it was inspected with."""
+    name: str
+    """A hub id where one is known, else the bare name of the folder."""
+    licence: str | None
+    """What its README.md says."""
 
 
 def inspect_pretrained(
-    source: str | Path, *, revision: str | None = None, ignore_code: bool = False
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    ignore_code: bool = False,
+    tokenizer: Tokenizer | None = None,
+    resize: bool = False,
 ) -> Pretrained:
-    """The kind ("language" or "scalar") and configuration of a folder or hub id; UserError.
+    """The kind ("language" or "scalar") and configuration of a folder or hub id.
 
-    The vocabulary ends where that of the folder's tokenizer does: rows past it are padding.
+    The vocabulary ends where that of the tokenizer does (`tokenizer`, or else the folder's): rows
+    past it are padding. Raises UserError for a folder that cannot be read, and for a tokenizer
+    with tokens that the tables have no row for, unless the caller will `resize` them.
     """
     folder = find_folder(source, revision=revision)
     _, family, raw = read_raw_config(folder, ignore_code=ignore_code)
     path = folder / "config.json"
+    if tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = load_tokenizer(folder)
     try:
-        vocab_size = _vocab_size(folder, raw)
+        vocab_size = _vocab_size(path, raw, tokenizer, resize=resize)
         config = read_config(family, {**raw, "vocab_size": vocab_size})
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]!r} is missing") from error
@@ -59,7 +79,9 @@ def inspect_pretrained(
         raise UserError(f"{path}: {error}") from error
     names = raw.get("architectures")
     scalar = isinstance(names, list) and family.scalar in names
-    return Pretrained(folder, "scalar" if scalar else "language", config, family, raw)
+    kind = "scalar" if scalar else "language"
+    name, licence = origin_of(source, folder, raw)
+    return Pretrained(folder, kind, config, family, raw, tokenizer, name, licence)
 
 
 def load_pretrained(
@@ -70,7 +92,18 @@ def load_pretrained(
     revision: str | None = None,
     ignore_code: bool = False,
 ) -> tuple[TransformerConfig, Params]:
-    """The model of a Hugging Face folder or hub id, its vocabulary padded to our rule.
+    """`read_pretrained` of what `inspect_pretrained` finds in a folder or hub id."""
+    found = inspect_pretrained(source, revision=revision, ignore_code=ignore_code)
+    return read_pretrained(found, dtype=dtype, shardings=shardings)
+
+
+def read_pretrained(
+    found: Pretrained,
+    *,
+    dtype: str = "float32",
+    shardings: Callable[[Params], Any] | None = None,
+) -> tuple[TransformerConfig, Params]:
+    """The model of an inspected folder, its vocabulary padded to our rule.
 
     A folder of a *ForSequenceClassification gives the parameters of a scalar model. They are
     NumPy arrays of `dtype`; with `shardings`, which maps the abstract parameters to a tree of
@@ -81,7 +114,6 @@ def load_pretrained(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     kind = FLOATS[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]]
-    found = inspect_pretrained(source, revision=revision, ignore_code=ignore_code)
     stored = _strip(found.family, open_weights(found.folder))
     extra = _read_head(found)
     _check_size(found, stored)
@@ -109,7 +141,7 @@ def load_pretrained(
     return found.config, unflatten_dict(params, sep="/")
 
 
-def _vocab_size(folder: Path, raw: Raw) -> int:
+def _vocab_size(path: Path, raw: Raw, tokenizer: Tokenizer | None, *, resize: bool) -> int:
     stored = raw.get("vocab_size")
     if stored is None:
         raise KeyError("vocab_size")
@@ -117,11 +149,22 @@ def _vocab_size(folder: Path, raw: Raw) -> int:
         raise ValueError(f"vocab_size={str(stored)[:40]} is not a size")
     own = raw.get("instruct_jax")
     own = own.get("vocab_size") if isinstance(own, dict) else None
-    if type(own) is int and 0 < own <= stored:
-        return own
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return stored
-    return min(stored, load_tokenizer(folder).vocab_size)
+    # An export of ours has PAD behind its vocabulary, where an added token would come to lie.
+    ours = type(own) is int and 0 < own <= stored
+    rows = own if ours else stored
+    tokens = rows if tokenizer is None else tokenizer.vocab_size
+    if tokens > rows and not resize:
+        raise UserError(
+            f"{path}: the model has {rows} tokens, its tokenizer {tokens}: tokens were added and "
+            "the tables not resized; give the tokenizer that belongs to it, or import it with "
+            "experiments/convert.py --config.resize=True, which adds the rows"
+        )
+    if tokens < rows and ours:
+        raise UserError(
+            f"{path}: the model has {rows} tokens, its tokenizer {tokens}: put back the tokenizer "
+            "that it was exported with"
+        )
+    return min(rows, tokens)
 
 
 def _strip(family: Family, stored: dict[str, Stored]) -> dict[str, Stored]:

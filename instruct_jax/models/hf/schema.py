@@ -19,21 +19,25 @@ class Key(NamedTuple):
 
     name: str
     default: Any = REQUIRED
+    optional: bool = False
+    """Whether null means something, beside its being the default."""
 
     def read(self, raw: Raw, kind: type | None = None) -> Any:
         """The value, checked; KeyError or ValueError."""
-        if self.default is REQUIRED and raw.get(self.name) is None:
+        if self.default is REQUIRED and self.name not in raw:
             raise KeyError(self.name)
         value = raw.get(self.name, self.default)
-        if value is None:
+        if value is None and (self.optional or self.default is None):
             return None
         kind = kind or (float if isinstance(self.default, float) else type(self.default))
-        if kind is bool and isinstance(value, bool):
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.name}={shown(value)} is not true or false")
             return value
         if kind is float:
             return number(self.name, value)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST:
-            raise ValueError(f"{self.name}={str(value)[:40]!s} is not a size")
+            raise ValueError(f"{self.name}={shown(value)} is not a size")
         return value
 
 
@@ -78,12 +82,12 @@ def read_config(family: Family, raw: Raw) -> TransformerConfig:
     """Our configuration of a config.json; KeyError, TypeError or ValueError name the key."""
     for option, wanted in family.refused.items():
         if raw.get(option, wanted) != wanted and (raw.get(option) or wanted):
-            raise ValueError(f"{option}={raw[option]!r} is not supported")
+            raise ValueError(f"{option}={shown(raw[option])} is not supported")
     name = family.activation.name
     activation = raw.get(name) or family.activation.default
-    if activation not in family.activations:
+    if not isinstance(activation, str) or activation not in family.activations:
         known = ", ".join(family.activations)
-        raise ValueError(f"{name}={activation!r} is not supported; supported: {known}")
+        raise ValueError(f"{name}={shown(activation)!r} is not supported; supported: {known}")
     values = {ours: key.read(raw, _FLOATS.get(ours)) for ours, key in family.keys.items()}
     if values["num_layers"] > _MOST_LAYERS:
         raise ValueError(f"{family.keys['num_layers'].name}={values['num_layers']} is absurd")
@@ -157,6 +161,26 @@ def period(pattern: str) -> str:
 
 def number(name: str, value: Any) -> float:
     """`value` as a finite float, or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={str(value)[:40]!s} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+        raise ValueError(f"{name}={shown(value)} is not a number")
     return float(value)
+
+
+def mapping(raw: Raw, name: str) -> Raw:
+    """The object called `name`, {} where it is missing or null; ValueError for anything else."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={shown(value)} is not an object")
+    return value or {}
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value of a config.json, as it may stand there."""
+    return "null" if value is None else str(value)[:40]
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float is near to
+        return False

@@ -1,0 +1,153 @@
+"""model.json, what a model folder says of itself: read strictly, before anything else of it is.
+
+kind       "language" or "scalar"
+stage      the stage that made it
+history    the stages before that one, the first first
+base       where its weights came from, for imported ones and all that is trained from them
+config     the `TransformerConfig`
+notes      metrics, hashes of data: whatever the stage put down
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.models.transformer import TransformerConfig
+
+RECORD = "model.json"
+_LONGEST = 10_000_000
+_HINTS = typing.get_type_hints(TransformerConfig)
+
+
+class Base(NamedTuple):
+    """The model that others are trained from; None where its folder did not say."""
+
+    name: str
+    """A hub id, or the bare name of a folder."""
+    licence: str | None = None
+    model_type: str | None = None
+
+
+class Record(NamedTuple):
+    """What model.json holds."""
+
+    kind: str
+    stage: str
+    config: TransformerConfig
+    history: tuple[str, ...] = ()
+    base: Base | None = None
+    notes: dict[str, Any] = {}  # noqa: RUF012  never changed
+
+    def as_json(self) -> dict[str, Any]:
+        """What `read_record` reads."""
+        return self._asdict() | {
+            "config": dataclasses.asdict(self.config),
+            "base": None if self.base is None else self.base._asdict(),
+        }
+
+
+def read_record(directory: Path) -> Record:
+    """The model.json of a model folder.
+
+    Raises CheckpointError where it is damaged, ConfigError where it describes a model that this
+    version does not know.
+    """
+    path = directory / RECORD
+    about = _object(path)
+    try:
+        return Record(
+            kind=_one_of(about, "kind", ("language", "scalar")),
+            stage=_text(about, "stage"),
+            config=_config(path, about.get("config")),
+            history=tuple(_typed(about.get("history", []), "history", list)),
+            base=_base(about.get("base")),
+            notes=_typed(about.get("notes", {}), "notes", dict),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}; copy the folder again") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        about = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: not JSON ({error})") from error
+    if not isinstance(about, dict):
+        kind = type(about).__name__
+        raise CheckpointError(f"{path}: damaged: expected a JSON object, found {kind}")
+    return about
+
+
+def _config(path: Path, values: Any) -> TransformerConfig:
+    values = _typed(values, "config", dict)
+    unknown = sorted(set(values) - set(_HINTS))
+    if unknown:
+        raise ConfigError(
+            f"{path}: config: unknown {', '.join(unknown)}; it was written by another version of "
+            "instruct_jax: load it with that one"
+        )
+    for name, value in values.items():
+        if not _fits(value, _HINTS[name]):
+            raise ConfigError(f"{path}: config: {name}={str(value)[:40]!r} is not {_said(name)}")
+    try:
+        return TransformerConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: config: {error}") from error
+
+
+def _said(name: str) -> str:
+    kinds = _kinds(_HINTS[name])
+    return "of type " + " or ".join(
+        "null" if kind is type(None) else kind.__name__ for kind in kinds
+    )
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    if typing.get_origin(hint) is typing.Literal:
+        return (str,)  # its choices are the configuration's to check
+    return typing.get_args(hint) or (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type of a field."""
+    kinds = _kinds(hint)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _base(value: Any) -> Base | None:
+    if value is None:
+        return None
+    value = _typed(value, "base", dict)
+    licence, model_type = (value.get(name) for name in ("licence", "model_type"))
+    for name, text in (("licence", licence), ("model_type", model_type)):
+        if text is not None:
+            _typed(text, f"base.{name}", str)
+    return Base(_text(value, "name"), licence, model_type)
+
+
+def _one_of(about: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
+    value = _text(about, name)
+    if value not in known:
+        raise ValueError(f"{name}={value[:40]!r} is not one of {', '.join(known)}")
+    return value
+
+
+def _text(about: dict[str, Any], name: str) -> str:
+    if name not in about:
+        raise ValueError(f"{name} is missing")
+    return _typed(about[name], name, str)
+
+
+def _typed(value: Any, name: str, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {kind.__name__}, found {type(value).__name__}")
+    if kind is list and not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}: expected a list of texts")
+    return value
