@@ -191,8 +191,12 @@ class ComputeConfig(Settings):
     """
 
     dtype: Dtype | None = setting(None, "what matrices are multiplied in; masters stay float32")
-    remat: Remat | None = setting(None, "what the backward pass computes again, to save memory")
-    attention: Attention | None = setting(None, "how attention over whole rows is computed")
+    remat: Remat | None = setting(
+        None, "what the backward pass computes again, to save memory", may_change=True
+    )
+    attention: Attention | None = setting(
+        None, "how attention over whole rows is computed", may_change=True
+    )
 
     def on(self, config: TransformerConfig) -> TransformerConfig:
         """`config` computed so. Raises ConfigError where the model cannot be."""
