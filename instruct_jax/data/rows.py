@@ -1,6 +1,7 @@
 """The five kinds of row that data comes in, and how rows are written to a file.
 
-Rows are frozen and hold text, not tokens. `meta` carries whatever else a record had: contributor,
+Rows are frozen and hold text, not tokens. `template` names the template that a row was put into by
+its reader; None where the text is as the file has it. `meta` carries whatever else a record had: contributor,
 use case, the hidden task of a judge; nothing in training reads it.
 """
 
@@ -34,6 +35,25 @@ class Turn(NamedTuple):
     target: bool = True
 
 
+class Segment(NamedTuple):
+    """A piece of a dialogue as a template has it; a token EOS ends those that the assistant wrote
+    ("ours"), which are learnt where they are a `target`.
+    """
+
+    text: str
+    ours: bool = False
+    target: bool = True
+
+
+# A whole prompt as the model sees it; of several turns its segments, the last one a question.
+PromptText = str | tuple[Segment, ...]
+
+
+def plain_text(text: PromptText) -> str:
+    """A prompt as people read it, without the tokens EOS between turns."""
+    return text if isinstance(text, str) else "".join(segment.text for segment in text)
+
+
 @dataclass(frozen=True)
 class Document:
     """Text to pretrain on."""
@@ -46,32 +66,37 @@ class Document:
 class Demonstration:
     """A whole prompt, as the model sees it, and the response that follows it directly."""
 
-    prompt: str
+    prompt: PromptText
     response: str
     meta: Meta = _meta()
+    template: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """K completions of one prompt, ranked: `ranks[k]` is 0 for the best, equal ranks are ties.
 
-    `labeler` ranked them; `sources[k]` is the model that wrote completion k, or empty.
+    `labeler` ranked them; `sources[k]` is the model that wrote completion k, or empty. A single
+    completion, judged alone, has a `label`: whether it was approved of.
     """
 
-    prompt: str
+    prompt: PromptText
     completions: tuple[str, ...]
     ranks: tuple[int, ...]
     labeler: str | None = None
     sources: tuple[str, ...] = ()
     meta: Meta = _meta()
+    label: bool | None = None
+    template: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A prompt alone, as the model sees it."""
 
-    text: str
+    text: PromptText
     meta: Meta = _meta()
+    template: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,7 @@ class Dialogue:
 
     turns: tuple[Turn, ...]
     meta: Meta = _meta()
+    template: str | None = field(default=None, compare=False)
 
 
 Row = Document | Demonstration | Comparison | Prompt | Dialogue
@@ -160,9 +186,14 @@ def _record(row: Row) -> dict[str, Any]:
     """The row as a record whose columns tell its format."""
     values: dict[str, Any] = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     if isinstance(row, Prompt):
-        values = {"prompt": row.text, "meta": row.meta}  # "text" alone is a document
+        values["prompt"] = values.pop("text")  # "text" alone is a document
+    if isinstance(values.get("prompt"), tuple):  # question, answer, question ...
+        values["prompt"] = [segment.text for segment in values["prompt"]]
     if isinstance(row, Dialogue):
         values = {"messages": list(map(_message, row.turns)), "meta": row.meta}
+    if isinstance(row, Comparison) and row.label is not None:
+        (values["completion"],) = values.pop("completions")
+        del values["ranks"]
     return {name: value for name, value in values.items() if value not in (None, (), {})}
 
 

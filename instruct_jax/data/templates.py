@@ -6,6 +6,10 @@ response are simply joined, and EOS ends the response:
 
     rendered prompt | response_prefix + response | EOS | later user turn | response | EOS ...
 
+Turns become `Segment`s while a file is read, so that what a template refuses is an error of a line;
+`encode_segments` alone makes ids of them, for training, scoring and sampling: a prompt of several
+turns is never one string, because the EOS inside it cannot be written in text.
+
 The ALPACA strings are PROMPT_DICT of train.py in tatsu-lab/stanford_alpaca (copyright 2023 Rohan
 Taori, Ishaan Gulrajani, Tianyi Zhang, Yann Dubois, Xuechen Li; Apache-2.0); no space or newline
 follows "### Response:" there (spec G4-3).
@@ -15,9 +19,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from instruct_jax.data.rows import Turn
+from instruct_jax.data.rows import PromptText, Segment, Turn
 from instruct_jax.data.tokenizer import Tokenizer
+
+TemplateName = Literal["alpaca", "plain", "hh", "chat"]
 
 
 @dataclass(frozen=True)
@@ -48,39 +55,44 @@ class Template:
         """The response as it follows the prompt."""
         return self.response_prefix + text
 
-    def render_turns(self, turns: Sequence[Turn]) -> str:
-        """The prompt for a dialogue whose last turn is the user's (or the whole, if it is not).
+    def prompt(self, turns: Sequence[Turn]) -> PromptText:
+        """The prompt for a dialogue that ends with the user's turn.
 
-        ValueError for turns that do not alternate or a template without dialogue.
+        ValueError as in `segments`, and where the last turn is another's.
         """
-        return "".join(text for text, _ in self.segments(turns))
+        segments = self.segments(turns)
+        if segments[-1].ours:
+            raise ValueError("the prompt does not end with the user's turn")
+        return segments[0].text if len(segments) == 1 else segments
 
-    def segments(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether the assistant wrote it; EOS belongs after those."""
+    def segments(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+        """A dialogue in pieces: each user turn, with the system's before the first, and each
+        answer. An empty system turn counts as absent.
+
+        ValueError for turns that do not alternate, for one that marks a role, and for a second
+        question where the template has no dialogue.
+        """
         system, rest = turns[: _leading_system(turns)], turns[_leading_system(turns) :]
-        before = ""
-        for turn in system:
-            self._check(turn.text)
-            before += _fill(self.system, text=turn.text)
-        pieces: list[tuple[str, bool]] = []
+        before = "".join(self._system(turn.text) for turn in system if turn.text.strip())
+        segments: list[Segment] = []
         for i, turn in enumerate(rest):
             if turn.role != ("user", "assistant")[i % 2]:
                 raise ValueError(f"turn {i} is of {turn.role!r}; user and assistant must alternate")
             self._check(turn.text)
             if turn.role == "assistant":
-                pieces.append((self.response(turn.text), True))
+                segments.append(Segment(self.response(turn.text), True, turn.target))
             elif i == 0:
-                pieces.append((before + _fill(self.first, text=turn.text), False))
+                segments.append(Segment(before + _fill(self.first, text=turn.text)))
             elif self.later is None:
                 raise ValueError(f"template {self.name!r} has no form for several turns")
             else:
-                pieces.append((_fill(self.later, text=turn.text), False))
-        if not pieces:
+                segments.append(Segment(_fill(self.later, text=turn.text)))
+        if not segments:
             raise ValueError("a dialogue needs a user turn")
-        return pieces
+        return tuple(segments)
 
     def parse(self, text: str) -> tuple[Turn, ...]:
-        """The turns of a text that `render_turns` made; ValueError when it is not such a text."""
+        """The turns of a transcript in this template; ValueError when it is none."""
         if not self.tags:
             raise ValueError(f"template {self.name!r} cannot be read back")
         roles = {opening: role for role, opening in self.tags}
@@ -94,6 +106,10 @@ class Template:
         if turns[-1] == Turn("assistant", ""):
             turns.pop()  # the place of an answer that is still to come
         return tuple(turns)
+
+    def _system(self, text: str) -> str:
+        self._check(text)
+        return _fill(self.system, text=text)
 
     def _check(self, *texts: str) -> None:
         for _, opening in self.tags:
@@ -141,6 +157,7 @@ CHAT = Template(
 )
 
 TEMPLATES = (ALPACA, PLAIN, HH, CHAT)
+assert get_args(TemplateName) == tuple(template.name for template in TEMPLATES)
 
 
 def template_named(name: str) -> Template:
@@ -158,24 +175,50 @@ def tldr_prompt(subreddit: str, title: str, post: str) -> str:
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 
 
-def fit_turns(
-    turns: Sequence[Turn], tokenizer: Tokenizer, *, template: Template, length: int
-) -> tuple[Turn, ...] | None:
-    """`turns` without the oldest exchanges, until what precedes the answer fits `length` tokens.
+def encode_segments(
+    rows: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+) -> list[list[list[int]]]:
+    """The ids of every segment of every row; EOS ends each answer. Every stage has its ids from
+    here.
+    """
+    encoded = iter(tokenizer.encode_batch([segment.text for row in rows for segment in row]))
+    end = [tokenizer.eos_id]
+    return [[next(encoded) + end * segment.ours for segment in row] for row in rows]
 
-    `turns` end with the assistant's answer, which is kept whole, or with the user's question.
-    System turns stay. EOS counts after every assistant turn. None when the last question alone is
-    too long.
+
+def encode_texts(texts: Sequence[PromptText], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of every prompt, as they are trained on and sampled from."""
+    rows = [(Segment(text),) if isinstance(text, str) else text for text in texts]
+    return [[i for ids in pieces for i in ids] for pieces in encode_segments(rows, tokenizer)]
+
+
+def fit_turns(
+    turns: Sequence[Turn],
+    segments: Sequence[Segment],
+    ids: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    *,
+    template: Template,
+    length: int,
+) -> tuple[Sequence[Segment], Sequence[list[int]]] | None:
+    """`segments` and `ids` of a dialogue without its oldest exchanges, so that what precedes the
+    last answer fits `length` tokens; system turns stay. None when the last question is too long.
+
+    Only questions that come first by it are encoded again, since they have another form there.
     """
     start = _leading_system(turns)
-    system, rest = tuple(turns[:start]), tuple(turns[start:])
-    while rest:
-        pieces = template.segments([*system, *rest])
-        before = pieces[:-1] if rest[-1].role == "assistant" else pieces
-        used = sum(len(tokenizer.encode(text)) + is_response for text, is_response in before)
-        if used <= length:
-            return system + rest
-        rest = rest[2:]
+    system, rest = turns[:start], turns[start:]
+    after = sum(map(len, ids[:-1]))
+    for first in range(0, len(rest), 2):
+        after -= len(ids[first])
+        if after <= length:
+            opening, opened = segments[:1], ids[:1]
+            if first:
+                opening = template.segments([*system, rest[first]])
+                opened = encode_segments([opening], tokenizer)[0]
+            if len(opened[0]) + after <= length:
+                return [*opening, *segments[first + 1 :]], [*opened, *ids[first + 1 :]]
+        after -= len(ids[first + 1])
     return None
 
 
