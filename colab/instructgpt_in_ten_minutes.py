@@ -65,7 +65,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, Image
 
-from instruct_jax.data import loader
+from instruct_jax.data import encoding, loader
 from instruct_jax.data.packing import pack
 from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.data.toyworld import ToyWorld, possible_flaws
@@ -205,7 +205,7 @@ model_config = ModelConfig(preset=size("mini", "tiny")).build(tokenizer)
 lm, scalar = language_model(model_config), scalar_model(model_config)
 
 text, held_out_text = (
-    loader.encode_documents(documents, tokenizer, length=112)["tokens"]
+    encoding.encode_documents(documents, tokenizer, length=112)["tokens"]
     for documents in (corpus, held_out)
 )
 print(f"{parameter_count(model_config):,} parameters, {text.size:,} tokens of text")
@@ -296,7 +296,7 @@ side_by_side(validation, gpt=gpt)
 
 # %%
 demonstrations = world.demonstrations(size(10_000, 120))
-demonstration_rows = loader.encode_demonstrations(
+demonstration_rows = encoding.encode_demonstrations(
     demonstrations, tokenizer, prompt_length=PROMPT, response_length=RESPONSE
 )
 sft_params = sft.train(
@@ -373,7 +373,7 @@ for scores in ([3.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0])
 # %%
 encode = {"completions": 4, "prompt_length": PROMPT, "response_length": RESPONSE}
 ranking_rows, valid_rows = (
-    loader.encode_comparisons(rows, tokenizer, **encode) for rows in (rankings, valid_rankings)
+    encoding.encode_comparisons(rows, tokenizer, **encode) for rows in (rankings, valid_rankings)
 )
 reward_params = reward_model.train(
     reward_model.RewardModelConfig(batch_size=16, learning_rate=5e-4),
@@ -454,7 +454,7 @@ PPO = PPOConfig(
     eval_every=size(8, 2),
 )
 prompts = world.prompts(size(4_000, 48), offset=len(demonstrations) + 4_000)
-prompt_rows = loader.encode_prompts(prompts, tokenizer, prompt_length=PROMPT)
+prompt_rows = encoding.encode_prompts(prompts, tokenizer, prompt_length=PROMPT)
 
 
 def measure(step, state):
@@ -517,7 +517,7 @@ figure.tight_layout()
 # One answer of the policy, token by token, with the functions of the equations above:
 
 # %%
-prompt = loader.encode_prompts(validation[:1], tokenizer, prompt_length=PROMPT)
+prompt = encoding.encode_prompts(validation[:1], tokenizer, prompt_length=PROMPT)
 rollout = generate(
     lm,
     ppo_ptx_params,

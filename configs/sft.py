@@ -75,6 +75,7 @@ GPT4LLM = {
     "data.source": "files",
     "data.demonstrations": ("vicgalle/alpaca-gpt4",),
     "data.template": "alpaca",
+    "data.test_fraction": 0.0,
     "sft.epochs": 3,
     "sft.batch_size": 64,
     # Stanford Alpaca cuts prompt and answer together at 512 tokens.

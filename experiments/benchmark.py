@@ -33,7 +33,7 @@ from typing import Any, Literal
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.loader import (
+from instruct_jax.data.encoding import (
     encode_comparisons,
     encode_demonstrations,
     encode_documents,

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_demonstrations
+from instruct_jax.data.encoding import encode_demonstrations
 from instruct_jax.data.rows import Demonstration, Prompt
 from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
 from instruct_jax.errors import ConfigError

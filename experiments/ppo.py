@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.loader import Batches, encode_prompts
+from instruct_jax.data.encoding import encode_prompts
+from instruct_jax.data.loader import Batches
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_comparisons
+from instruct_jax.data.encoding import encode_comparisons
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import language_model

@@ -18,7 +18,7 @@ from instruct_jax import cli
 from instruct_jax.data.files import hash_files
 from instruct_jax.data.formats import read_comparisons, read_demonstrations, read_prompts
 from instruct_jax.data.licences import find_licences
-from instruct_jax.data.prompts import prepare_prompts
+from instruct_jax.data.prompts import prepare_prompts, prompt_text
 from instruct_jax.data.rows import write_rows
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.errors import ConfigError
@@ -71,8 +71,7 @@ def main(config: Config, run: cli.Run) -> Path:
     found = [find_licences(source) for source in config.files]
     run.record_data(dict(ChainMap(*hashes)), dict(ChainMap(*found)))
     if config.tokenizer is None:
-        texts = [getattr(row, "text", None) or row.prompt for row in rows]
-        tokenizer = train_bpe(texts, vocab_size=8_191)
+        tokenizer = train_bpe(map(prompt_text, rows), vocab_size=8_191)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     prepared = prepare_prompts(

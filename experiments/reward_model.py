@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.loader import encode_comparisons, encode_demonstrations
+from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
 from instruct_jax.data.rows import Comparison
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.evaluation.reward_model import (

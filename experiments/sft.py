@@ -18,7 +18,7 @@ import numpy as np
 
 from instruct_jax import cli
 from instruct_jax.cli.replacing import model_files
-from instruct_jax.data.loader import encode_demonstrations, encode_dialogues
+from instruct_jax.data.encoding import encode_demonstrations, encode_dialogues
 from instruct_jax.data.packing import pack
 from instruct_jax.data.sources import DataConfig, Source, Split, open_source
 from instruct_jax.data.tokenizer import Tokenizer

@@ -1,12 +1,20 @@
 """Rows, templates, tokenizers and batches: everything between a file and the first device array.
 
 `formats` reads rows from files and hub ids, `prompts` prepares prompts as the paper did,
-`templates` makes prompt text, `tokenizer` makes ids, `loader` makes arrays and batches, `corpus`
-keeps text of any size as files of tokens, `toyworld` is a world of its own that needs no file.
+`templates` makes prompt text, `tokenizer` makes ids, `encoding` makes arrays, `loader` batches,
+`corpus` keeps text of any size as files of tokens, `toyworld` is a world of its own that needs no
+file.
 NumPy only: nothing here knows jax.
 """
 
 from instruct_jax.data.corpus import Corpus, Text
+from instruct_jax.data.encoding import (
+    encode_comparisons,
+    encode_demonstrations,
+    encode_dialogues,
+    encode_documents,
+    encode_prompts,
+)
 from instruct_jax.data.formats import (
     Comparison,
     DataError,
@@ -26,15 +34,7 @@ from instruct_jax.data.formats import (
     stream_documents,
     write_rows,
 )
-from instruct_jax.data.loader import (
-    Batches,
-    Mixture,
-    encode_comparisons,
-    encode_demonstrations,
-    encode_dialogues,
-    encode_documents,
-    encode_prompts,
-)
+from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.pii import find_pii
 from instruct_jax.data.prompts import Prepared, expand_few_shot, prepare_prompts
 from instruct_jax.data.templates import ALPACA, CHAT, HH, PLAIN, Template, template_named

@@ -156,8 +156,10 @@ class Corpus:
             while not self._journal(i).complete:
                 time.sleep(POLL_SECONDS)
 
-    def rows(self, length: int) -> TokenRows:
-        """The text in rows of `length` tokens; DataError where it is not all made, or too short."""
+    def rows(self, length: int, *, required: bool = True) -> TokenRows:
+        """The text in rows of `length` tokens; DataError where it is not all made, and for less
+        than one row unless none is `required`.
+        """
         journals = [self._journal(i) for i in range(len(self._read_plan()["parts"]))]
         if not all(journal.complete for journal in journals):
             raise DataError("its tokens are not all made", path=self.directory)
@@ -165,6 +167,10 @@ class Corpus:
         if bad and self.text.strict:
             hint = "mend them and delete this folder, or accept it with on_bad_row=skip"
             raise DataError(f"made without bad rows: {bad[0]}", path=self.directory, hint=hint)
+        total = sum(journal.tokens for journal in journals)
+        if total < length and required:
+            hint = "give more text, or a smaller length"
+            raise DataError(f"{total} tokens of text do not fill one row of {length}", hint=hint)
         paths = [self._path(i) for i in range(len(journals))]
         return TokenRows(paths, [j.tokens for j in journals], self.dtype, length)
 

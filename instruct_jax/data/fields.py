@@ -83,6 +83,14 @@ class Fields:
         messages = _from_json(value) if value.lstrip().startswith("[{") else None
         return not (messages and all(isinstance(m, dict) and _role(m) for m in messages))
 
+    def flag(self, name: str) -> bool:
+        """True or false; 1 and 0, or the words, do as well (CSV)."""
+        value = self.value(name)
+        known = {"true": True, "1": True, "false": False, "0": False}
+        if str(value).strip().lower() not in known:
+            raise self.error("expected true or false", name)
+        return known[str(value).strip().lower()]
+
     def turns(self, name: str) -> tuple[Turn, ...]:
         """A chat: a list of {role, content}, or of {from, value}, or of {role, text}.
 

@@ -5,8 +5,7 @@ take a path, a glob, a folder or a hub id and give typed rows, with a verdict on
 `rows.report`. `layouts` lists the formats. A bad row is a DataError that says where it is and what
 is wrong; with on_bad_row="skip" it is left out and counted. Nothing that is wrong is trained on.
 
-Text that is only an instruction is put into a template (ALPACA unless one is given), a chat into
-CHAT; text that is already a whole prompt stays as it is, unless a template is given.
+Which template the rows are put into is said in `rendering`; each row names it.
 """
 
 import difflib
@@ -22,8 +21,15 @@ from typing import BinaryIO, Literal, TypeVar
 
 from instruct_jax.data.fields import Fields
 from instruct_jax.data.files import hash_files, open_records
-from instruct_jax.data.layouts import FORMATS, Case, Format, Instruction, Kind, joined, read_cases
+from instruct_jax.data.layouts import FORMATS, Case, Format, Kind, read_cases
 from instruct_jax.data.records import Record
+from instruct_jax.data.rendering import (
+    answer_of,
+    known_template,
+    prompt_of,
+    template_of,
+    turns_of,
+)
 from instruct_jax.data.rows import (
     Comparison,
     DataError,
@@ -32,9 +38,10 @@ from instruct_jax.data.rows import (
     Document,
     Prompt,
     Turn,
+    plain_text,
     write_rows,
 )
-from instruct_jax.data.templates import ALPACA, CHAT, Template, template_named
+from instruct_jax.data.templates import PLAIN, Template, template_named
 from instruct_jax.data.texts import Split, pieces
 
 __all__ = [
@@ -151,8 +158,9 @@ def read_demonstrations(
     def convert(case: Case) -> Demonstration:
         if not case.target:
             raise ValueError("the answer has weight 0: nothing to learn here")
-        prompt, style = _prompt(case, wanted)
-        return Demonstration(prompt, _styled(_only_answer(case), style), case.meta)
+        style = template_of(case, wanted)
+        answer = answer_of(case, _only_answer(case), style)
+        return Demonstration(prompt_of(case, style), answer, case.meta, _name(style))
 
     return _read(source, ("demonstrations",), convert, limit, on_bad_row)
 
@@ -160,16 +168,23 @@ def read_demonstrations(
 def read_dialogues(
     source: str | os.PathLike[str],
     *,
+    template: Template | str | None = None,
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> Rows[Dialogue]:
-    """Demonstrations as turns, for `encode_dialogues`; a whole prompt is one user turn."""
+    """Demonstrations as turns, for `encode_dialogues`; a whole prompt is one user turn.
+
+    What the template refuses is a bad row.
+    """
+    wanted = _template(template)
 
     def convert(case: Case) -> Dialogue:
-        turns = (*_turns(case), Turn("assistant", _only_answer(case), case.target))
+        style = template_of(case, wanted)
+        turns = (*turns_of(case), Turn("assistant", _only_answer(case), case.target))
         if not any(turn.target for turn in turns if turn.role == "assistant"):
             raise ValueError("every answer has weight 0: nothing to learn here")
-        return Dialogue(turns, case.meta)
+        (style or PLAIN).segments(turns)
+        return Dialogue(turns, case.meta, _name(style))
 
     return _read(source, ("demonstrations",), convert, limit, on_bad_row)
 
@@ -184,7 +199,8 @@ def read_comparisons(
     tie_gap: float = 0.0,
     seed: int = 0,
 ) -> Rows[Comparison]:
-    """Ranked completions: pairs, K-wise rankings, scores; one row for each annotator.
+    """Ranked completions: pairs, K-wise rankings, scores; one row for each annotator. Or single
+    ones with a label.
 
     `subsample` (low, high): of a row with more than `high` completions, K of low..high are kept;
     which ones depends on (seed, prompt) alone. `tie_gap`: where the file has scores (AlpacaEval:
@@ -195,15 +211,18 @@ def read_comparisons(
     wanted = _template(template)
 
     def convert(case: Case) -> Comparison:
-        prompt, style = _prompt(case, wanted)
-        kept = _subsample(len(case.answers), subsample, f"{seed}:{prompt}")
+        style = template_of(case, wanted)
+        prompt = prompt_of(case, style)
+        kept = _subsample(len(case.answers), subsample, f"{seed}:{plain_text(prompt)}")
         return Comparison(
             prompt,
-            tuple(_styled(case.answers[i], style) for i in kept),
+            tuple(answer_of(case, case.answers[i], style) for i in kept),
             _ranks(case, kept, tie_gap),
             case.labeler,
             tuple(case.sources[i] for i in kept) if case.sources else (),
             case.meta,
+            case.label,
+            _name(style),
         )
 
     return _read(source, ("comparisons",), convert, limit, on_bad_row)
@@ -220,7 +239,8 @@ def read_prompts(
     wanted = _template(template)
 
     def convert(case: Case) -> Prompt:
-        return Prompt(_prompt(case, wanted)[0], case.meta)
+        style = template_of(case, wanted)
+        return Prompt(prompt_of(case, style), case.meta, _name(style))
 
     kinds: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts", "documents")
     return _read(source, kinds, convert, limit, on_bad_row, "line")
@@ -298,8 +318,8 @@ def _convert(
         formats[columns] = found = _detect(record, kinds)
         report.format = found.name if report.format == "unknown" else report.format
     try:
-        fields = Fields(record, report.mended)
-        made = [convert(case) for case in read_cases(formats[columns], fields)]
+        cases = read_cases(formats[columns], Fields(record, report.mended))
+        made = [convert(known_template(case)) for case in cases]
     except ValueError as error:  # what a template refuses
         raise record.error(str(error)) from None
     # Several annotators of one prompt give one prompt, several instances of a task stay several.
@@ -354,40 +374,14 @@ def _template(template: Template | str | None) -> Template | None:
     return template_named(template) if isinstance(template, str) else template
 
 
-def _prompt(case: Case, wanted: Template | None) -> tuple[str, Template | None]:
-    """The text of the prompt, and the template it is written in (None: unknown)."""
-    if isinstance(case.prompt, Instruction):
-        style = wanted or ALPACA
-        return style.render(case.prompt.text, case.prompt.input), style
-    if isinstance(case.prompt, str):
-        if wanted is None or wanted == case.style:
-            return case.prompt, case.style
-        if case.style is None:
-            return wanted.render(case.prompt), wanted
-    style = wanted or case.style or CHAT
-    turns = _turns(case)
-    if turns[-1].role != "user":
-        raise ValueError("the prompt does not end with the user's turn")
-    return style.render_turns(turns), style
-
-
-def _turns(case: Case) -> tuple[Turn, ...]:
-    """The prompt as turns."""
-    if isinstance(case.prompt, Instruction):
-        return (Turn("user", joined(case.prompt)),)
-    if isinstance(case.prompt, str):
-        return case.style.parse(case.prompt) if case.style else (Turn("user", case.prompt),)
-    return case.prompt
+def _name(style: Template | None) -> str | None:
+    return None if style is None else style.name
 
 
 def _only_answer(case: Case) -> str:
     if not case.answers:
         raise ValueError("the last turn is not the assistant's")
     return case.answers[0]
-
-
-def _styled(answer: str, style: Template | None) -> str:
-    return answer if style is None else style.response(answer)
 
 
 def _subsample(n: int, bounds: tuple[int, int] | None, key: str) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from instruct_jax.data.fields import Fields
-from instruct_jax.data.rows import Meta, Turn
+from instruct_jax.data.rows import Meta, Segment, Turn
 from instruct_jax.data.templates import ALPACA, HH, Template, tldr_prompt
 from instruct_jax.data.tokenizer import EOS
 
@@ -25,16 +25,21 @@ class Instruction:
     input: str = ""
 
 
+Asked = str | Instruction | tuple[Turn, ...] | tuple[Segment, ...]
+
+
 @dataclass(frozen=True)
 class Case:
     """One prompt of a record and its answers, without any template.
 
-    A string prompt is whole: `style` is the template it is written in, when that is known. Turns
-    end with the user's. Comparisons have `ranks` (0 is best) or `scores` (higher is better). A
-    demonstration whose answer is no `target` is there for the turns before it.
+    A string prompt is whole, and so are segments: `style` is the template it is written in, when
+    that is known, and `rendered` says that it is by us, the answers too. Turns end with the
+    user's. Comparisons have `ranks` (0 is best) or `scores` (higher is better). A
+    demonstration whose answer is no `target` is there for the turns before it. A single answer that
+    was judged alone has a `label`.
     """
 
-    prompt: str | Instruction | tuple[Turn, ...]
+    prompt: Asked
     answers: tuple[str, ...] = ()
     ranks: tuple[int, ...] | None = None
     scores: tuple[float, ...] | None = None
@@ -42,6 +47,8 @@ class Case:
     sources: tuple[str, ...] = ()
     style: Template | None = None
     target: bool = True
+    label: bool | None = None
+    rendered: bool = False
     meta: Meta = field(default_factory=dict)
 
 
@@ -180,7 +187,15 @@ def _prompt_and(f: Fields, name: str) -> list[Case]:
         f.mended[f"literal {EOS} taken off"] += 1
     if not answer.strip():
         raise f.error("empty text", name)
+    if f.has("label") and not f.flag("label"):
+        raise f.error("label false: no answer to learn from (data.comparisons of kto)", "label")
     return [Case(prompt, (answer,), meta=f.rest())]
+
+
+def _unpaired(f: Fields) -> list[Case]:
+    """An answer that was judged alone, as KTO's data sets have them."""
+    prompt, answer = _whole(f, "prompt"), _answer(f, "completion")
+    return [Case(prompt, (answer,), (0,), label=f.flag("label"), meta=f.rest())]
 
 
 def _messages(f: Fields) -> list[Case]:
@@ -333,7 +348,7 @@ def _tldr_comparison(f: Fields) -> list[Case]:
 
 def _ranked(
     f: Fields,
-    prompt: str | Instruction | tuple[Turn, ...],
+    prompt: Asked,
     answers: tuple[str, ...],
     ranks: tuple[int, ...] | None = None,
     *,
@@ -358,8 +373,14 @@ def _ranked(
     return Case(prompt, answers, ranks, scores, labeler, sources, style, meta=f.rest())
 
 
-def _whole(f: Fields, name: str) -> str | tuple[Turn, ...]:
-    return f.text(name) if f.is_text(name) else f.turns(name)
+def _whole(f: Fields, name: str) -> str | tuple[Turn, ...] | tuple[Segment, ...]:
+    if f.is_text(name):
+        return f.text(name)
+    value = f.value(name)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        # As we write it: question, answer, question, each in the words of its template.
+        return tuple(Segment(text, i % 2 == 1) for i, text in enumerate(f.texts(name)))
+    return f.turns(name)
 
 
 def _answer(f: Fields, name: str) -> str:
@@ -390,6 +411,7 @@ FORMATS = (
     ),
     Format("llmbar", "comparisons", ("input", "output_1", "output_2", "label"), _llmbar),
     Format("webgpt", "comparisons", ("question", "answers", "scores"), _webgpt),
+    Format("unpaired", "comparisons", ("prompt", "completion", "label"), _unpaired),
     Format("K-wise ranks", "comparisons", ("prompt", "completions", "ranks"), _kwise),
     Format("K-wise scores", "comparisons", ("prompt", "completions", "scores"), _scored),
     Format("tldr comparisons", "comparisons", ("info", "summaries", "choice"), _tldr_comparison),

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from instruct_jax.data.ragged import Rows, values_of
 
-def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[str, np.ndarray]:
+
+def pack(rows: Mapping[str, Rows], *, length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Right-padded rows (tokens int32[N, T], mask, loss_mask) packed into rows of `length`.
 
     First fit, longest row first, ties in the given order: deterministic, and nearly full. Keeps
@@ -22,22 +24,25 @@ def pack(rows: Mapping[str, np.ndarray], *, length: int, pad_id: int) -> dict[st
     if sizes.max(initial=0) > length:
         raise ValueError(f"a row of {sizes.max()} tokens does not fit a packed row of {length}")
     bins = first_fit(sizes, length)
-    packed = {
-        "tokens": np.full((len(bins), length), pad_id, np.int32),
-        "mask": np.zeros((len(bins), length), bool),
-        "loss_mask": np.zeros((len(bins), length), bool),
-        "segment_ids": np.zeros((len(bins), length), np.int32),
-    }
+    # Of every row, where in the packed rows, one after the other, it starts, and its segment.
+    place, segment = np.zeros((2, len(sizes)), np.int64)
     for n, members in enumerate(bins):
-        start = 0
-        for segment, row in enumerate(members, start=1):
-            end = start + sizes[row]
-            for name in ("tokens", "mask", "loss_mask"):
-                packed[name][n, start:end] = rows[name][row, : sizes[row]]
-            packed["loss_mask"][n, start : start + 1] = False
-            packed["segment_ids"][n, start:end] = segment
-            start = end
-    return packed
+        room = sizes[members]
+        place[members] = n * length + np.cumsum(room) - room
+        segment[members] = np.arange(1, len(members) + 1)
+    begins = np.cumsum(sizes) - sizes
+    at = np.repeat(place - begins, sizes) + np.arange(sizes.sum())
+    packed = {
+        "tokens": np.full(len(bins) * length, pad_id, np.int32),
+        "mask": np.zeros(len(bins) * length, bool),
+        "loss_mask": np.zeros(len(bins) * length, bool),
+        "segment_ids": np.zeros(len(bins) * length, np.int32),
+    }
+    for name in ("tokens", "mask", "loss_mask"):
+        packed[name][at] = values_of(rows[name], sizes)
+    packed["loss_mask"][place[sizes > 0]] = False
+    packed["segment_ids"][at] = np.repeat(segment, sizes)
+    return {name: array.reshape(len(bins), length) for name, array in packed.items()}
 
 
 def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from instruct_jax.data.pii import has_pii
-from instruct_jax.data.rows import Comparison, Demonstration, Prompt
+from instruct_jax.data.rows import Comparison, Demonstration, Prompt, plain_text
 from instruct_jax.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -222,8 +222,8 @@ def contributor(row: Prompt | Demonstration | Comparison, cap_key: str) -> str:
 
 
 def prompt_text(row: Prompt | Demonstration | Comparison) -> str:
-    """The prompt of a row of any kind."""
-    return row.text if isinstance(row, Prompt) else row.prompt
+    """The prompt of a row of any kind, as people read it."""
+    return plain_text(row.text if isinstance(row, Prompt) else row.prompt)
 
 
 def length_statistics(lengths: Sequence[int]) -> Lengths:

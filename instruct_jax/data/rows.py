@@ -1,8 +1,8 @@
 """The five kinds of row that data comes in, and how rows are written to a file.
 
 Rows are frozen and hold text, not tokens. `template` names the template that a row was put into by
-its reader; None where the text is as the file has it. `meta` carries whatever else a record had: contributor,
-use case, the hidden task of a judge; nothing in training reads it.
+its reader; None where the text is as the file has it. `meta` carries whatever else a record had:
+contributor, use case, the hidden task of a judge; nothing in training reads it.
 """
 
 import dataclasses

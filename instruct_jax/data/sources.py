@@ -1,15 +1,18 @@
 """Where a run's rows come from: the embedded world, or files and hub data sets.
 
-`open_source(DataConfig)` answers the same four questions for both: documents to pretrain on,
-demonstrations, comparisons, prompts, each for a split. Splits of the embedded world are disjoint in
-contributors (DATA-6); rows of files go to a split by a salted hash of their prompt, so adding data
-never moves a row and the completions of one prompt never straddle the border.
+`open_source(DataConfig)` answers the same questions for both: documents to pretrain on,
+demonstrations, dialogues, comparisons, prompts, each for a split, and the template that they are
+put into, which is one for the whole run. Splits of the embedded world are disjoint in contributors
+(DATA-6); rows of files go to a split by a salted hash of their prompt, a dialogue by all that
+precedes its last answer, so adding data never moves a row and the completions of one prompt never
+straddle the border. The held-out parts may have files of their own, and may be empty.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
@@ -20,6 +23,7 @@ from instruct_jax.data.corpus import Text
 from instruct_jax.data.files import find_files, hash_files
 from instruct_jax.data.formats import (
     FileReport,
+    Rows,
     read_comparisons,
     read_demonstrations,
     read_dialogues,
@@ -27,48 +31,123 @@ from instruct_jax.data.formats import (
     stream_documents,
 )
 from instruct_jax.data.licences import find_licences
-from instruct_jax.data.rows import Comparison, DataError, Demonstration, Dialogue, Document, Prompt
+from instruct_jax.data.rows import (
+    Comparison,
+    DataError,
+    Demonstration,
+    Dialogue,
+    Document,
+    Prompt,
+    plain_text,
+)
+from instruct_jax.data.templates import PLAIN, Template, TemplateName, template_named
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
+from instruct_jax.settings import Settings, setting
 
-ROW_FIELDS = ("documents", "demonstrations", "comparisons", "prompts", "dialogues")
 Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt, Dialogue)
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """`source` is "toyworld" (the `toy_` sizes) or "files" (paths, globs or hub ids of each row
-    type).
+class RowFiles(Settings):
+    """Files, globs, folders or hub ids of each kind of row."""
 
-    Comparisons are files in both cases: in the embedded world `experiments/collect.py` makes them.
+    documents: tuple[str, ...] = setting((), "text to pretrain on")
+    demonstrations: tuple[str, ...] = setting((), "prompts with an answer")
+    comparisons: tuple[str, ...] = setting((), "prompts with ranked or labelled completions")
+    prompts: tuple[str, ...] = setting((), "prompts alone")
+    dialogues: tuple[str, ...] = setting((), "chats of several turns")
+
+
+ROW_FIELDS = tuple(field.name for field in fields(RowFiles))
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Where the rows come from, and how they are read and divided.
+
+    Comparisons are files also for the embedded world: `experiments/collect.py` makes them.
     """
 
-    source: str = "toyworld"
-    seed: int = 0
-    documents: tuple[str, ...] = ()
-    # The folder of tokenised documents, where other runs find them too; None: WORKDIR/tokens.
-    token_dir: str | None = None
-    demonstrations: tuple[str, ...] = ()
-    comparisons: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    dialogues: tuple[str, ...] = ()  # chats of several turns, for fine-tuning
-    template: str | None = None
-    limit: int | None = None  # rows of each path; of a text file, its pieces
-    # How a file of plain text is cut into documents: "file", "line" or "paragraph".
-    split_text: Literal["file", "line", "paragraph"] = "file"
-    # Rankings of these data sets are evaluation sets, never trained on.
-    exclude_datasets: tuple[str, ...] = ("selfinstruct",)
-    # Rankings with more completions than this many are cut to a random few; near ties are ties.
-    completions: tuple[int, int] | None = None
-    tie_gap: float = 0.0
-    valid_fraction: float = 0.05
-    on_bad_row: str = "error"
-    toy_documents: int = 24_000
-    toy_demonstrations: int = 4_000
-    toy_prompts: int = 4_000
-    toy_offset: int = 0  # training prompts of the world left to other stages
-    toy_valid: int = 512
+    source: Literal["toyworld", "files"] = setting(
+        "toyworld", "the embedded world, or files of yours"
+    )
+    seed: int = setting(0, "seed of the embedded world and of the division into parts", low=0)
+    documents: tuple[str, ...] = setting(
+        (), "text to pretrain on: files, globs, folders or hub ids", needs="source=files"
+    )
+    token_dir: str | None = setting(
+        None,
+        "folder of tokenised documents, where other runs find them too; none: WORKDIR/tokens",
+        may_change=True,
+    )
+    demonstrations: tuple[str, ...] = setting((), "prompts with an answer", needs="source=files")
+    comparisons: tuple[str, ...] = setting((), "prompts with ranked or labelled completions")
+    prompts: tuple[str, ...] = setting((), "prompts alone", needs="source=files")
+    dialogues: tuple[str, ...] = setting((), "chats of several turns, for fine-tuning")
+    template: TemplateName | None = setting(
+        None,
+        "what all prompts of the run are put into; none: the template of the model that it starts "
+        "from, else what the rows are (instructions alpaca, chats chat, transcripts hh)",
+    )
+    limit: int | None = setting(
+        None, "the first so many of each path; of a text file, its pieces", low=1, unit="rows"
+    )
+    split_text: Literal["file", "line", "paragraph"] = setting(
+        "file", "what is one document in a file of plain text", needs="source=files"
+    )
+    exclude_datasets: tuple[str, ...] = setting(
+        ("selfinstruct",), "data sets whose rankings are for evaluation, never trained on"
+    )
+    completions: tuple[int, int] | None = setting(
+        None, "rankings with more than the second are cut to a random few, from the first on", low=2
+    )
+    tie_gap: float = setting(0.0, "scores nearer than this to the best of a group tie", low=0.0)
+    valid_fraction: float = setting(
+        0.05, "share of the rows of files that is held out for validation", low=0.0, below=1.0
+    )
+    test_fraction: float | None = setting(
+        None, "share held out for evaluation; none: as valid_fraction", low=0.0, below=1.0
+    )
+    valid: RowFiles = RowFiles()
+    test: RowFiles = RowFiles()
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error", "whether a row that cannot be used ends the run, or is left out and counted"
+    )
+    toy_documents: int = setting(
+        24_000, "documents of the embedded world", low=1, needs="source=toyworld"
+    )
+    toy_demonstrations: int = setting(4_000, "its demonstrations", low=1, needs="source=toyworld")
+    toy_prompts: int = setting(4_000, "its prompts", low=1, needs="source=toyworld")
+    toy_offset: int = setting(
+        0, "its training prompts that are left to other stages", low=0, needs="source=toyworld"
+    )
+    toy_valid: int = setting(
+        512, "rows of each kind in its held-out parts", low=0, needs="source=toyworld"
+    )
+
+    def __post_init__(self) -> None:
+        """ConfigError where the parts leave nothing to train on, or a range is none."""
+        super().__post_init__()
+        valid, test = self.fractions
+        if valid + test >= 1:
+            raise ConfigError(
+                f"valid_fraction={valid:g} and test_fraction={test:g} leave no row to train on"
+            )
+        if self.completions is not None and self.completions[0] > self.completions[1]:
+            raise ConfigError(f"completions={self.completions}: expected (fewest, most)")
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """The shares of validation and of evaluation."""
+        valid = self.valid_fraction
+        return valid, valid if self.test_fraction is None else self.test_fraction
+
+    def paths(self) -> list[str]:
+        """All files, globs and hub ids that are named."""
+        groups = (self, self.valid, self.test)
+        return [path for group in groups for name in ROW_FIELDS for path in getattr(group, name)]
 
     def token_folder(self, workdir: Path) -> Path:
         """Where a run with this work directory keeps tokenised documents."""
@@ -76,7 +155,12 @@ class DataConfig:
 
 
 class Source(Protocol):
-    """Rows by split: "train", "valid" or "test" (files have one held-out part for both)."""
+    """Rows by split: "train", "valid" or "test"; of files the last two may be empty."""
+
+    @property
+    def template(self) -> Template | None:
+        """What the rows read so far were put into, or what was asked for; None before any."""
+        ...
 
     def provenance(self) -> dict[str, Any]:
         """What the rows come from, for the record of a run."""
@@ -111,35 +195,56 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig) -> Source:
-    """The source a config names; ConfigError for an unknown one."""
+def open_source(
+    config: DataConfig, *, template: str | None = None, model: str | Path = ""
+) -> Source:
+    """The source that a config names. `template` is that of the model folder `model` which the run
+    starts from: ConfigError where the config names another.
+    """
+    wanted = config.template or template
+    if template is not None and wanted != template:
+        raise ConfigError(
+            f"config.data.template={wanted}: {model} was trained with {template!r}; leave it out, "
+            "or start from a model that has not been fine-tuned"
+        )
     if config.source == "toyworld":
-        return ToySource(config)
-    if config.source == "files":
-        return FileSource(config)
-    raise ConfigError(f"data.source {config.source!r} is neither 'toyworld' nor 'files'")
+        return ToySource(config, wanted)
+    return FileSource(config, wanted)
 
 
 class FileSource:
-    """Rows of the files, globs and hub ids of a DataConfig."""
+    """Rows of the files, globs and hub ids of a DataConfig, put into the template `wanted`.
 
-    def __init__(self, config: DataConfig) -> None:
+    Where none is wanted each row says what it is put into, and DataError tells of two that differ.
+    """
+
+    def __init__(self, config: DataConfig, wanted: str | None = None) -> None:
         self.config = config
+        self._wanted = wanted
+        self._met: tuple[str, str] | None = None
+
+    @property
+    def template(self) -> Template | None:
+        """As asked for, else as the rows read so far say."""
+        name = self._wanted or (self._met[0] if self._met else None)
+        return None if name is None else template_named(name)
 
     def provenance(self) -> dict[str, Any]:
         """sha256 of every local file."""
-        paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
+        paths = self.config.paths()
         return {path: sha for source in paths for path, sha in hash_files(source).items()}
 
     def licences(self) -> dict[str, str]:
         """As found beside each file or in its card; see `data/licences.py`."""
-        paths = [p for field in ROW_FIELDS for p in getattr(self.config, field)]
+        paths = self.config.paths()
         return {name: licence for path in paths for name, licence in find_licences(path).items()}
 
     def text(self, split: Split) -> Text:
         """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
-        config, held_out = self.config, split != "train"
-        paths = self._paths("documents")
+        config, own = self.config, self._own("documents", split)
+        paths = own or self._paths("documents")
+        if not own and split != "train" and not config.fractions[split == "test"]:
+            paths = ()  # nothing to look for
 
         def read(
             name: str, reports: list[FileReport], watch: Callable[[BinaryIO], object]
@@ -153,14 +258,19 @@ class FileSource:
                 watch=watch,
             )
             with closing(rows):
-                yield from (row for row in rows if self._is_held_out(row.text) == held_out)
+                for row in rows:
+                    if own or self._part("documents", row.text) == split:
+                        yield row
 
-        fields = ("documents", "seed", "valid_fraction", "split_text", "limit")
+        read_as = {name: getattr(config, name) for name in ("split_text", "limit")}
+        if not own:
+            kept = [bool(self._own("documents", part)) for part in ("valid", "test")]
+            read_as |= {"seed": config.seed, "fractions": config.fractions, "own": kept}
         return Text(
-            "valid" if held_out else "train",
+            split,
             # A limit counts the rows of all files of a path: those cannot be read apart.
             tuple(paths if config.limit is not None else _each_file(paths)),
-            {"held_out": held_out, **{field: getattr(config, field) for field in fields}},
+            {"part": None if own else split, "documents": paths, **read_as},
             read,
             strict=config.on_bad_row == "error",
         )
@@ -169,19 +279,18 @@ class FileSource:
         """The documents, and the demonstrations where there are any."""
         yield from (row.text for row in self.text("train"))
         if self.config.demonstrations:
-            yield from (row.prompt + row.response for row in self.demonstrations("train"))
+            # By a source of their own: what a tokenizer learns from is of no template.
+            rows = FileSource(self.config, self._wanted).demonstrations("train")
+            yield from (plain_text(row.prompt) + row.response for row in rows)
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Demonstrations of `config.demonstrations`."""
-        return self._rows("demonstrations", read_demonstrations, split, lambda row: row.prompt)
+        key = lambda row: plain_text(row.prompt)  # noqa: E731
+        return self._rows("demonstrations", read_demonstrations, split, key)
 
     def dialogues(self, split: Split) -> Sequence[Dialogue]:
-        """Chats of `config.dialogues`; those with the same first message go to one split."""
-
-        def read(path: str, *, template: str | None, **options: Any) -> list[Dialogue]:
-            return read_dialogues(path, **options)  # the template is the encoder's part here
-
-        return self._rows("dialogues", read, split, lambda row: row.turns[0].text)
+        """Chats of `config.dialogues`; those alike up to the last answer go to one split."""
+        return self._rows("dialogues", read_dialogues, split, _before_the_answer)
 
     def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Comparisons of `config.comparisons`."""
@@ -191,31 +300,64 @@ class FileSource:
             tie_gap=self.config.tie_gap,
             seed=self.config.seed,
         )
-        rows = self._rows("comparisons", read, split, lambda row: row.prompt)
+        rows = self._rows("comparisons", read, split, lambda row: plain_text(row.prompt))
         excluded = self.config.exclude_datasets if split == "train" else ()
         return [row for row in rows if row.meta.get("dataset") not in excluded]
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts of `config.prompts`."""
-        return self._rows("prompts", read_prompts, split, lambda row: row.text)
+        return self._rows("prompts", read_prompts, split, lambda row: plain_text(row.text))
+
+    def meet(self, template: str | None, where: str) -> None:
+        """Notes that rows at `where` are in `template` (None: as they are, which is plain).
+
+        DataError where others are in another: a model learns one.
+        """
+        name = template or PLAIN.name
+        before, place = (self._wanted, "the run") if self._wanted else self._met or (name, where)
+        if name != before:
+            raise DataError(
+                f"rows for template {name!r}, beside {before!r} of {place}",
+                path=where,
+                hint=f"one template a run: name it, as --config.data.template={before}",
+            )
+        self._met = self._met or (name, where)
 
     def _rows(
         self,
         field: str,
-        read: Callable[..., Sequence[Row]],
+        read: Callable[..., Rows[Row]],
         split: Split,
         key: Callable[[Row], str],
     ) -> list[Row]:
         rows: list[Row] = []
-        for path in self._paths(field):
-            rows += read(
+        own = self._own(field, split)
+        for path in own or self._paths(field):
+            found = read(
                 path,
-                template=self.config.template,
+                template=self._wanted,
                 limit=self.config.limit,
                 on_bad_row=self.config.on_bad_row,
             )
-        held_out = split != "train"
-        return [row for row in rows if self._is_held_out(key(row)) == held_out]
+            file = found.report[0].path if len(found.report) == 1 else path
+            for name in dict.fromkeys(row.template for row in found):
+                self.meet(name, file)
+            rows += found
+        kept = rows if own else [row for row in rows if self._part(field, key(row)) == split]
+        if split == "train" and not kept:
+            valid, test = self.config.fractions
+            raise DataError(
+                f"all {len(rows)} rows of data.{field} are held out, none is left to train on",
+                hint=f"data.valid_fraction is {valid:g}, data.test_fraction {test:g}: lower them",
+            )
+        return kept
+
+    def _own(self, field: str, split: Split) -> tuple[str, ...]:
+        """The files that only this held-out part has."""
+        if split == "train":
+            return ()
+        paths: tuple[str, ...] = getattr(getattr(self.config, split), field)
+        return paths
 
     def _paths(self, field: str) -> tuple[str, ...]:
         paths: tuple[str, ...] = getattr(self.config, field)
@@ -223,9 +365,17 @@ class FileSource:
             raise DataError(f"data.{field} is empty; name the files (or hub ids) to read")
         return paths
 
-    def _is_held_out(self, text: str) -> bool:
-        digest = hashlib.sha256(f"split:{self.config.seed}:{text}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.config.valid_fraction * 2**64
+    def _part(self, field: str, key: str) -> Split:
+        """The part that a row goes to. One that has files of its own takes none of these."""
+        digest = hashlib.sha256(f"split:{self.config.seed}:{key}".encode()).digest()
+        point = int.from_bytes(digest[:8], "big") / 2**64
+        valid, test = self.config.fractions
+        part: Split = "valid" if point < valid else "test" if point < valid + test else "train"
+        return "train" if self._own(field, part) else part
+
+
+def _before_the_answer(row: Dialogue) -> str:
+    return json.dumps([(turn.role, turn.text) for turn in row.turns[:-1]])
 
 
 def _each_file(paths: Iterable[str]) -> Iterator[str]:
@@ -236,10 +386,16 @@ def _each_file(paths: Iterable[str]) -> Iterator[str]:
 class ToySource:
     """Rows of the embedded world; its judge stands behind `world`."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, wanted: str | None = None) -> None:
         self.config = config
         self.world = ToyWorld(config.seed)
-        self._files = FileSource(config)
+        # Its prompts are split by contributors: of files there is validation only.
+        self._files = FileSource(replace(config, test_fraction=0.0), wanted)
+
+    @property
+    def template(self) -> Template | None:
+        """Plain for the world's own rows."""
+        return self._files.template
 
     def provenance(self) -> dict[str, Any]:
         """The seed and the knobs of the world, and sha256 of the comparisons."""
@@ -253,9 +409,11 @@ class ToySource:
         return {}
 
     def text(self, split: Split) -> Text:
-        """The corpus; its last `toy_valid` documents are held out."""
+        """The corpus, and beyond it `toy_valid` documents for each held-out part."""
         n, held_out = self.config.toy_documents, self.config.toy_valid
-        bounds = (0, n) if split == "train" else (n, n + held_out)
+        after = n + held_out
+        parts = {"train": (0, n), "valid": (n, after), "test": (after, after + held_out)}
+        bounds = parts[split]
 
         def read(
             name: str, reports: list[FileReport], watch: Callable[[BinaryIO], object]
@@ -264,7 +422,7 @@ class ToySource:
             return map(self.world.document, range(*bounds))
 
         made = {"version": __version__, "bounds": bounds, **self._made_by()}
-        return Text("train" if split == "train" else "valid", ("toyworld",), made, read, made=True)
+        return Text(split, ("toyworld",), made, read, made=True)
 
     def tokenizer_texts(self) -> Sequence[str]:
         """Documents, prompts and answers of the world."""
@@ -272,6 +430,7 @@ class ToySource:
 
     def demonstrations(self, split: Split) -> Sequence[Demonstration]:
         """Imperfect demonstrations by simulated labelers."""
+        self._files.meet(None, "the embedded world")
         return self.world.demonstrations(self._size("toy_demonstrations", split), split=split)
 
     def dialogues(self, split: Split) -> Sequence[Dialogue]:
@@ -284,6 +443,7 @@ class ToySource:
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts with the hidden task that the judge needs in `meta`."""
+        self._files.meet(None, "the embedded world")
         offset = self.config.toy_offset if split == "train" else 0
         return self.world.prompts(self._size("toy_prompts", split), split=split, offset=offset)
 

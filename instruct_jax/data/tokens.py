@@ -66,11 +66,9 @@ class TokenRows:
     def __init__(
         self, paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype, length: int
     ) -> None:
-        """The files and their numbers of tokens; DataError when they do not fill one row."""
+        """The files and their numbers of tokens."""
         self.dtype = np.dtype(np.int32)
         self.shape = (sum(counts) // length, length)
-        if not self.shape[0]:
-            raise DataError(f"{sum(counts)} tokens of text do not fill one row of {length}")
         self._stored = dtype
         self._starts = [0, *itertools.accumulate(counts)]
         self._files = [os.open(path, os.O_RDONLY) for path in paths]

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.rows import PromptText
+from instruct_jax.data.templates import encode_texts
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.choose import Sampling
@@ -34,7 +36,7 @@ def complete(
     model: Model,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptText],
     *,
     key: jax.Array,
     max_new_tokens: int,
@@ -59,7 +61,7 @@ def complete(
     """
     if not prompts:
         return []
-    encoded = tokenizer.encode_batch(list(prompts))
+    encoded = encode_texts(prompts, tokenizer)
     if prompt_length is not None:
         for i, ids in enumerate(encoded):
             if len(ids) > prompt_length:

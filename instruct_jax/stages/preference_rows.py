@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays
+from instruct_jax.data.ragged import Ragged
+from instruct_jax.data.trees import completion_sizes
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.scores import token_scores
@@ -46,13 +48,14 @@ def branch_log_probs(
     return sums(log_probs), sums(own.astype(jnp.float32))
 
 
-def with_mismatched(comparisons: Arrays, *, seed: int) -> dict[str, np.ndarray]:
+def with_mismatched(comparisons: Arrays, *, seed: int) -> dict[str, Any]:
     """The comparisons with one completion more, the last: that of another prompt, without a rank.
 
     Prompt n gets a completion of the next prompt of a random cycle through all of them.
     ConfigError where there is but one prompt.
     """
-    starts, tokens = comparisons["prompt_lengths"], comparisons["tokens"]
+    tokens, starts = _ragged(comparisons), comparisons["prompt_lengths"]
+    where = np.asarray(comparisons["where"])
     count, _, width = tokens.shape
     if count < 2:
         raise ConfigError("kto needs the comparisons of at least two prompts")
@@ -60,20 +63,44 @@ def with_mismatched(comparisons: Arrays, *, seed: int) -> dict[str, np.ndarray]:
     order = rng.permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, -1)
-    added, mask = tokens[:, :1].copy(), np.zeros((count, 1, width), bool)
-    for n, (start, m) in enumerate(zip(starts, other, strict=True)):
-        k = rng.choice(np.flatnonzero(comparisons["where"][m]))
-        response = tokens[m, k][comparisons["mask"][m, k]][starts[m] :][: width - start]
-        added[n, 0, start : start + len(response)] = response
-        mask[n, 0, : start + len(response)] = True
-    more = {
-        "tokens": added,
-        "mask": mask,
-        "where": np.ones((count, 1), bool),
-        "ranks": np.zeros((count, 1), np.int32),
+    values, added = [], np.zeros((count, 1), np.int64)
+    for n, m in enumerate(other):
+        k = rng.choice(np.flatnonzero(where[m]))
+        response = tokens.values[tokens.starts[m, k] :][: min(tokens.own[m, k], width - starts[n])]
+        own = tokens.values[tokens.starts[n, 0] :][: tokens.own[n].sum()]
+        values += [own, response]
+        added[n] = len(response)
+    joined = Ragged(
+        np.concatenate(values),
+        np.concatenate([tokens.own, added], axis=1),
+        width=width,
+        fill=tokens.fill,
+        heads=tokens.heads,
+    )
+    one_more = ((0, 0), (0, 1))
+    extended = {
+        name: np.pad(np.asarray(comparisons[name]), one_more)
+        for name in ("ranks", "labels")
+        if name in comparisons
     }
-    joined = {name: np.concatenate([comparisons[name], x], axis=1) for name, x in more.items()}
-    return dict(comparisons) | joined
+    extended["where"] = np.pad(where, one_more, constant_values=True)
+    return dict(comparisons) | {"tokens": joined, "mask": joined.marks()} | extended
+
+
+def _ragged(comparisons: Arrays) -> Ragged:
+    """The tokens of comparisons: prompts as heads, completions behind them."""
+    tokens = comparisons["tokens"]
+    if isinstance(tokens, Ragged):
+        return tokens
+    tokens, starts = np.asarray(tokens), comparisons["prompt_lengths"]
+    sizes = completion_sizes(comparisons)
+    count, _, width = tokens.shape
+    column = np.arange(width)
+    inside = (column >= starts[:, None, None]) & (column < (starts[:, None] + sizes)[..., None])
+    first = tokens[np.arange(count), comparisons["where"].argmax(1)]
+    pad = int(max(tokens[~comparisons["mask"]].max(initial=0), 0))
+    heads = Ragged(first[column < starts[:, None]], starts, width=width, fill=pad)
+    return Ragged(tokens[inside], sizes, width=width, fill=pad, heads=heads)
 
 
 class ResponseScorer:

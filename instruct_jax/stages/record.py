@@ -4,6 +4,7 @@ kind       "language" or "scalar"
 stage      the stage that made it
 history    the stages before that one, the first first
 base       where its weights came from, for imported ones and all that is trained from them
+template   the one that its prompts were put into, once it was fine-tuned
 config     the `TransformerConfig`
 notes      metrics, hashes of data: whatever the stage put down
 """
@@ -11,9 +12,11 @@ notes      metrics, hashes of data: whatever the stage put down
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from instruct_jax.data.templates import template_named
 from instruct_jax.errors import CheckpointError, ConfigError
 from instruct_jax.models.transformer import TransformerConfig
 
@@ -39,6 +42,7 @@ class Record(NamedTuple):
     config: TransformerConfig
     history: tuple[str, ...] = ()
     base: Base | None = None
+    template: str | None = None
     notes: dict[str, Any] = {}  # noqa: RUF012  never changed
 
     def as_json(self) -> dict[str, Any]:
@@ -64,10 +68,35 @@ def read_record(directory: Path) -> Record:
             config=_config(path, about.get("config")),
             history=tuple(_typed(about.get("history", []), "history", list)),
             base=_base(about.get("base")),
+            template=_template(path, about.get("template")),
             notes=_typed(about.get("notes", {}), "notes", dict),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}; copy the folder again") from error
+
+
+def one_template(named: Mapping[str, str | None]) -> str | None:
+    """The template of models that read the same prompts, by their folders; None where they name
+    none. ConfigError where they were trained with different ones.
+    """
+    known = {folder: template for folder, template in named.items() if template is not None}
+    first = next(iter(known), "")
+    for folder, template in known.items():
+        if template != known[first]:
+            raise ConfigError(
+                f"{folder} was trained with template {template!r}, {first} with {known[first]!r}: "
+                "models that read the same prompts need the same one"
+            )
+    return known.get(first)
+
+
+def _template(path: Path, value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        return template_named(_typed(value, "template", str)).name
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:

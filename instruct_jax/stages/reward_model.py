@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.loader import encode_demonstrations
-from instruct_jax.data.rows import Demonstration
+from instruct_jax.data.encoding import encode_demonstrations
+from instruct_jax.data.rows import Demonstration, PromptText
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
@@ -140,7 +140,7 @@ _tree_scores = jax.jit(branch_scores, static_argnames="model")
 
 def score_answers(
     reward: TrainedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptText],
     answers: Sequence[str],
     *,
     prompt_length: int,

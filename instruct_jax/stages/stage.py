@@ -3,16 +3,17 @@ kept in.
 
 A stage hands its result on as a model folder, and only so:
 
-    DIR/model.json       what it is: kind ("language" or "scalar"), the stage that made it, its
-    configuration DIR/tokenizer.json   the tokenizer it was trained with DIR/params/          the
-    parameters, fp32
+    DIR/model.json       what it is: kind ("language" or "scalar"), the stage that made it, the
+                         template of its prompts, its configuration
+    DIR/tokenizer.json   the tokenizer it was trained with
+    DIR/params/          the parameters, fp32
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -284,6 +285,7 @@ class TrainedModel(NamedTuple):
 
     `base` is what its weights came from, `history` the stages that it went through, its own last
     where it was loaded: a stage says `trained._replace(params=..., stage=...)` and hands both on.
+    `template` names the one that it was fine-tuned on, if it was.
     """
 
     kind: str
@@ -293,6 +295,7 @@ class TrainedModel(NamedTuple):
     stage: str
     base: Base | None = None
     history: tuple[str, ...] = ()
+    template: str | None = None
 
     @property
     def model(self) -> Model:
@@ -314,6 +317,7 @@ def save_trained(
         config=trained.config,
         history=trained.history,
         base=trained.base,
+        template=trained.template,
         notes=notes or {},
     )
 
@@ -372,7 +376,14 @@ def _load_own(directory: Path) -> TrainedModel:
         )
     history = (*about.history, about.stage)
     return TrainedModel(
-        about.kind, about.config, params, tokenizer, about.stage, about.base, history
+        about.kind,
+        about.config,
+        params,
+        tokenizer,
+        about.stage,
+        about.base,
+        history,
+        about.template,
     )
 
 

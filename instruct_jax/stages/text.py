@@ -18,10 +18,11 @@ def text_rows(
 
     They are kept as files in `folder`, which all processes must see, and are found there the next
     time. Each process makes its share of the parts and waits for the others. DataError for a row
-    that cannot be used, for files that are not those of the first time, and for less than one row.
+    that cannot be used, for files that are not those of the first time, and for less than one row
+    to train on; of a held-out part there may be none.
     """
     corpus = Corpus(source.text(split), tokenizer, folder)
     hosts.first_alone(corpus.plan)
     corpus.make(jax.process_index(), jax.process_count())
     corpus.wait()
-    return corpus.rows(length)
+    return corpus.rows(length, required=split == "train")

@@ -22,6 +22,7 @@ from instruct_jax.data.formats import (
     stream_documents,
     write_rows,
 )
+from instruct_jax.data.rows import plain_text
 from instruct_jax.data.templates import ALPACA, CHAT, HH
 
 
@@ -38,8 +39,8 @@ REAL = [
     (read_demonstrations, "sft/dolly_hhrlhf_small.jsonl.gz", "prompt+response", 784, 0),
     (read_demonstrations, "sft/self_instruct_seed_tasks.jsonl", "self-instruct", 175, 0),
     (read_demonstrations, "sft/t0_train.jsonl.gz", "prompt+completion", 45494, 1400),
-    (read_comparisons, "rm/hh_helpful_base_pairs.jsonl.gz", "hh transcripts", 1838, 11),
-    (read_comparisons, "rm/hh_harmless_base_pairs.jsonl.gz", "hh transcripts", 1846, 8),
+    (read_comparisons, "rm/hh_helpful_base_pairs.jsonl.gz", "hh transcripts", 1827, 22),
+    (read_comparisons, "rm/hh_harmless_base_pairs.jsonl.gz", "hh transcripts", 1824, 30),
     (read_comparisons, "rm/webgpt_pairs.jsonl.gz", "webgpt", 703, 0),
     (read_comparisons, "rm/pandalm_human_3annotators.jsonl.gz", "pandalm", 3 * 688, 41),
     (read_comparisons, "rm/oasst_rankings.jsonl.gz", "oasst rankings", 176, 0),
@@ -100,8 +101,9 @@ def test_real_hh_pairs_share_all_but_the_last_turn(shared):
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     texts = {(r["chosen"], r["rejected"]) for r in map(json.loads, lines)}
     for row in rows:
-        assert (row.prompt + row.completions[0], row.prompt + row.completions[1]) in texts
-        assert row.prompt.endswith("\n\nAssistant:") and row.ranks == (0, 1)
+        prompt = plain_text(row.prompt)
+        assert (prompt + row.completions[0], prompt + row.completions[1]) in texts
+        assert prompt.endswith("\n\nAssistant:") and row.ranks == (0, 1)
 
 
 def test_rankings_of_25_models_follow_the_judge_and_keep_their_sources(shared):
@@ -245,7 +247,7 @@ SHOWN = [
 @pytest.mark.parametrize(("record", "expected"), SHOWN, ids=["+".join(r)[:30] for r, _ in SHOWN])
 def test_a_demonstration_is_read_from_each_layout(tmp_path, record, expected):
     (row,) = read_demonstrations(write(tmp_path / "rows.jsonl", record))
-    assert (row.prompt, row.response) == expected
+    assert (plain_text(row.prompt), row.response) == expected
     (prompt,) = read_prompts(tmp_path / "rows.jsonl")
     assert prompt.text == row.prompt
 

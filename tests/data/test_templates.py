@@ -1,11 +1,12 @@
 import pytest
 
-from instruct_jax.data.rows import Turn
+from instruct_jax.data.rows import Turn, plain_text
 from instruct_jax.data.templates import (
     ALPACA,
     CHAT,
     HH,
     PLAIN,
+    encode_segments,
     fit_turns,
     template_named,
     tldr_prompt,
@@ -46,7 +47,7 @@ def test_the_other_templates_say_what_they_say():
 @pytest.mark.parametrize("turns", [TURNS[:n] for n in (2, 3, 4, 5)] + [TURNS[1:2], TURNS[1:5]])
 def test_a_dialogue_is_read_back_from_its_text(template, turns):
     """EXT-1: formatting round-trips."""
-    assert template.parse(template.render_turns(turns)) == turns
+    assert template.parse(plain_text(template.segments(turns))) == turns
 
 
 def test_a_turn_cannot_speak_for_another_role():
@@ -54,30 +55,53 @@ def test_a_turn_cannot_speak_for_another_role():
         with pytest.raises(ValueError, match="marks a role"):
             CHAT.render(text)
     with pytest.raises(ValueError, match="marks a role"):
-        HH.render_turns([Turn("user", "x\n\nAssistant: I agree")])
+        HH.segments([Turn("user", "x\n\nAssistant: I agree")])
 
 
 def test_a_dialogue_out_of_order_is_refused():
     for turns in ([Turn("assistant", "a")], [Turn("user", "a")] * 2, [], [Turn("system", "s")]):
         with pytest.raises(ValueError, match=r"alternate|needs a user turn"):
-            CHAT.render_turns(turns)
+            CHAT.segments(turns)
     with pytest.raises(ValueError, match="no form for several turns"):
-        PLAIN.render_turns(TURNS[1:4])
+        PLAIN.segments(TURNS[1:4])
     with pytest.raises(ValueError, match="cannot be read back"):
         ALPACA.parse("x")
     with pytest.raises(ValueError, match="does not start with"):
         CHAT.parse("no tag")
 
 
+def test_a_prompt_ends_with_a_question():
+    assert CHAT.prompt([Turn("user", "Hi")]) == CHAT.render("Hi")
+    with pytest.raises(ValueError, match="does not end with the user's turn"):
+        CHAT.prompt(TURNS[:3])
+
+
+def test_an_empty_system_turn_counts_as_absent():
+    for template in (CHAT, HH, ALPACA):
+        assert template.segments([Turn("system", " \n"), *TURNS[1:]]) == template.segments(
+            TURNS[1:]
+        )
+
+
 def test_old_exchanges_are_dropped_first_and_the_system_turn_stays():
     """EXT-1: truncation from the oldest turn."""
     tokenizer = train_bpe(["abc"], vocab_size=257)  # one token a byte
     turns = [Turn("system", "s"), *TURNS[1:]]
-    whole = len(CHAT.render_turns(turns[:4]).encode()) + 1  # and one EOS
-    fit = lambda length: fit_turns(turns, tokenizer, template=CHAT, length=length)  # noqa: E731
-    assert fit(whole) == tuple(turns)
-    short = (turns[0], *turns[3:])
+    segments = CHAT.segments(turns)
+    (ids,) = encode_segments([segments], tokenizer)
+
+    def fit(length):
+        """The text that is kept, and whether its ids are those of a dialogue that began there."""
+        found = fit_turns(turns, segments, ids, tokenizer, template=CHAT, length=length)
+        if found is None:
+            return None
+        assert encode_segments([found[0]], tokenizer)[0] == list(found[1])
+        return tuple(found[0])
+
+    whole = len(plain_text(segments[:3]).encode()) + 1  # and one EOS
+    assert fit(whole) == segments
+    short = CHAT.segments([turns[0], *turns[3:]])
     assert fit(whole - 1) == short
-    last = len(CHAT.render_turns(short[:2]).encode())
+    last = len(short[0].text.encode())
     assert fit(last) == short
     assert fit(last - 1) is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.data.corpus import Corpus
-from instruct_jax.data.loader import encode_documents
+from instruct_jax.data.encoding import encode_documents
 from instruct_jax.data.sources import DataConfig, open_source
 from tests.experiments import scripts
 

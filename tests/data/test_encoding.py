@@ -1,0 +1,162 @@
+"""Rows to token arrays: what is learnt, what is left out and told, and what is kept in memory."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from instruct_jax.data.encoding import (
+    encode_comparisons,
+    encode_demonstrations,
+    encode_dialogues,
+    encode_documents,
+    encode_prompts,
+)
+from instruct_jax.data.rows import (
+    Comparison,
+    DataError,
+    Demonstration,
+    Dialogue,
+    Document,
+    Prompt,
+    Turn,
+)
+from instruct_jax.data.templates import CHAT
+from instruct_jax.data.tokenizer import train_bpe
+
+# One token a byte, so lengths can be counted by hand.
+TOKENIZER = train_bpe(["abc"], vocab_size=257)
+EOS, PAD = TOKENIZER.eos_id, TOKENIZER.pad_id
+
+
+def ids(text):
+    return TOKENIZER.encode(text)
+
+
+def test_a_demonstration_ends_with_an_eos_that_counts():
+    """T12, SFT-1: the stop token is a target; the prompt and padding are not."""
+    rows = [Demonstration("abc", "de"), Demonstration("", "x")]
+    arrays = encode_demonstrations(rows, TOKENIZER, prompt_length=4, response_length=4)
+    assert arrays["tokens"][:].tolist() == [
+        [*ids("abcde"), EOS, PAD, PAD],
+        [*ids("x"), EOS, PAD, PAD, PAD, PAD, PAD, PAD],
+    ]
+    assert arrays["mask"].sum(-1).tolist() == [6, 2]
+    assert arrays["loss_mask"][:].tolist() == [[False] * 3 + [True] * 3 + [False] * 2,
+                                            [True] * 2 + [False] * 6]  # fmt: skip
+    assert arrays["tokens"].dtype == np.int32
+    assert arrays["mask"].dtype == arrays["loss_mask"].dtype == np.bool_
+
+
+def test_a_cut_response_has_no_invented_eos_and_long_prompts_are_dropped_and_told(caplog):
+    """DATA-8."""
+    rows = [Demonstration("abcde", "x"), Demonstration("ab", "wxyz"), Demonstration("ab", "wxy")]
+    with caplog.at_level(logging.WARNING):
+        arrays = encode_demonstrations(
+            rows, TOKENIZER, prompt_length=4, response_length=4, group="config.sft"
+        )
+    assert arrays["tokens"][:].tolist() == [
+        [*ids("abwxyz"), PAD, PAD],
+        [*ids("abwxy"), EOS, PAD, PAD],
+    ]
+    assert arrays["loss_mask"].sum(-1).tolist() == [4, 4]
+    assert (
+        "3 demonstrations encoded: 1 dropped, the prompt over prompt_length 4 (raise "
+        "config.sft.prompt_length: 5 is enough for 95 %, 5 for all); 1 responses cut to "
+        "response_length 4 (raise config.sft.response_length: 5 is enough for 95 %, 5 for all)"
+    ) in caplog.text
+
+
+def test_documents_run_on_with_eos_between_and_without_padding(caplog):
+    """T38: a pretraining row has no padding."""
+    docs = [Document("abcd"), Document("ef"), Document("ghi")]
+    with caplog.at_level(logging.WARNING):
+        (tokens,) = encode_documents(docs, TOKENIZER, length=5).values()
+    assert tokens.tolist() == [[*ids("abcd"), EOS], [*ids("ef"), EOS, *ids("gh")]]
+    assert "2 tokens past the last whole row" in caplog.text
+    with pytest.raises(DataError, match="3 tokens of text do not fill one row of 4"):
+        encode_documents([Document("ab")], TOKENIZER, length=4)
+
+
+def test_comparisons_keep_all_completions_of_a_prompt_together(caplog):
+    """T47, RM-2: one prompt is one element of the first axis."""
+    rows = [
+        Comparison("p", ("a", "bcde", ""), (1, 0, 1)),
+        Comparison("too long", ("a", "b"), (0, 1)),
+        Comparison("qq", ("c", "d"), (0, 0)),
+    ]
+    with caplog.at_level(logging.WARNING):
+        arrays = encode_comparisons(
+            rows, TOKENIZER, completions=3, prompt_length=2, response_length=3
+        )
+    assert arrays["tokens"][:].tolist() == [
+        [[*ids("pa"), EOS, PAD, PAD], [*ids("pbcd"), PAD], [*ids("p"), EOS, PAD, PAD, PAD]],
+        [[*ids("qqc"), EOS, PAD], [*ids("qqd"), EOS, PAD], [PAD] * 5],
+    ]
+    assert arrays["mask"].sum(-1).tolist() == [[3, 4, 2], [4, 4, 0]]
+    assert arrays["ranks"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert arrays["where"].tolist() == [[True] * 3, [True, True, False]]
+    assert arrays["index"].tolist() == [0, 2]
+    assert arrays["ranks"].dtype == arrays["index"].dtype == np.int32
+    assert "1 dropped, the prompt over prompt_length 2" in caplog.text
+    assert "1 completions cut to response_length 3" in caplog.text
+    with pytest.raises(DataError, match="row 0 has 3 completions, over 2"):
+        encode_comparisons(rows, TOKENIZER, completions=2, prompt_length=2, response_length=3)
+
+
+def test_prompts_are_padded_on_the_left_and_know_their_row(caplog):
+    rows = [Prompt("ab"), Prompt("abcdef"), Prompt("abcd")]
+    with caplog.at_level(logging.WARNING):
+        arrays = encode_prompts(rows, TOKENIZER, prompt_length=4)
+    assert arrays["tokens"][:].tolist() == [[PAD, PAD, *ids("ab")], ids("abcd")]
+    assert arrays["mask"][:].tolist() == [[False, False, True, True], [True] * 4]
+    assert arrays["index"].tolist() == [0, 2]
+    assert "3 prompts encoded: 1 dropped, the prompt over prompt_length 4" in caplog.text
+
+
+@pytest.mark.parametrize("all_turns", [False, True])
+def test_the_loss_of_a_chat_covers_assistant_tokens_only(all_turns):
+    """EXT-1: the last assistant turn or all of them, each with its EOS."""
+    turns = (
+        Turn("user", "U"),
+        Turn("assistant", "one"),
+        Turn("user", "V"),
+        Turn("assistant", "two"),
+    )
+    arrays = encode_dialogues(
+        [Dialogue(turns)], TOKENIZER, prompt_length=80, response_length=10, all_turns=all_turns
+    )
+    tokens, learnt = arrays["tokens"][0], arrays["loss_mask"][0]
+    pieces = [CHAT.first.format(text="U"), "one", CHAT.later.format(text="V"), "two"]
+    expected = [*ids(pieces[0]), *ids("one"), EOS, *ids(pieces[2]), *ids("two"), EOS]
+    assert tokens[: len(expected)].tolist() == expected
+    assert (tokens[len(expected) :] == PAD).all()
+    answers = [*ids("one"), EOS, *ids("two"), EOS] if all_turns else [*ids("two"), EOS]
+    assert tokens[learnt].tolist() == answers
+    assert arrays["mask"][0].sum() == len(expected)
+
+
+def test_a_long_chat_loses_its_oldest_turns_and_is_counted(caplog):
+    turns = (
+        Turn("user", "U" * 50),
+        Turn("assistant", "one"),
+        Turn("user", "V"),
+        Turn("assistant", "twotwo"),
+    )
+    with caplog.at_level(logging.WARNING):
+        arrays = encode_dialogues(
+            [Dialogue(turns), Dialogue((Turn("user", "U" * 50), turns[3]))],
+            TOKENIZER,
+            prompt_length=40,
+            response_length=4,
+            all_turns=True,
+        )
+    assert TOKENIZER.decode(arrays["tokens"][0]) == CHAT.render("V") + "twot"
+    assert arrays["loss_mask"].sum().tolist() == [4]
+    for told in (
+        "1 dropped, the last question alone too long",
+        "1 without their oldest turns",
+        "2 prompts over prompt_length 40",
+        "1 responses cut",
+    ):
+        assert told in caplog.text
