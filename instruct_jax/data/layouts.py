@@ -91,7 +91,9 @@ def _under(system: str, case: Case, f: Fields) -> Case:
     elif isinstance(prompt, str):
         turns = style.parse(prompt) if style else (Turn("user", prompt),)
     else:
-        turns = prompt
+        turns = tuple(turn for turn in prompt if isinstance(turn, Turn))
+    if not turns:
+        raise f.error("a system prompt beside a prompt that is in a template already", "system")
     if not system.strip():
         return replace(case, prompt=turns)
     if turns[0].role == "system" and turns[0].text != system:
