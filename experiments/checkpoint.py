@@ -14,7 +14,6 @@ reads the pins when it starts.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from instruct_jax.errors import CheckpointError, ConfigError, RunError
+from instruct_jax.files import read_object
 from instruct_jax.training.keeping import damage_of, pin, prune, saved_steps
 from instruct_jax.training.ledger import account
 
@@ -48,16 +48,24 @@ def list_steps(flags: argparse.Namespace, directory: Path) -> None:
 
 
 def verify(flags: argparse.Namespace, directory: Path) -> None:
-    """Read every byte and compare it with what was saved."""
+    """Read every byte and every array, and compare with what was saved."""
+    from instruct_jax.training.checkpoint import unreadable  # which loads jax
+
+    saved = {f"step {step.number}": step.path for step in saved_steps(directory)}
+    if flags.step is not None:
+        saved = {name: path for name, path in saved.items() if path.name == str(flags.step)}
+        if not saved:
+            raise CheckpointError(f"{directory}: no step {flags.step}")
+    else:
+        models = [flags.workdir / name / "params" for name in ("model", "adapter")]
+        saved |= {path.parent.name: path for path in models if path.is_dir()}
     damaged = []
-    for step in saved_steps(directory):
-        if flags.step is not None and step.number != flags.step:
-            continue
-        reason = damage_of(step.path)
-        print(f"step {step.number}: {reason or 'intact'}")
-        damaged += [step.number] if reason else []
+    for name, path in saved.items():
+        reason = damage_of(path) or unreadable(path)
+        print(f"{name}: {reason or 'intact'}")
+        damaged += [name] if reason else []
     if damaged:
-        raise CheckpointError(f"{directory}: damaged: step {', '.join(map(str, damaged))}")
+        raise CheckpointError(f"{flags.workdir}: damaged: {', '.join(damaged)}")
 
 
 def export(flags: argparse.Namespace, directory: Path) -> None:
@@ -116,8 +124,8 @@ def _like(workdir: Path) -> Path:
     if (workdir / "model" / "model.json").is_file():
         return workdir / "model"
     record = workdir / "config.json"
-    init = json.loads(record.read_text())["config"].get("init") if record.is_file() else None
-    if init is None:
+    init = read_object(record, "config")["config"].get("init") if record.is_file() else None
+    if not isinstance(init, str):
         raise ConfigError(f"{workdir} has no model yet and began with none; name one with --like")
     return Path(init)
 

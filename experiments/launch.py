@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pids = " ".join(str(process.popen.pid) for process in processes)
         print(f"launch: processes {pids}", file=sys.stderr, flush=True)
         return _wait(processes, flags.prefix)
+    except OSError as error:  # of starting them
+        print(f"launch: {flags.command[0]}: {error.strerror}", file=sys.stderr)
+        return 2
     finally:
         for process in processes:
             process.send(signal.SIGKILL)

@@ -7,7 +7,6 @@ Reads WORKDIR/*.jsonl. Without --metrics: those of the first run that tell most 
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.files import read_lines
 
 # In the order of interest; a run has some of them.
 TELLING = (
@@ -45,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         draw(runs, wanted, flags.to)
     except RunError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+    except (OSError, ValueError) as error:  # of --to: no such folder, or no name of a picture
+        print(f"error: --to={flags.to}: {error}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     print(flags.to)
 
 
@@ -54,12 +57,12 @@ def read_curves(workdir: Path) -> dict[str, Curve]:
     """{metric: (steps, values)} of all lines in WORKDIR/*.jsonl that have a step."""
     curves: dict[str, Curve] = {}
     for path in sorted(workdir.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if not isinstance(row.get("step"), int):
+        for row in read_lines(path):
+            if type(row.get("step")) is not int:
                 continue
             for name, value in row.items():
-                if name in ("step", "time") or not isinstance(value, int | float):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if name in ("step", "time") or not number:
                     continue
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(row["step"])

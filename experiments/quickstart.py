@@ -27,8 +27,8 @@ import select_sft
 import sft
 
 from instruct_jax import cli
-from instruct_jax.cli.record import write_json
 from instruct_jax.evaluation.report import summary_table, write_report
+from instruct_jax.files import read_lines, read_object, write_json
 
 MODELS = {"gpt": "pretrain", "sft": "select_sft", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
 PARTS = (
@@ -76,7 +76,7 @@ def main(config: Config, run: cli.Run) -> Path:
 class Pipeline:
     """Runs the parts in order; a finished part is not run again, and its time is kept.
 
-    One whose result is gone is run again, and all that follow from it are then other runs.
+    One whose result is gone is run again, which gives the same result.
     """
 
     def __init__(self, config: Config, run: cli.Run) -> None:
@@ -147,7 +147,7 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
     """What the parts wrote, in the form of `evaluation.report`."""
 
     def read(path: str) -> Any:
-        return json.loads((workdir / path).read_text())
+        return read_object(workdir / path)
 
     models = read("evaluate/evaluation.json")["models"]
     reward, labelers = read("reward_model/accuracy.json"), read("collect/labelers.json")
@@ -156,7 +156,7 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
     ceiling = labelers["ceiling"]
     order = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
     measured = {name: models[name] for name in order}
-    samples = _rows(workdir / "evaluate/samples.jsonl")
+    samples = read_lines(workdir / "evaluate/samples.jsonl")
     return {
         "title": "InstructGPT on the embedded world",
         "summary": (
@@ -174,7 +174,7 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
         },
         "pretrain_loss": _present(models, "pretrain_loss"),
         "tasks": {"few-shot accuracy": _present(models, "task_accuracy")},
-        "curves": {name: _metrics(workdir / name) for name in CURVES},
+        "curves": {part: read_lines(workdir / part / file) for part, file in CURVES.items()},
         "selection": [
             {
                 "epoch": int(epoch),
@@ -191,7 +191,7 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
             "jax": jax.__version__,
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         },
-        "config": {name: _config(workdir / name) for name in timings},
+        "config": {name: read(f"{name}/config.json")["config"] for name in timings},
         "notes": [
             f"Two labelers agree on {labelers['agreement']:.1%} of the pairs they both order; the "
             f"gold judge agrees with a labeler on {ceiling:.1%}, the ceiling of a reward model.",
@@ -203,24 +203,14 @@ def build_report(config: Config, workdir: Path, timings: dict[str, float]) -> di
     }
 
 
-CURVES = ("pretrain", "sft", "rlhf_init", "reward_model", "ppo", "ppo_ptx")
+CURVES = {
+    "pretrain": "pretrain.jsonl", "sft": "sft.jsonl", "rlhf_init": "sft.jsonl",
+    "reward_model": "reward_model.jsonl", "ppo": "ppo.jsonl", "ppo_ptx": "ppo.jsonl",
+}  # fmt: skip
 
 
 def _present(models: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: model[key] for name, model in models.items() if key in model}
-
-
-def _metrics(workdir: Path) -> list[dict[str, Any]]:
-    (path,) = workdir.glob("*.jsonl") if workdir.name[:3] != "ppo" else [workdir / "ppo.jsonl"]
-    return _rows(path)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _config(workdir: Path) -> Any:
-    return json.loads((workdir / "config.json").read_text())["config"]
 
 
 if __name__ == "__main__":

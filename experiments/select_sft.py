@@ -50,7 +50,7 @@ class Config:
 
 def main(config: Config, run: cli.Run) -> Path:
     """Scores every epoch, writes the decision, and returns the chosen model folder."""
-    folders = {int(path.name): path for path in Path(config.epochs).glob("[0-9]*")}
+    folders = {int(p.name): p for p in Path(config.epochs).glob("*") if p.name.isdecimal()}
     if not folders:
         raise ConfigError(f"{config.epochs}: no epochs here; train with --config.keep_epochs=True")
     longest = config.prompt_length + config.response_length

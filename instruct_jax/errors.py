@@ -8,14 +8,7 @@
 130, 143: stopped by Ctrl-C or SIGTERM where no step could be saved (`Interrupted`)
 """
 
-import os
-import re
 import signal
-from pathlib import Path
-
-# Orbax and tensorstore take a backslash for a slash, a component such as "gs:" for a URL, and a
-# pair of brackets for a pattern when they look for what they have written.
-_UNFIT = re.compile(r"\\|\[[^/]*\]|(?<=/)(gs|gcs|s3|az):(?=/|$)")
 
 
 class RunError(Exception):
@@ -64,14 +57,3 @@ class Interrupted(KeyboardInterrupt):
             f"stopped by {name}; what was saved stands, and the same command goes on from there"
         )
         self.exit_code = 128 + number
-
-
-def unfit_path(path: Path) -> str | None:
-    """Why arrays saved below `path` could not be read again, or None."""
-    text = os.path.abspath(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8"
-    found = _UNFIT.search(text)
-    return f"arrays cannot be kept below a folder with {found[0]!r} in its name" if found else None

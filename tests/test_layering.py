@@ -19,6 +19,7 @@ PACKAGE = "instruct_jax"
 ROWS = {
     "errors": -2,  # what a user can get wrong: any room may raise it
     "settings": -1,  # what is said of a configuration's field: any room may have one
+    "files": -1,  # small files of JSON: any room may write one
     "losses": 0,
     "data": 0,
     "cli": 0,

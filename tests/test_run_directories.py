@@ -310,6 +310,18 @@ def test_checkpoints_without_their_record_are_not_taken_up(launch, tmp_path, cap
     assert snapshot(workdir) == before
 
 
+def test_empty_folders_are_taken_back_and_in_nobodys_way(launch, tmp_path):
+    def main(config, run):
+        for folder in ("tokens/train-0123456789ab", "checkpoints", "tensorboard/sft", "model"):
+            (run.workdir / folder).mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert launch(main=main) == 130
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs/a/made/by/hand").mkdir(parents=True)
+    assert launch() == 0
+
+
 def test_what_a_shell_or_a_cluster_writes_there_is_no_stranger(launch, tmp_path):
     workdir = tmp_path / "runs/a"
     workdir.mkdir(parents=True)

@@ -148,16 +148,5 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _short(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

@@ -181,6 +181,18 @@ def delete(workdir: Path, writes: Sequence[str], *, among: Sequence[str] = ()) -
             continue
         shutil.rmtree(place) if place.is_dir() else place.unlink()
         _leave_if_empty(workdir, path.parent)
+    _sweep(workdir, Path(), (*COMMON, *writes))
+
+
+def _sweep(root: Path, below: Path, patterns: Sequence[str]) -> None:
+    """Removes the empty folders that a run makes."""
+    for entry in list((root / below).iterdir()):
+        path = below / entry.name
+        ours = any(_matches(path, pattern, whole=False) for pattern in patterns)
+        if ours and entry.is_dir() and not entry.is_symlink():
+            _sweep(root, path, patterns)
+            if not any(entry.iterdir()):
+                entry.rmdir()
 
 
 def _leave_if_empty(workdir: Path, folder: Path) -> None:

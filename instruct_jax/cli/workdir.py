@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -26,8 +25,9 @@ from typing import Any
 from instruct_jax import __version__
 from instruct_jax.cli import processes, replacing
 from instruct_jax.cli.config import REPOSITORY
-from instruct_jax.cli.record import RECORD, SCHEMA, changes, read_record, write_json
-from instruct_jax.errors import ConfigError, RunError, UserError, unfit_path
+from instruct_jax.cli.record import RECORD, SCHEMA, changes, read_record
+from instruct_jax.errors import ConfigError, RunError, UserError
+from instruct_jax.files import read_object, unfit_path, write_json
 
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
@@ -53,7 +53,7 @@ class Run:
         if not self.writes:
             return
         path = self.workdir / RECORD
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = read_object(path) if path.exists() else {}
         write_json(path, known | facts)
 
     def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
@@ -245,7 +245,7 @@ def _claim(
     replacing.recover(workdir, read_record(workdir))
     record = read_record(workdir)
     if record is None:
-        strangers = sorted(p.name for p in workdir.iterdir() if not _LOGS.fullmatch(p.name))
+        strangers = sorted(p.name for p in workdir.iterdir() if _is_stranger(p))
         if strangers:
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             raise ConfigError(
@@ -266,6 +266,12 @@ def _claim(
             " --overwrite"
         )
     return record, None
+
+
+def _is_stranger(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink() and path.name != ".git":
+        return any(_is_stranger(inner) or not inner.is_dir() for inner in path.iterdir())
+    return not _LOGS.fullmatch(path.name)
 
 
 def describe(

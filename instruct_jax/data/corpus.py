@@ -37,6 +37,8 @@ from instruct_jax.data.progress import Progress
 from instruct_jax.data.rows import DataError, Document
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.tokens import TokenRows, token_batches
+from instruct_jax.errors import CheckpointError
+from instruct_jax.files import read_object
 
 FORMAT = 1
 PART_BYTES = 256 * 2**20
@@ -226,7 +228,7 @@ class Corpus:
         if not path.exists():
             hint = "every process must see the same folder"
             raise DataError("no plan of tokens here", path=path, hint=hint)
-        plan = json.loads(path.read_text())
+        plan = read_object(path, "format", "files", "parts")
         if plan["format"] != FORMAT:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
         remember_hashes(plan["files"])
@@ -234,7 +236,12 @@ class Corpus:
 
     def _journal(self, i: int) -> Journal:
         path = self._path(i).with_suffix(".json")
-        return Journal(**json.loads(path.read_text())) if path.exists() else Journal()
+        if not path.exists():
+            return Journal()
+        try:
+            return Journal(**read_object(path))
+        except TypeError as error:
+            raise CheckpointError(f"{path} is no journal of tokens ({error})") from error
 
     def _path(self, i: int) -> Path:
         return self.directory / f"{i:05}.tokens"

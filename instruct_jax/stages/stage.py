@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.files import read_object
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
@@ -426,8 +427,11 @@ def load_adapter(directory: str | Path) -> Adapter:
     directory = Path(directory)
     if not (directory / "adapter.json").is_file():
         raise ConfigError(f"{directory}: no adapter.json here; give the `adapter` folder of a run")
-    about = json.loads((directory / "adapter.json").read_text())
-    lora = LoraConfig(**about["lora"] | {"targets": tuple(about["lora"]["targets"])})
+    about = read_object(directory / "adapter.json", "lora", "base")
+    try:
+        lora = LoraConfig(**about["lora"] | {"targets": tuple(about["lora"]["targets"])})
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{directory / 'adapter.json'}: lora: {error}") from error
     params, _ = load_model(directory / "params")
     return Adapter(params, lora, about["base"])
 

@@ -25,10 +25,12 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from instruct_jax.errors import CheckpointError, StorageError
+from instruct_jax.errors import CheckpointError, ConfigError, StorageError
+from instruct_jax.files import unfit_path
 from instruct_jax.training import hosts
 from instruct_jax.training.integrity import UNFINISHED, write_manifest
 from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
+from instruct_jax.training.signals import hold_signals
 
 # 1 had no manifests.
 FORMAT = 2
@@ -56,6 +58,7 @@ class Checkpointer:
         if keep_every is not None:
             preserve.append(policies.EveryNSteps(keep_every))
         self.directory = Path(directory).absolute()
+        _check_name(self.directory)
         hosts.first_alone(lambda: set_damaged_aside(self.directory))
         preservation: Any = policies.AnyPreservationPolicy(preserve)
         with _writing(self.directory):
@@ -188,6 +191,7 @@ def set_damaged_aside(directory: Path) -> dict[int, str]:
 def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
     """Writes the final parameters of a stage, over an earlier model in `directory`."""
     directory = Path(directory).absolute()
+    _check_name(directory)
     with _writing(directory, sum(x.nbytes for x in jax.tree.leaves(params))):
         ocp.save_checkpointables(
             str(directory),
@@ -205,6 +209,7 @@ def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metada
     CheckpointError.
     """
     path = Path(directory).absolute()
+    _check_name(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no model here")
     if (reason := damage_of(path)) is not None:
@@ -231,6 +236,18 @@ def load_item(directory: str | Path, name: str) -> Any:
     return items[name]
 
 
+def unreadable(directory: str | Path) -> str | None:
+    """Why the arrays of a saved step or model cannot be read, each of them; None where they can."""
+    path = Path(directory).absolute()
+    try:
+        names = _guarded(path, lambda: list(ocp.checkpointables_metadata(str(path)).metadata))
+        for name in names:
+            load_item(path, name)
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
+    return None
+
+
 def _as_stored(path: Path, name: str) -> Any:
     stored = _guarded(path, lambda: ocp.checkpointables_metadata(str(path)).metadata[name])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
@@ -253,9 +270,17 @@ def _load(
     return jax.tree.map(_place, abstract_items, items), record["metadata"]
 
 
+def _check_name(path: Path) -> None:
+    """ConfigError where Orbax would write a folder that it cannot read."""
+    if (reason := unfit_path(path)) is not None:
+        raise ConfigError(f"{path}: {reason}; move it, or choose another name")
+
+
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    _check_name(path)
     try:
-        return read()
+        with hold_signals():
+            return read()
     except Exception as error:  # whatever the many layers below raise: the step is of no use
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
@@ -265,7 +290,8 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
 def _writing(path: Path, size: int = 0) -> Iterator[None]:
     """Turns whatever goes wrong while `size` bytes are written to `path` into a StorageError."""
     try:
-        yield
+        with hold_signals():
+            yield
     except (CheckpointError, StorageError):
         raise
     except Exception as error:  # of the many layers below; what they say is one line here

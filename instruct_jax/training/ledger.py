@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from instruct_jax.files import read_lines
+
 LEDGER = "ledger.log"
 RUNNING = "running"
 
@@ -130,28 +132,14 @@ class Ledger:
 
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The lines of the ledger of `workdir` that are whole, none where it has none."""
-    try:
-        lines = (workdir / LEDGER).read_bytes().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [row for row in map(_parsed, lines) if row is not None]
+    return [row for row in read_lines(workdir / LEDGER) if _is_ours(row)]
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of ours; None for half a line, as a full disk or a loss of power leaves, or a spoilt
-    one.
-    """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # also bytes that are no UTF-8
-        return None
-    if not isinstance(row, dict):
-        return None
-    numbers = ["step", "time"]
-    numbers += ["productive"] if row.get("event") == "state" else ["lost"]
-    whole = all(type(row.get(name)) in (int, float) for name in numbers)
-    texts = all(isinstance(row.get(name), str) for name in ("event", "name"))
-    return row if whole and texts else None
+def _is_ours(row: dict[str, Any]) -> bool:
+    numbers = ["step", "time", "productive" if row.get("event") == "state" else "lost"]
+    return all(type(row.get(name)) in (int, float) for name in numbers) and all(
+        isinstance(row.get(name), str) for name in ("event", "name")
+    )
 
 
 def account(workdir: Path, name: str | None = None) -> Account | None:

@@ -10,8 +10,6 @@ step, the one after it.
 """
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,44 +24,11 @@ from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
 from instruct_jax.training.ledger import Ledger
 from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.signals import StopSignal, catch_stop_signals
 
 State = TypeVar("State")
 StepFn = Callable[[State, Any, jax.Array], tuple[State, Mapping[str, jax.Array]]]
 Evaluate = Callable[[int, State], Mapping[str, float]]
-
-
-class StopSignal:
-    """Whether a signal asked the run to stop, and which."""
-
-    name: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.name is not None
-
-
-@contextmanager
-def catch_stop_signals() -> Iterator[StopSignal]:
-    """Within it SIGTERM and Ctrl-C set the StopSignal; a second one has its usual effect."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: Any) -> None:
-        stop.name = signal.Signals(number).name
-        restore()
-
-    for number in usual:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def train(

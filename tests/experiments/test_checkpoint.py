@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.stages.stage import load_adapter, load_trained
+from instruct_jax.training.integrity import write_manifest
 from instruct_jax.training.keeping import step_numbers
 from tests.experiments import scripts
 from tests.stages.lab import same_bits
@@ -83,6 +85,58 @@ def test_pruning_keeps_the_pinned_step(run, capsys):
     call("prune", run)
     assert step_numbers(run / "checkpoints") == [last]
     assert f"deleted: {first}" in capsys.readouterr().out
+
+
+def test_verify_reads_the_arrays_and_the_models_beside_the_steps(run, capsys):
+    """A tree whose hashes are right and that cannot be read all the same is not intact."""
+    call("verify", run)
+    assert "model: intact" in capsys.readouterr().out
+    params = run / "model" / "params"
+    for path in params.rglob("manifest.ocdbt"):
+        path.unlink()
+    write_manifest(params)
+    with pytest.raises(SystemExit) as exit_:
+        call("verify", run)
+    assert exit_.value.code == 4
+    out, err = capsys.readouterr()
+    assert "model: " in out and "model: intact" not in out
+    assert "damaged: model" in err and err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_read_under_its_name_says_so(run, capsys):
+    """Nor is a model under such a name: not damaged, but to be moved."""
+    moved = run.rename(run.with_name("a[b]"))
+    with pytest.raises(ConfigError, match=r"'\[b\]' in its name; move it"):
+        load_trained(moved / "model")
+    with pytest.raises(SystemExit):
+        call("verify", moved)
+    assert "in its name; move it" in capsys.readouterr().out
+
+
+def test_a_model_or_adapter_whose_notes_are_spoilt_is_one_line_of_code_4(run, tmp_path):
+    about = (run / "model" / "model.json").read_text()
+    for text in (
+        "",
+        "[]",
+        "3",
+        "\x00",
+        about[:40],
+        "{}",
+        '{"kind": "x", "config": {}, "stage": "s"}',
+    ):
+        (run / "model" / "model.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"model\.json"):
+            load_trained(run / "model")
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"lora": [], "base": "x"}',
+        '{"lora": {"targets": 3}, "base": 1}',
+    ):
+        (tmp_path / "adapter.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"adapter\.json"):
+            load_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

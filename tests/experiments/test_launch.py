@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,6 +163,19 @@ def test_a_command_line_without_a_command_is_refused(capsys):
     assert "-n 0: expected 1 or more" in capsys.readouterr().err
 
 
+def test_a_command_that_cannot_be_started_is_one_line(repository):
+    for command in ("no-such-command", "/etc/hostname"):
+        done = subprocess.run(
+            [sys.executable, "experiments/launch.py", "-n", "2", "--", command],
+            cwd=repository,
+            env=scripts.environment(repository),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"launch: {command}: ") and done.stderr.count("\n") == 1
+
+
 # --- who is there -------------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_LOCALID": "0"}
@@ -192,6 +206,11 @@ def test_one_process_is_the_rule(environment, several):
         ({"COORDINATOR": "a:1"}, "INSTRUCT_JAX_PROCESSES, INSTRUCT_JAX_PROCESS not set"),
         ({"COORDINATOR": "a:1", "PROCESSES": "2", "PROCESS": "2"}, "expected 0 <= process"),
         ({"COORDINATOR": "a:1", "PROCESSES": "two", "PROCESS": "0"}, "PROCESSES=two"),
+        *(
+            ({"COORDINATOR": address, "PROCESSES": "2", "PROCESS": "1"}, "expected HOST:PORT")
+            for address in ("localhost", "localhost:", ":1", "localhost:http", "a:0", "a:70000")
+        ),
+        ({"COORDINATOR": "no.such.host.invalid:1", "PROCESSES": "2", "PROCESS": "1"}, "no host"),
     ],
 )
 def test_a_launcher_that_tells_half_is_a_mistake_of_one_line(monkeypatch, told, message):
@@ -199,6 +218,18 @@ def test_a_launcher_that_tells_half_is_a_mistake_of_one_line(monkeypatch, told, 
         monkeypatch.setenv(f"INSTRUCT_JAX_{name}", value)
     with pytest.raises(ConfigError, match=message):
         processes.join()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_a_port_in_use_is_told_before_jax_meets_it(monkeypatch, host):
+    """It would end the process with a segmentation fault."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = {"COORDINATOR": f"{host}:{port}", "PROCESSES": "2", "PROCESS": "0"}
+        for name, value in told.items():
+            monkeypatch.setenv(f"INSTRUCT_JAX_{name}", value)
+        with pytest.raises(ConfigError, match=f"cannot listen on port {port} .*another port"):
+            processes.join()
 
 
 # --- one run of several processes ---------------------------------------------------------------

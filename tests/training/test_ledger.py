@@ -142,3 +142,16 @@ def test_time_aside_belongs_to_no_step(tmp_path):
             time.sleep(0.2)
         ledger.step(step)
     assert 0.06 <= ledger.productive < 0.2
+
+
+def test_spoilt_lines_are_left_out_of_the_account(tmp_path):
+    ledger = Ledger(tmp_path, "sft", step=0)
+    ledger.step(1)
+    whole = ledger.close("done")
+    path = tmp_path / "ledger.log"
+    spoilt = [b"\xff\xfe", b"[]", b"3", b"null", b"{}", b'{"event": "state", "name": "sft"}', b""]
+    path.write_bytes(b"\n".join(spoilt) + b"\n" + path.read_bytes() + b"\n".join(spoilt))
+    assert account(tmp_path) == whole
+    path.write_bytes(b"")
+    assert account(tmp_path) is None
+    Ledger(tmp_path, "sft", step=0).close("done")

@@ -13,8 +13,9 @@ import pytest
 
 from instruct_jax.errors import NonFiniteError, UserError
 from instruct_jax.training.checkpoint import Checkpointer
-from instruct_jax.training.loop import catch_stop_signals, train
+from instruct_jax.training.loop import train
 from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.signals import catch_stop_signals, hold_signals
 from tests.training import tiny
 from tests.training.run_tiny import fingerprint, run
 
@@ -113,6 +114,19 @@ def test_a_second_signal_ends_the_run_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_signal_waits_until_the_arrays_are_on_disk():
+    done = []
+    with pytest.raises(KeyboardInterrupt), hold_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("saved")
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with catch_stop_signals() as stop, hold_signals():  # as a save within the loop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop
+    assert stop.name == "SIGINT"
+
+
 def test_a_run_goes_on_with_another_mesh(tmp_path, uninterrupted):
     """T55: the same losses to 1e-5."""
     with pytest.raises(UserError, match="row 3 is malformed"):
@@ -125,6 +139,19 @@ def test_a_run_goes_on_with_another_mesh(tmp_path, uninterrupted):
 def test_a_finished_run_has_nothing_to_do(uninterrupted):
     workdir, sha = uninterrupted
     assert fingerprint(run(workdir, STEPS, batch_at=fail_at(0))) == sha
+
+
+def test_a_finished_run_goes_on_for_more_steps_with_other_intervals(tmp_path):
+    """As with more epochs: the steps done stand, the schedule is that of the longer run, and from
+    there on it is that run to the bit, however often it logs and saves.
+    """
+    run(tmp_path, 8, log_every=2, save_every=5)
+    whole = fingerprint(run(tmp_path, 20, log_every=3, save_every=4))
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 9, 12, 15, 18, 20]
+    run(tmp_path / "other", 8)
+    assert fingerprint(run(tmp_path / "other", 20, save_every=0)) == whole
+    with pytest.raises(UserError):
+        run(tmp_path / "other", 30, batch_at=fail_at(20))
 
 
 def fail_at(step):

@@ -38,6 +38,34 @@ def test_a_run_taken_up_forgets_what_came_after_the_checkpoint(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
 
 
+def test_lines_that_are_no_lines_of_ours_are_forgotten_too(tmp_path):
+    good = b'{"step": 1, "loss": 1}\n'
+    spoilt = [
+        b"\xff\xfe",
+        b"[1]",
+        b"3",
+        b"null",
+        b"",
+        b'{"loss": 1}',
+        b'{"step": "2"}',
+        b"[" * 10**5,
+    ]
+    (tmp_path / "sft.jsonl").write_bytes(good + b"\n".join(spoilt))
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        logger.resume(9)
+    assert (tmp_path / "sft.jsonl").read_bytes() == good
+
+
+def test_an_evaluation_without_figures_is_no_row_and_one_with_them_shows_them(tmp_path, capsys):
+    with MetricLogger(tmp_path, "sft", total=4) as logger:
+        logger.write(4, {})
+        logger.write(4, {"valid_loss": 2.5, "valid_accuracy": 0.5, "third": 1})
+    assert [set(row) - {"time"} for row in rows(tmp_path)] == [
+        {"step", "valid_loss", "valid_accuracy", "third"}
+    ]
+    assert capsys.readouterr().err == "sft 4/4 valid_loss 2.5 valid_accuracy 0.5\n"
+
+
 def test_a_logger_that_never_wrote_leaves_no_file(tmp_path):
     with MetricLogger(tmp_path / "run", "sft", total=4):
         pass
