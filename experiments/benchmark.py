@@ -31,9 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from instruct_jax import cli
 from instruct_jax.data.encoding import (
+    Encoded,
     encode_comparisons,
     encode_demonstrations,
     encode_documents,
@@ -242,16 +244,21 @@ def load_rows(config: Config, shape: Shape) -> tuple[Rows, Tokenizer | None]:
     if config.data.demonstrations:
         encoded = encode_demonstrations(source.demonstrations("train"), tokenizer, **lengths)
         prompts = encode_prompts(source.prompts("train"), tokenizer, prompt_length=shape.prompt)
-        rows = rows._replace(demonstrations=encoded, prompts=prompts)
+        rows = rows._replace(demonstrations=_padded(encoded), prompts=_padded(prompts))
     if config.data.comparisons:
         encoded = encode_comparisons(
             source.comparisons("train"), tokenizer, completions=shape.completions, **lengths
         )
-        rows = rows._replace(comparisons=encoded)
+        rows = rows._replace(comparisons=_padded(encoded))
     if config.data.documents:
         text = encode_documents(list(source.text("train")), tokenizer, length=shape.text_length)
         rows = rows._replace(text=text["tokens"][: shape.text_rows])
     return rows._replace(eos_id=tokenizer.eos_id), tokenizer
+
+
+def _padded(encoded: Encoded) -> dict[str, np.ndarray]:
+    """The whole arrays, as peers and workloads read them."""
+    return {name: np.asarray(array) for name, array in encoded.items()}
 
 
 if __name__ == "__main__":

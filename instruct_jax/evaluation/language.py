@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.ragged import Rows
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.evaluation.intervals import Interval, bootstrap_mean
@@ -41,9 +42,9 @@ class Question(NamedTuple):
 def held_out_loss(
     model: Model,
     params: Any,
-    tokens: np.ndarray,
-    mask: np.ndarray | None = None,
-    loss_mask: np.ndarray | None = None,
+    tokens: Rows,
+    mask: Rows | None = None,
+    loss_mask: Rows | None = None,
     *,
     batch_size: int = 32,
     mesh: Mesh | None = None,
@@ -64,9 +65,9 @@ def held_out_loss(
 def target_log_probs(
     model: Model,
     params: Any,
-    tokens: np.ndarray,
-    mask: np.ndarray | None = None,
-    loss_mask: np.ndarray | None = None,
+    tokens: Rows,
+    mask: Rows | None = None,
+    loss_mask: Rows | None = None,
     *,
     batch_size: int = 32,
     mesh: Mesh | None = None,
@@ -76,20 +77,19 @@ def target_log_probs(
     Arguments as in `held_out_loss`; with a `mesh`, where `params` must live, the rows of a batch
     are spread over it.
     """
-    mask = np.ones(tokens.shape, bool) if mask is None else mask
-    loss_mask = mask if loss_mask is None else loss_mask & mask
     if not len(tokens):
         raise UserError("no row is held out; raise data.valid_fraction, or give more data")
     parts = axes_size(mesh, BATCH_AXES) if mesh else 1
     rows = -(-min(batch_size, len(tokens)) // parts) * parts
-    batches = _batches(rows, tokens, mask, loss_mask)
+    sums, counts = [], []
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        if mesh:
-            batches = (spread(batch, batch_sharding(mesh)) for batch in batches)
-        sums = [fetch(_log_prob_sums(model, params, *batch)) for batch in batches]
+        for batch in _batches(rows, tokens, mask, loss_mask):
+            counts.append(batch[2][:, 1:].sum(axis=1))
+            placed = spread(batch, batch_sharding(mesh)) if mesh else batch
+            sums.append(fetch(_log_prob_sums(model, params, *placed)))
     return (
-        np.concatenate([np.zeros(0), *sums])[: len(tokens)].astype(np.float64),
-        loss_mask[:, 1:].sum(axis=1),
+        np.concatenate(sums)[: len(tokens)].astype(np.float64),
+        np.concatenate(counts)[: len(tokens)],
     )
 
 
@@ -103,12 +103,19 @@ def _log_prob_sums(
     return jnp.sum(scores.log_probs, axis=1)
 
 
-def _batches(rows: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Slices of `rows` rows; the last one is filled up with zeros, which mask themselves."""
-    for start in range(0, len(arrays[0]), rows):
-        batch = [array[start : start + rows] for array in arrays]
-        missing = rows - len(batch[0])
-        yield tuple(np.pad(part, ((0, missing), (0, 0))) for part in batch)
+def _batches(
+    rows: int, tokens: Rows, mask: Rows | None, loss_mask: Rows | None
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Tokens, mask and targets, `rows` rows at a time; the last ones are filled up with zeros,
+    which mask themselves.
+    """
+    for start in range(0, len(tokens), rows):
+        here = slice(start, start + rows)
+        ids = tokens[here]
+        real = np.ones(ids.shape, bool) if mask is None else mask[here]
+        targets = real if loss_mask is None else loss_mask[here] & real
+        missing = rows - len(ids)
+        yield tuple(np.pad(part, ((0, missing), (0, 0))) for part in (ids, real, targets))
 
 
 def continuation_log_probs(

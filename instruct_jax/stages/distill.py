@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.loader import Batches
+from instruct_jax.data.loader import Arrays, Batches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import forward_kl, sum_and_count
 from instruct_jax.losses.chunked import CHUNK_LOGITS
@@ -93,7 +93,7 @@ def train(
     params: Any,
     teacher: Model,
     teacher_params: Any,
-    answers: dict[str, np.ndarray],
+    answers: Arrays,
     *,
     mesh: Mesh,
     workdir: Path,

@@ -7,8 +7,9 @@ pi the policy's log-probs of whole responses and ref the reference's:
     loss(x) = (1/|S|) sum_{(w,l) in S} f(pi_w, pi_l, ref_w, ref_l),  S = pairs without ties
 
 for f in `losses/preference.py`: DPO, cDPO, robust DPO, IPO, ORPO, SimPO, CPO, DPO with an SFT term.
-KTO sees single completions: those that beat more of their prompt's completions than they lose to
-are desirable, those that lose to more are not, the rest take no part; its reference point comes
+KTO sees single completions: those that were judged alone have their label; of ranked ones those
+that beat more of their prompt's completions than they lose to are desirable, those that lose to
+more are not, the rest take no part; its reference point comes
 from completions of other prompts, one drawn for each prompt, of which it is one more branch (under
 the policy's dropout, where there is any).
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.loader import Arrays
 from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.losses import (
     cpo_loss,
@@ -52,7 +54,7 @@ from instruct_jax.stages.preference_rows import (
     with_mismatched,
 )
 from instruct_jax.stages.stage import FitConfig, fit, trained_form
-from instruct_jax.stages.trees import by_prompt, tree_batches
+from instruct_jax.stages.trees import by_prompt, refuse_labels, tree_batches
 from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -196,8 +198,14 @@ def ordered_pairs(ranks: jax.Array, where: jax.Array) -> jax.Array:
     return both & (ranks[:, :, None] < ranks[:, None, :])
 
 
-def thumbs(ranks: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """KTO's labels of ranked completions: bool[B, K] desirable, and which have a label at all."""
+def thumbs(
+    ranks: jax.Array, where: jax.Array, labels: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """bool[B, K] which completions are desirable for KTO, and which have a label at all: those of
+    `labels` int32[B, K] (1, -1; 0 is none) where there are any, else what their ranks say.
+    """
+    if labels is not None:
+        return labels > 0, where & (labels != 0)
     above = ordered_pairs(ranks, where)
     balance = above.sum(2) - above.sum(1)
     return balance > 0, where & (balance != 0)
@@ -209,14 +217,15 @@ def prompt_losses(
     ranks: jax.Array,
     where: jax.Array,
     kl: jax.Array | None = None,
+    labels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One loss a prompt float32[B], the mean over its pairs (or labelled completions), and bool[B],
-    whether it has any. `kl` float32[] is KTO's reference point.
+    whether it has any. `kl` float32[] is KTO's reference point, `labels` are as in `thumbs`.
     """
     if config.loss == "kto":
         assert scores.reference is not None, "kto reads the reference"
         assert kl is not None, "kto needs its reference point"
-        desirable, labelled = thumbs(ranks, where)
+        desirable, labelled = thumbs(ranks, where, labels)
         losses = kto_loss(
             scores.policy.reshape(-1),
             scores.reference.reshape(-1),
@@ -233,9 +242,14 @@ def prompt_losses(
 
 
 def preference_metrics(
-    config: PreferenceConfig, scores: Scores, ranks: jax.Array, where: jax.Array
+    config: PreferenceConfig,
+    scores: Scores,
+    ranks: jax.Array,
+    where: jax.Array,
+    labels: jax.Array | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Sums and counts over pairs: accuracy and margin of the implicit reward, and its two sides.
+    With `labels` over completions: the implicit reward of those approved of, and of the others.
 
     The implicit reward is beta times the log-ratio to the reference (Rafailov et al. 2023, eq. 5);
     without a reference the log-prob alone, a mean over tokens where the loss reads means. The
@@ -247,6 +261,12 @@ def preference_metrics(
     reference = jnp.zeros_like(values) if scores.reference is None else scores.reference
     rewards = implicit_rewards(values.reshape(-1), reference.reshape(-1), beta=config.beta)
     rewards = rewards.reshape(ranks.shape)
+    if labels is not None:
+        desirable, labelled = thumbs(ranks, where, labels)
+        return {
+            "reward_desirable": sum_and_count(rewards, where=labelled & desirable),
+            "reward_undesirable": sum_and_count(rewards, where=labelled & ~desirable),
+        }
     pairs = ordered_pairs(ranks, where)
     margins = rewards[:, :, None] - rewards[:, None, :]
     of_first = jnp.broadcast_to(rewards[:, :, None], pairs.shape)
@@ -275,9 +295,10 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
         log_probs, lengths = branch_log_probs(model, params, batch, key=key if dropout else None)
         scores = Scores(log_probs, batch.get("reference"), lengths)
         scores, ranks, where, kl = ranked_scores(config, scores, batch["ranks"], batch["where"])
-        losses, counted = prompt_losses(config, scores, ranks, where, kl)
+        labels = batch["labels"][:, :-1] if "labels" in batch else None  # of the mismatched, none
+        losses, counted = prompt_losses(config, scores, ranks, where, kl, labels)
         total, count = sum_and_count(losses, where=counted)
-        metrics = preference_metrics(config, scores, ranks, where)
+        metrics = preference_metrics(config, scores, ranks, where, labels)
         if kl is not None:
             metrics["kto_reference_kl"] = (kl, jnp.float32(1.0))
         return total, count, metrics
@@ -285,11 +306,15 @@ def preference_loss(config: PreferenceConfig, model: Model) -> LossFn:
     return loss
 
 
-def read_by(config: PreferenceConfig, comparisons: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the loss reads of encoded comparisons: for KTO a mismatched completion more."""
+def read_by(config: PreferenceConfig, comparisons: Arrays) -> dict[str, Any]:
+    """What the loss reads of encoded comparisons: for KTO a mismatched completion more.
+
+    ConfigError for labelled completions and another loss: it would learn nothing from them.
+    """
     if config.loss == "kto":
         return with_mismatched(comparisons, seed=config.seed)
-    return comparisons
+    refuse_labels(comparisons, f"config.preference.loss={config.loss}")
+    return dict(comparisons)
 
 
 class LiveReference(NamedTuple):
@@ -313,7 +338,7 @@ def train(
     config: PreferenceConfig,
     model: Model,
     params: Any,
-    comparisons: dict[str, np.ndarray],
+    comparisons: Arrays,
     *,
     reference: Any = None,
     mesh: Mesh,
@@ -354,7 +379,7 @@ def judge_preferences(
     model: Model,
     params: Any,
     reference: Any,
-    comparisons: dict[str, np.ndarray],
+    comparisons: Arrays,
     *,
     mesh: Mesh,
 ) -> dict[str, float]:
@@ -374,8 +399,9 @@ def judge_preferences(
         lengths=jnp.asarray(completion_sizes(comparisons), jnp.float32),
     )
     ranked = jnp.asarray(comparisons["ranks"]), jnp.asarray(comparisons["where"])
+    labels = jnp.asarray(comparisons["labels"][:, :-1]) if "labels" in comparisons else None
     scores, ranks, where, kl = ranked_scores(config, scores, *ranked)
-    losses, counted = prompt_losses(config, scores, ranks, where, kl)
+    losses, counted = prompt_losses(config, scores, ranks, where, kl, labels)
     sums = {"loss": sum_and_count(losses, where=counted)}
-    sums |= preference_metrics(config, scores, ranks, where)
+    sums |= preference_metrics(config, scores, ranks, where, labels)
     return {name: float(total / jnp.maximum(count, 1.0)) for name, (total, count) in sums.items()}

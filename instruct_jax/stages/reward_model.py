@@ -24,6 +24,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.encoding import encode_demonstrations
+from instruct_jax.data.loader import Arrays
+from instruct_jax.data.ragged import Rows
 from instruct_jax.data.rows import Demonstration, PromptText
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
@@ -32,7 +34,7 @@ from instruct_jax.models.sharding import WHOLE, constrain
 from instruct_jax.models.transformer import Model, final_scores, scalar_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches, trained_form
-from instruct_jax.stages.trees import TREE, by_prompt, tree_batches
+from instruct_jax.stages.trees import TREE, by_prompt, refuse_labels, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]
@@ -111,7 +113,7 @@ def reward_loss(model: Model, *, pair_norm: PairNorm = "valid", dropout: bool = 
 
 
 def score_rows(
-    model: Model, params: Any, tokens: np.ndarray, mask: np.ndarray, *, batch_size: int = 64
+    model: Model, params: Any, tokens: Rows, mask: Rows, *, batch_size: int = 64
 ) -> np.ndarray:
     """Scores float32[N] or [N, K] of encoded rows int32[N, (K,) T], in batches of `batch_size`
     rows.
@@ -122,7 +124,7 @@ def score_rows(
 def score_comparisons(
     model: Model,
     params: Any,
-    comparisons: dict[str, np.ndarray],
+    comparisons: Arrays,
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
@@ -159,9 +161,7 @@ def score_answers(
     return score_rows(reward.model, reward.params, rows["tokens"], rows["mask"])
 
 
-def normalise(
-    model: Model, params: Any, rows: dict[str, np.ndarray], *, kind: Normalisation
-) -> Any:
+def normalise(model: Model, params: Any, rows: Arrays, *, kind: Normalisation) -> Any:
     """The same reward model with its scores on `rows` (tokens int32[N, T], mask) normalised.
 
     "demo_mean" (RM-4, the paper): rows are demonstrations, r <- r - mean(r). "policy_meanstd" (the
@@ -189,9 +189,9 @@ def train(
     config: RewardModelConfig,
     model: Model,
     params: Any,
-    comparisons: dict[str, np.ndarray],
+    comparisons: Arrays,
     *,
-    standard: dict[str, np.ndarray] | None,
+    standard: Arrays | None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
@@ -204,6 +204,7 @@ def train(
     `normalise`; they may be None only when `config.normalisation` is "none". Resumes from
     `workdir/checkpoints` when there is one.
     """
+    refuse_labels(comparisons, "a reward model")
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
     steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))

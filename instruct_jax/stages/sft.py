@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.loader import Batches, Mixture
+from instruct_jax.data.loader import Arrays, Batches, Mixture
 from instruct_jax.data.tokens import TokenRows
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import Model, language_model
@@ -81,7 +81,7 @@ def train(
     config: SFTConfig,
     model: Model,
     params: Any,
-    demonstrations: dict[str, np.ndarray],
+    demonstrations: Arrays,
     *,
     pretraining: np.ndarray | TokenRows | None = None,
     mesh: Mesh,
@@ -98,9 +98,10 @@ def train(
     """
     rows = dict(demonstrations)
     if config.loss_on_prompt:
-        rows["loss_mask"] = rows["mask"].copy()
+        rows["loss_mask"] = rows["mask"]
         if "segment_ids" in rows:  # what stands before a segment's first token is another row
-            segments = rows["segment_ids"]
+            segments = np.asarray(rows["segment_ids"])
+            rows["loss_mask"] = np.array(rows["mask"])
             rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
     own = config.batch_size - config.mixed
     demonstrated = Batches(rows, own, seed=config.seed)

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from instruct_jax.data.ragged import Rows
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError
 from instruct_jax.files import read_object
@@ -451,7 +452,7 @@ def place_params(params: Any, mesh: Mesh) -> Any:
     return hosts.place(params, tree_shardings(mesh, RULES, params))
 
 
-def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:
+def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: Rows) -> np.ndarray:
     """`fn` over rows of `arrays`, `batch_size` at a time, as one array; the last batch is filled up
     with copies of row 0, so that one compiled program serves all.
     """

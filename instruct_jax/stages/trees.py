@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays
 from instruct_jax.data.trees import TreeBatches
+from instruct_jax.errors import ConfigError
 from instruct_jax.stages.stage import FitConfig
 from instruct_jax.training import hosts
 from instruct_jax.training.mesh import BATCH_AXES, axes_size, check_batch_size
@@ -32,6 +33,15 @@ def tree_batches(
         micro_batches=config.micro_batches,
         devices=axes_size(mesh, BATCH_AXES),
     )
+
+
+def refuse_labels(comparisons: Arrays, reader: str) -> None:
+    """ConfigError where single completions have labels: `reader` learns from pairs alone."""
+    if "labels" in comparisons:
+        raise ConfigError(
+            f"{reader} learns from completions beside each other, and data.comparisons has single "
+            "ones with a label: train on those with config.preference.loss=kto"
+        )
 
 
 def by_prompt(
