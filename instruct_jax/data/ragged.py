@@ -70,8 +70,12 @@ class Ragged:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Rows by a number, a slice or an array of numbers, padded; or `[rows, ...]` of them."""
+        """Rows by a number, a slice or an array of numbers, padded; `[rows, ...]` of them by
+        numbers and slices.
+        """
         if isinstance(index, tuple):
+            if not all(isinstance(i, int | np.integer | slice) for i in index[1:]):
+                raise IndexError("only rows may be taken by an array of numbers")
             rows = self[index[0]]
             whole = () if isinstance(index[0], int | np.integer) else (slice(None),)
             return rows[(*whole, *index[1:])]

@@ -129,7 +129,7 @@ def pack_trees(
     source = np.where(branch > 0, branch - 1, comparisons["where"].argmax(1)[n])
     prompt_end = column + np.maximum(starts, 1) - 1
     fields = {
-        "tokens": comparisons["tokens"][n, source, position],
+        "tokens": np.asarray(comparisons["tokens"])[n, source, position],
         "mask": True,
         "segment_ids": n // micro_batches + 1,
         "branches": branch,
