@@ -115,9 +115,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> T
         raise DataError("the vocabulary is empty", path=path)
     check_ids(vocabulary, about.get("added_tokens"), found)
     tokenizer = Tokenizer(
-        backend, eos=eos or _eos_of(backend, path if path.is_dir() else path.parent)
+        backend, eos=eos or _eos_of(vocabulary, path if path.is_dir() else path.parent)
     )
-    _guarded(found, lambda: tokenizer.encode_batch(_SAMPLE))
+    if not all(_guarded(found, lambda: tokenizer.encode_batch(_SAMPLE))):
+        raise DataError("it encodes plain text to nothing", path=found)
     return tokenizer
 
 
@@ -176,19 +177,19 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
     return _byte_level(models.BPE.from_file(*map(str, files)))
 
 
-def _eos_of(backend: tokenizers.Tokenizer, folder: Path) -> str:
+def _eos_of(vocabulary: dict[str, int], folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     if config.is_file():
         token = read_object(config).get("eos_token")
         # Hugging Face writes the token as a string or as {"content": string, ...}.
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            if not isinstance(token, str) or backend.token_to_id(token) is None:
+            if not isinstance(token, str) or token not in vocabulary:
                 told = f"eos_token={str(token)[:60]!r} is no token of the tokenizer"
                 raise DataError(told, path=config, hint="name the one that ends a text")
             return token
     for token in _KNOWN_EOS:
-        if backend.token_to_id(token) is not None:
+        if token in vocabulary:
             return token
     hint = f"looked for {', '.join(_KNOWN_EOS)}; name it as eos_token in tokenizer_config.json"
     raise DataError("the tokenizer has no known end of text", path=folder, hint=hint)

@@ -10,7 +10,6 @@ notes      metrics, hashes of data: whatever the stage put down
 """
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,15 @@ from typing import Any, NamedTuple
 
 from instruct_jax.data.templates import template_named
 from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.files import read_object
 from instruct_jax.models.transformer import TransformerConfig
 
 RECORD = "model.json"
-_LONGEST = 10_000_000
+_REQUIRED = {
+    field.name
+    for field in dataclasses.fields(TransformerConfig)
+    if field.default is dataclasses.MISSING
+}
 _HINTS = typing.get_type_hints(TransformerConfig)
 
 
@@ -60,16 +64,16 @@ def read_record(directory: Path) -> Record:
     version does not know.
     """
     path = directory / RECORD
-    about = _object(path)
+    about = read_object(path, "kind", "stage", "config")
     try:
         return Record(
             kind=_one_of(about, "kind", ("language", "scalar")),
             stage=_text(about, "stage"),
-            config=_config(path, about.get("config")),
             history=tuple(_typed(about.get("history", []), "history", list)),
             base=_base(about.get("base")),
             template=_template(path, about.get("template")),
             notes=_typed(about.get("notes", {}), "notes", dict),
+            config=_config(path, about.get("config")),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}; copy the folder again") from error
@@ -99,21 +103,6 @@ def _template(path: Path, value: Any) -> str | None:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LONGEST:
-            raise ValueError(f"more than {_LONGEST} bytes")
-        about = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: not JSON ({error})") from error
-    if not isinstance(about, dict):
-        kind = type(about).__name__
-        raise CheckpointError(f"{path}: damaged: expected a JSON object, found {kind}")
-    return about
-
-
 def _config(path: Path, values: Any) -> TransformerConfig:
     values = _typed(values, "config", dict)
     unknown = sorted(set(values) - set(_HINTS))
@@ -122,6 +111,9 @@ def _config(path: Path, values: Any) -> TransformerConfig:
             f"{path}: config: unknown {', '.join(unknown)}; it was written by another version of "
             "instruct_jax: load it with that one"
         )
+    missing = sorted(_REQUIRED - set(values))
+    if missing:
+        raise ValueError(f"config: {', '.join(missing)} missing")
     for name, value in values.items():
         if not _fits(value, _HINTS[name]):
             raise ConfigError(f"{path}: config: {name}={str(value)[:40]!r} is not {_said(name)}")
@@ -158,7 +150,7 @@ def _base(value: Any) -> Base | None:
     for name, text in (("licence", licence), ("model_type", model_type)):
         if text is not None:
             _typed(text, f"base.{name}", str)
-    return Base(_text(value, "name"), licence, model_type)
+    return Base(_typed(value.get("name"), "base.name", str), licence, model_type)
 
 
 def _one_of(about: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
@@ -169,8 +161,6 @@ def _one_of(about: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
 
 
 def _text(about: dict[str, Any], name: str) -> str:
-    if name not in about:
-        raise ValueError(f"{name} is missing")
     return _typed(about[name], name, str)
 
 

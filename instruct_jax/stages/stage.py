@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.ragged import Rows
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError
-from instruct_jax.files import read_object
+from instruct_jax.files import read_object, unfit_path
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
@@ -309,8 +309,9 @@ def save_trained(
     directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
 ) -> Path:
     """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
-    `directory`.
+    `directory`; ConfigError where its name is one below which arrays cannot be kept.
     """
+    _check_name(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory / "params", trained.params, {"stage": trained.stage})
     about = Record(
@@ -360,6 +361,8 @@ def load_trained(
 
 def _load_own(directory: Path) -> TrainedModel:
     about = read_record(directory)
+    if "\\" in str(directory.absolute()):  # what was written elsewhere cannot be read here either
+        _check_name(directory)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size != about.config.vocab_size:
         raise ConfigError(
@@ -412,6 +415,7 @@ class Adapter(NamedTuple):
 
 def save_adapter(directory: Path, adapter: Adapter) -> None:
     """Writes adapter.json (configuration and base) and the parameters of the adapter alone."""
+    _check_name(directory)
     directory.mkdir(parents=True, exist_ok=True)
     about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
     save_model(directory / "params", adapter.params, about)
@@ -423,8 +427,15 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+def _check_name(directory: Path) -> None:
+    if (reason := unfit_path(directory)) is not None:
+        raise ConfigError(f"{directory}: {reason}; choose another folder")
+
+
 def load_adapter(directory: str | Path) -> Adapter:
-    """Reads what `save_adapter` wrote. ConfigError when `directory` is no such folder."""
+    """Reads what `save_adapter` wrote. ConfigError when `directory` is no such folder,
+    CheckpointError when it is damaged.
+    """
     directory = Path(directory)
     if not (directory / "adapter.json").is_file():
         raise ConfigError(f"{directory}: no adapter.json here; give the `adapter` folder of a run")

@@ -10,8 +10,10 @@ import pytest
 
 from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import language_model, scalar_model
+from instruct_jax.stages.record import Base, read_record
 from instruct_jax.stages.stage import (
     FitConfig,
     ModelConfig,
@@ -98,6 +100,64 @@ def test_a_configuration_that_is_not_understood_is_told_with_its_file(
     record.write_text(json.dumps(about | {"config": about["config"] | changes}))
     with pytest.raises(ConfigError, match=rf"model\.json: config: .*{message}"):
         load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"kind": "language"}',
+        b'{"kind": 3, "stage": "sft", "config": {}}',
+        b'{"kind": "image", "stage": "sft", "config": {}}',
+        b'{"kind": "language", "stage": "sft", "config": 7}',
+        b'{"kind": "language", "stage": "sft", "config": {}, "history": "sft"}',
+        b'{"kind": "language", "stage": "sft", "config": {}, "base": {"licence": 3}}',
+    ],
+    ids=lambda damage: damage[:30].decode("latin-1"),
+)
+def test_a_damaged_record_is_told_in_one_line_with_exit_code_4(tmp_path, trained, damage):
+    record = save_trained(tmp_path, trained) / "model.json"
+    record.write_bytes(damage)
+    with pytest.raises(
+        CheckpointError, match=r"model\.json[: ]+(damaged: |cannot be|holds|has no)"
+    ) as error:
+        load_trained(tmp_path)
+    assert error.value.exit_code == 4 and "\n" not in str(error.value)
+
+
+def test_parameters_of_another_model_than_the_record_describes_are_refused(tmp_path, trained):
+    record = save_trained(tmp_path, trained) / "model.json"
+    about = json.loads(record.read_text())
+    for changes in ({"num_layers": 3}, {"max_length": 7}, {"tie_embeddings": False}):
+        record.write_text(json.dumps(about | {"config": about["config"] | changes}))
+        with pytest.raises(CheckpointError, match=r"not those that model\.json describes: "):
+            load_trained(tmp_path)
+    record.write_text(json.dumps(about | {"kind": "scalar"}))
+    with pytest.raises(CheckpointError, match=r"not those that model\.json describes: head/bias"):
+        load_trained(tmp_path)
+
+
+def test_what_a_model_came_from_is_handed_on_through_the_stages(tmp_path, trained):
+    base = Base("Owner/Base-1B", "apache-2.0", "llama")
+    imported = trained._replace(stage="imported", base=base)
+    save_trained(tmp_path / "a", imported)
+    tuned = load_trained(tmp_path / "a")._replace(stage="sft")
+    save_trained(tmp_path / "b", tuned)
+    loaded = load_trained(tmp_path / "b")
+    assert loaded.base == base and loaded.history == ("imported", "sft")
+    assert read_record(tmp_path / "b").history == ("imported",)
+
+
+def test_a_model_is_computed_as_the_stage_says_whatever_its_folder_does(tmp_path, trained):
+    save_trained(tmp_path, trained._replace(config=dataclasses.replace(SHAPE, remat="full")))
+    assert load_trained(tmp_path, compute=ComputeConfig()).config.remat == "full"
+    chosen = ComputeConfig(dtype="bfloat16", remat="none", attention="xla")
+    config = load_trained(tmp_path, compute=chosen).config
+    assert (config.dtype, config.remat, config.attention) == ("bfloat16", "none", "xla")
 
 
 def test_a_folder_is_complete_once_its_record_is_there(tmp_path, trained, monkeypatch):

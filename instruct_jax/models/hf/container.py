@@ -64,6 +64,11 @@ def read_json(path: Path, *, longest: int = _LONGEST_JSON) -> dict[str, Any]:
     return _parse(path, text)
 
 
+def printable(text: str, longest: int = 80) -> str:
+    """The beginning of a text of a folder, on one line and in ASCII."""
+    return json.dumps(text[:longest])[1:-1]
+
+
 def open_weights(directory: Path) -> dict[str, Stored]:
     """Every tensor of a folder by name, from one file or from the files that its index names.
 
@@ -95,7 +100,8 @@ def open_weights(directory: Path) -> dict[str, Stored]:
             stored[name] = tensor
     lost = sorted(name for name, file in named.items() if _file_of(stored, name) != file)
     if lost:
-        raise UserError(f"{index}: not in the file it names: {', '.join(lost[:8])}")
+        told = ", ".join(map(printable, lost[:8]))
+        raise UserError(f"{index}: not in the file it names: {told}")
     return stored
 
 

@@ -18,7 +18,7 @@ from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.families import parameter_count
-from instruct_jax.models.hf.container import FLOATS, Stored, open_weights, read_header
+from instruct_jax.models.hf.container import FLOATS, Stored, open_weights, printable, read_header
 from instruct_jax.models.hf.folder import (
     TOKENIZER_FILES,
     find_folder,
@@ -26,7 +26,7 @@ from instruct_jax.models.hf.folder import (
     read_raw_config,
 )
 from instruct_jax.models.hf.layout import Piece, clip, parameter_shapes, pieces, sizes
-from instruct_jax.models.hf.schema import Family, Raw, read_config
+from instruct_jax.models.hf.schema import Family, Raw, read_config, shown
 from instruct_jax.models.transformer import Params
 
 HEAD_FILE = "scalar_head.safetensors"
@@ -146,7 +146,7 @@ def _vocab_size(path: Path, raw: Raw, tokenizer: Tokenizer | None, *, resize: bo
     if stored is None:
         raise KeyError("vocab_size")
     if type(stored) is not int or stored < 1:
-        raise ValueError(f"vocab_size={str(stored)[:40]} is not a size")
+        raise ValueError(f"vocab_size={shown(stored)} is not a size")
     own = raw.get("instruct_jax")
     own = own.get("vocab_size") if isinstance(own, dict) else None
     # An export of ours has PAD behind its vocabulary, where an added token would come to lie.
@@ -263,7 +263,8 @@ def _check(found: Pretrained, plan: list[Piece], stored: dict[str, Stored]) -> N
                     f"{piece.name} is {kind}{list(shape)}"
                 )
     told = [
-        f"{len(names)} {problem}: {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}"
+        f"{len(names)} {problem}: {', '.join(map(printable, sorted(names)[:8]))}"
+        f"{', ...' if len(names) > 8 else ''}"
         for problem, names in problems.items()
         if names
     ]

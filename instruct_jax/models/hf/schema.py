@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.hf.container import printable
 
 Raw = dict[str, Any]
 REQUIRED: Any = object()
@@ -175,8 +176,8 @@ def mapping(raw: Raw, name: str) -> Raw:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value of a config.json, as it may stand there."""
-    return "null" if value is None else str(value)[:40]
+    """The beginning of a value of a config.json, in one line."""
+    return "null" if value is None else printable(str(value), 40)
 
 
 def _finite(value: float) -> bool:
