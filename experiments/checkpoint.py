@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from instruct_jax.cli import hush
 from instruct_jax.errors import CheckpointError, ConfigError, RunError
 from instruct_jax.files import read_object
 from instruct_jax.training.keeping import damage_of, pin, prune, saved_steps
@@ -29,6 +30,7 @@ from instruct_jax.training.ledger import account
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; a RunError becomes one line on stderr and its exit code."""
     flags = _parse(argv)
+    hush()
     try:
         flags.command(flags, flags.workdir / "checkpoints")
     except RunError as error:

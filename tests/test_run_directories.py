@@ -476,6 +476,19 @@ def test_a_record_keeps_what_is_known_when_the_run_goes_on(launch, tmp_path):
     assert record["data"] == {"train": "ab12"} and record["config"]["fit"]["log_every"] == 3
 
 
+def test_a_run_that_was_not_taken_up_is_as_it_was(launch, tmp_path):
+    """More epochs that a mistake kept from being trained may be fewer again."""
+
+    def mistake(config, run):
+        run.record(data={"other": 1})
+        raise UserError("x")
+
+    launch()
+    before = snapshot(tmp_path / "runs/a")
+    assert launch("--config.fit.epochs=9", main=mistake) == 2
+    assert snapshot(tmp_path / "runs/a") == before
+
+
 def test_a_record_of_before_the_mark_is_taken_up(launch, tmp_path):
     launch()
     path = tmp_path / "runs/a/config.json"

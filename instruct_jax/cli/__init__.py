@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "Run",
     "describe",
     "from_config",
+    "hush",
     "load_config",
     "open_workdir",
     "resolve",
@@ -206,7 +208,11 @@ def _parse(
     flag(
         "--mesh", default="auto", help="data, fsdp, tensor, sequence: data:2,fsdp:4 (default: auto)"
     )
-    flag("--overwrite", action="store_true", help="replace the run in DIR, once this one stands")
+    flag(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in DIR (what it wrote, and no other file), once this one stands",
+    )
     flag("--host_devices", type=int, metavar="N", help="use the CPU as N devices")
     if {"-h", "--help"} & set(argv):
         flags, overrides = _help_flags(parser, argv)
@@ -247,11 +253,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return rest, overrides
 
 
+def hush() -> None:
+    """What Orbax logs with a traceback it also raises, and that is told in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
 def _configure_jax(host_devices: int | None) -> None:
     import jax  # a mistake on the command line should not wait for it
 
-    # What Orbax logs with a traceback it also raises, and that is told in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hush()
     if host_devices is not None:
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *HOST_DEVICE_FLAGS])
         jax.config.update("jax_num_cpu_devices", host_devices)

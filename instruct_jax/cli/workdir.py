@@ -120,6 +120,8 @@ def _opened(
             if fresh:
                 _take_back(workdir, record, replaced, isinstance(error, UserError))
                 _remove(made)
+            elif isinstance(error, UserError):
+                write_json(workdir / RECORD, before)  # it was not taken up with what may change
             raise
         _forget_replaced(workdir)
 

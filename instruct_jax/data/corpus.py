@@ -228,7 +228,8 @@ class Corpus:
         if not path.exists():
             hint = "every process must see the same folder"
             raise DataError("no plan of tokens here", path=path, hint=hint)
-        plan = read_object(path, "format", "files", "parts")
+        with self._named_damage(path):
+            plan = read_object(path, "format", "files", "parts")
         if plan["format"] != FORMAT:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
         remember_hashes(plan["files"])
@@ -238,10 +239,19 @@ class Corpus:
         path = self._path(i).with_suffix(".json")
         if not path.exists():
             return Journal()
-        try:
+        with self._named_damage(path):
             return Journal(**read_object(path))
-        except TypeError as error:
-            raise CheckpointError(f"{path} is no journal of tokens ({error})") from error
+
+    @contextmanager
+    def _named_damage(self, path: Path) -> Iterator[None]:
+        """CheckpointError with what to do about it."""
+        try:
+            yield
+        except (CheckpointError, TypeError) as error:
+            told = error if isinstance(error, CheckpointError) else f"{path}: {error}"
+            raise CheckpointError(
+                f"{told}; delete {self.directory}: the tokens are made again from the text"
+            ) from error
 
     def _path(self, i: int) -> Path:
         return self.directory / f"{i:05}.tokens"

@@ -24,6 +24,7 @@ from instruct_jax.data.rows import DataError
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.data.texts import pieces
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
+from instruct_jax.errors import CheckpointError
 
 TOKENIZER = train_bpe(["abc"], vocab_size=257)  # one token a byte
 WORDS = ("tea", "für", "zwei", "and", "two", "for", "tea.")
@@ -246,6 +247,16 @@ def test_other_settings_and_tokenizers_have_tokens_of_their_own(tmp_path, folder
         assert corpus.directory != first.directory
         assert corpus.rows(1).shape != first.rows(1).shape
     assert (first.rows(5)[:] == in_memory(source, "train", 5)).all()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "\x00", '{"documents": 1, "more": 2}'])
+@pytest.mark.parametrize("name", ["plan.json", "00000.json"])
+def test_a_spoilt_plan_or_journal_is_one_line_of_code_4(tmp_path, folder, name, text):
+    corpus = made(source_of(folder), tmp_path / "tokens")
+    (corpus.directory / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name) as error:
+        made(source_of(folder), tmp_path / "tokens")
+    assert "\n" not in str(error.value) and "delete" in str(error.value)
 
 
 def test_tokens_that_are_not_all_there_are_refused(tmp_path, folder, small_steps):

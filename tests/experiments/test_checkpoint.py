@@ -2,6 +2,8 @@
 
 import importlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -87,20 +89,29 @@ def test_pruning_keeps_the_pinned_step(run, capsys):
     assert f"deleted: {first}" in capsys.readouterr().out
 
 
-def test_verify_reads_the_arrays_and_the_models_beside_the_steps(run, capsys):
+def test_verify_reads_the_arrays_and_the_models_beside_the_steps(run, repository):
     """A tree whose hashes are right and that cannot be read all the same is not intact."""
-    call("verify", run)
-    assert "model: intact" in capsys.readouterr().out
+
+    def verify():
+        return subprocess.run(
+            [sys.executable, "experiments/checkpoint.py", "verify", str(run)],
+            cwd=repository,
+            env=scripts.environment(repository),
+            capture_output=True,
+            text=True,
+        )
+
+    whole = verify()
+    assert whole.returncode == 0 and "model: intact" in whole.stdout and not whole.stderr
     params = run / "model" / "params"
     for path in params.rglob("manifest.ocdbt"):
         path.unlink()
     write_manifest(params)
-    with pytest.raises(SystemExit) as exit_:
-        call("verify", run)
-    assert exit_.value.code == 4
-    out, err = capsys.readouterr()
-    assert "model: " in out and "model: intact" not in out
-    assert "damaged: model" in err and err.count("\n") == 1
+    broken = verify()
+    assert broken.returncode == 4, broken.stderr
+    assert "model: " in broken.stdout and "model: intact" not in broken.stdout
+    assert broken.stderr.endswith(f"error: {run}: damaged: model\n")
+    assert "Traceback" not in broken.stderr
 
 
 def test_a_folder_that_cannot_be_read_under_its_name_says_so(run, capsys):

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from instruct_jax.cli import replacing
 from instruct_jax.stages.stage import load_trained
 from tests.experiments import scripts
 from tests.stages.lab import same_bits
@@ -153,3 +156,32 @@ def test_a_second_run_goes_on_where_the_first_stopped_and_has_nothing_to_do(
     assert digest(workdir) == before
     again = json.loads((workdir / "report.json").read_text())
     assert again == report
+
+
+def test_every_file_of_a_run_is_known_to_overwrite(finished):
+    """R19: what --overwrite would set aside is all that is there, and a stranger is not."""
+    workdir, _ = finished
+    stranger = workdir / "sft" / "epochs" / "notes.txt"
+    stranger.write_text("mine")
+    writes = json.loads((workdir / "config.json").read_text())["writes"]
+    known = [workdir / path for path in replacing.written(workdir, writes)]
+    files = {path for path in workdir.rglob("*") if path.is_file()}
+    below = {file for file in files if any(p == file or p in file.parents for p in known)}
+    assert files - below == {stranger}
+    stranger.unlink()
+
+
+def test_parts_that_are_gone_are_run_again_under_another_name_of_the_folder(
+    finished, report, repository
+):
+    """A result that is missing, a folder that is empty, and a path that is written otherwise."""
+    workdir, _ = finished
+    (workdir / "evaluate" / "evaluation.json").unlink()
+    shutil.rmtree(workdir / "select_sft")
+    (workdir / "select_sft").mkdir()
+    printed = quickstart(repository, os.path.relpath(workdir, repository))
+    again = [part for part in PARTS if f"== {part}: done before" not in printed]
+    assert again == ["select_sft", "evaluate"]
+    now = json.loads((workdir / "report.json").read_text())
+    for result in ("win_rate_vs_sft", "gold", "selection", "samples", "pretrain_loss"):
+        assert now[result] == report[result]
