@@ -146,7 +146,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         trained.config,
         trained.params,
         tokenizer=trained.tokenizer,
-        chat_template=_chat_template(config, source, record),
+        chat_template=_chat_template(config, source, trained),
         card=card,
         family=config.family or _family(trained),
         dtype=config.dtype,
@@ -158,17 +158,11 @@ def to_hf(config: Config, run: cli.Run) -> Path:
     return folder
 
 
-def _chat_template(config: Config, source: Path, record: dict[str, Any]) -> str | None:
-    name = config.template
+def _chat_template(config: Config, source: Path, trained: TrainedModel) -> str | None:
+    """That of the template asked for, or trained on, or the one that came in with the weights."""
+    name = config.template or trained.template
     if name is None:
-        own = read_chat_template(source)
-        if own is not None:
-            return own
-        about = record.get("config")
-        data = about.get("data") if isinstance(about, dict) else None
-        name = data.get("template") if isinstance(data, dict) else None
-    if name is None:
-        return None
+        return read_chat_template(source)
     try:
         return chat_template_of(template_named(name))
     except ValueError as error:

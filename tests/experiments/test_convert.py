@@ -24,8 +24,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     model = scripts.write_model(folder / "sft" / "model")
     about = json.loads((model / "model.json").read_text())
-    (model / "model.json").write_text(json.dumps(about | {"notes": {"valid_loss": 1.5}}))
-    record = {"config": {"data": {"template": "hh"}}, "data": {"rows.jsonl": "cafe"}}
+    (model / "model.json").write_text(
+        json.dumps(about | {"notes": {"valid_loss": 1.5}, "template": "hh"})
+    )
+    record = {"config": {"sft": {"epochs": 2}}, "data": {"rows.jsonl": "cafe"}}
     (folder / "sft" / "config.json").write_text(json.dumps(record))
     scripts.launch(
         "convert", "--config=configs/convert.py:to_hf", f"--config.source={model}",

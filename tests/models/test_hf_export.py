@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax.data.templates import TEMPLATES, Turn
+from instruct_jax.data.rows import Turn
+from instruct_jax.data.templates import TEMPLATES, encode_segments
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.errors import UserError
 from instruct_jax.models import PARTITION_RULES, preset, scalar_model
@@ -22,6 +23,7 @@ from instruct_jax.models.hf import (
 )
 from instruct_jax.models.hf.container import read_header
 from instruct_jax.models.hf.schema import resolved
+from instruct_jax.models.hf.text import write_tokenizer
 from instruct_jax.models.transformer import scalar_from_language
 from instruct_jax.training.mesh import make_mesh, tree_shardings
 from tests.models.cases import GPT, language
@@ -204,24 +206,73 @@ def test_transformers_reads_the_tokenizer_with_our_pad(tmp_path, tokenizer):
         save_pretrained(tmp_path / "other", GPT, language(GPT)[1], tokenizer=tokenizer)
 
 
+DIALOGUES = {
+    "a question": [Turn("user", 'Say "hi"\n  twice: {{ x }}')],
+    "a system": [Turn("system", "Be {kind}."), Turn("user", "Who are you?")],
+    "an empty system": [Turn("system", "  "), Turn("user", "Who are you?")],
+    "two systems": [Turn("system", "Be kind."), Turn("system", "Be brief."), Turn("user", "Hi")],
+    "an answer": [Turn("user", "Say hi"), Turn("assistant", "hi")],
+    "an empty answer": [Turn("user", "Say nothing"), Turn("assistant", "")],
+    "three turns": [Turn("user", "Say hi"), Turn("assistant", "hi"), Turn("user", "Ag\u00e9in?")],
+    "four turns": [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"),
+                   Turn("assistant", "d\n")],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, tokenizer):
+    """The exported tokenizer of every template, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    loaded = {}
+    for template in TEMPLATES:
+        out = tmp_path_factory.mktemp(template.name)
+        config = dataclasses.replace(GPT, vocab_size=tokenizer.vocab_size, max_length=4096)
+        write_tokenizer(out, tokenizer, config, chat_template_of(template))
+        loaded[template.name] = AutoTokenizer.from_pretrained(out)
+    return loaded
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
-def test_the_chat_template_renders_as_the_prompt_template_does(template):
-    jinja2 = pytest.importorskip("jinja2", reason="chat templates are rendered by jinja2")
-
-    def refuse(message):
-        raise ValueError(message)
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    render = environment.from_string(chat_template_of(template)).render
-    dialogue = [Turn("system", "Be {kind}."), Turn("user", 'Say "hi"\n  twice: {{ x }}')]
-    if template.later is not None:
-        dialogue += [Turn("assistant", "hi hi"), Turn("user", "Again?")]
+def test_transformers_gives_a_dialogue_the_ids_that_the_model_was_trained_on(
+    theirs, tokenizer, template, dialogue
+):
+    """Those of `encode_segments`, EOS after every answer included, in every template of ours."""
     messages = [{"role": turn.role, "content": turn.text} for turn in dialogue]
-    expected = "".join(
-        text + ("<eos>" if is_response else "") for text, is_response in template.segments(dialogue)
-    )
-    assert render(messages=messages, eos_token="<eos>") == expected
+    render = theirs[template.name].apply_chat_template
+    try:
+        segments = template.segments(dialogue)
+    except ValueError:
+        with pytest.raises(Exception, match="single questions"):
+            render(messages)
+        return
+    text = "".join(segment.text + tokenizer.eos * segment.ours for segment in segments)
+    assert render(messages, tokenize=False) == text
+    (pieces,) = encode_segments([segments], tokenizer)
+    for generate in (False, True):
+        ids = render(messages, add_generation_prompt=generate, return_dict=False)
+        assert ids == [i for piece in pieces for i in piece]
+    assert ids.count(tokenizer.eos_id) == sum(segment.ours for segment in segments)
+
+
+@pytest.mark.parametrize(
+    "dialogue",
+    [
+        [Turn("assistant", "hi")],
+        [Turn("user", "a"), Turn("user", "b")],
+        [Turn("user", "a"), Turn("system", "b")],
+        [Turn("tool", "a")],
+    ],
+    ids=["begins with an answer", "two questions", "a late system", "another role"],
+)
+def test_what_a_template_refuses_its_export_refuses_too(theirs, dialogue):
+    messages = [{"role": turn.role, "content": turn.text} for turn in dialogue]
+    for template in TEMPLATES:
+        with pytest.raises(ValueError, match="alternate"):
+            template.segments(dialogue)
+        with pytest.raises(Exception, match="must alternate"):
+            theirs[template.name].apply_chat_template(messages)
 
 
 def test_the_card_says_what_the_record_says_and_no_more():

@@ -6,14 +6,15 @@ which is ours, and our own loader keeps its vocabulary without it.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from instruct_jax.data.templates import Template
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.hf.container import read_json
 
 CHAT_FILE = "chat_template.jinja"
+_LONGEST_TEMPLATE = 1_000_000
 
 
 def write_tokenizer(
@@ -49,22 +50,31 @@ def write_tokenizer(
 def chat_template_of(template: Template) -> str:
     """One of our prompt templates in the Jinja that transformers renders; EOS ends each answer.
 
-    A prompt ends where the answer starts, whether or not a generation prompt is asked for. A
-    template without dialogue refuses a second question.
+    What `Template.segments` refuses it refuses too, but for a text that marks a role, and an empty
+    system turn counts as absent. A prompt ends where the answer starts, whether or not a generation
+    prompt is asked for.
     """
-    later = "{{ raise_exception('this model was trained on single questions') }}"
+    later = _refusal("this model was trained on single questions")
     if template.later is not None:
         later = _pattern(template.later)
     pieces = [
+        "{%- set seen = namespace(turns=0) -%}",
         "{%- for message in messages -%}",
-        "{%- if message['role'] == 'system' -%}",
+        "{%- if message['role'] == 'system' and seen.turns == 0 -%}",
+        "{%- if message['content'].strip() -%}",
         _pattern(template.system),
+        "{%- endif -%}",
+        "{%- else -%}",
+        "{%- if message['role'] != ['user', 'assistant'][seen.turns % 2] -%}",
+        _refusal("after the system, user and assistant must alternate"),
         "{%- elif message['role'] == 'assistant' -%}",
         f"{{{{- {_quoted(template.response_prefix)} + message['content'] + eos_token -}}}}",
-        "{%- elif loop.first or (loop.previtem['role'] == 'system') -%}",
+        "{%- elif seen.turns == 0 -%}",
         _pattern(template.first),
         "{%- else -%}",
         later,
+        "{%- endif -%}",
+        "{%- set seen.turns = seen.turns + 1 -%}",
         "{%- endif -%}",
         "{%- endfor -%}",
     ]
@@ -72,14 +82,26 @@ def chat_template_of(template: Template) -> str:
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """The chat template of a folder, as text: it is passed on, never rendered here."""
+    """The chat template of a folder, as text: it is passed on, never rendered here. UserError for a
+    file that is no text.
+    """
     path = directory / CHAT_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    old: Any = directory / "tokenizer_config.json"
-    template = json.loads(old.read_text(encoding="utf-8")) if old.is_file() else {}
-    template = template.get("chat_template") if isinstance(template, dict) else None
+        if path.stat().st_size > _LONGEST_TEMPLATE:
+            raise UserError(
+                f"{path}: more than {_LONGEST_TEMPLATE:,} bytes; no template is so long"
+            )
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
+    old = directory / "tokenizer_config.json"
+    template = read_json(old).get("chat_template") if old.is_file() else None
     return template if isinstance(template, str) else None
+
+
+def _refusal(reason: str) -> str:
+    return f"{{{{ raise_exception({_quoted(reason)}) }}}}"
 
 
 def _pattern(pattern: str) -> str:
