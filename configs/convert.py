@@ -5,7 +5,8 @@
     python experiments/convert.py --config=configs/convert.py:to_hf --workdir=runs/exported \\
         --config.source=runs/sft/model
 
-from_hf    a folder or hub id -> WORKDIR/model, which every stage starts from
+from_hf    a folder or hub id -> WORKDIR/model, which every stage starts from; where tokens were
+           added to its tokenizer and not to its tables, --config.resize=True adds their rows
 to_hf      a stage's `model` folder -> WORKDIR/hf, which transformers loads
 to_hf_bf16 the same in half the bytes
 """

@@ -14,6 +14,7 @@ from instruct_jax.cli import from_config
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
 from instruct_jax.models import families
+from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.transformer import language_model
 from instruct_jax.training.optim import cosine_schedule, warmup_constant_schedule
 
@@ -49,6 +50,27 @@ def test_every_preset_opens_the_strict_door(script, name):
     field = dataclasses.fields(config)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, field, None)
+
+
+@pytest.mark.parametrize(
+    ("script", "group"),
+    [(s, "model") for s in (*STAGES, "preference", "evaluate", "collect", "select_sft")]
+    + [("compress", "compute")],
+)
+def test_how_a_model_is_computed_is_every_stage_s_to_say(script, group):
+    config_class = importlib.import_module(f"experiments.{script}").Config
+    values = load_config(f"configs/{script}.py:debug")
+    wanted = {"dtype": "bfloat16", "attention": "xla"}
+    trains = script not in ("evaluate", "collect", "select_sft")
+    wanted |= {"remat": "full"} if trains else {}
+    overrides = {f"{group}.{name}": value for name, value in wanted.items()}
+    group_of = getattr(resolve(config_class, values, overrides), group)
+    assert isinstance(group_of, ComputeConfig)
+    model = group_of.on(families.preset("mini"))
+    assert {name: getattr(model, name) for name in wanted} == wanted
+    if not trains:  # a field that cannot act is refused
+        with pytest.raises(ConfigError, match="nothing here reads it"):
+            resolve(config_class, values, {f"{group}.remat": "full"})
 
 
 @pytest.mark.parametrize("script", STAGES)

@@ -205,12 +205,15 @@ def test_a_card_names_base_licence_and_stages_and_no_path_of_this_machine(tmp_pa
     rows = scripts.write_rows(secret / "data")
     scripts.launch("sft", "--config=configs/sft.py:debug", "--config.data.source=files",
                    f"--config.init={secret / 'in/model'}", "--config.sft.epochs=0.1",
-                   "--config.data.valid_fraction=0.2",
+                   "--config.data.valid_fraction=0.2", "--config.model.dtype=bfloat16",
+                   "--config.model.remat=products", "--config.model.attention=xla",
                    f"--config.data.demonstrations={rows['demonstrations']}",
                    f"--workdir={secret / 'sft'}")  # fmt: skip
     scripts.launch("convert", "--config=configs/convert.py:to_hf",
                    f"--config.source={secret / 'sft/model'}",
                    f"--workdir={secret / 'card'}")  # fmt: skip
+    tuned = load_trained(secret / "sft/model").config
+    assert (tuned.dtype, tuned.remat, tuned.attention) == ("bfloat16", "products", "xla")
     card = (secret / "card/hf/README.md").read_text()
     assert "base_model: Owner/Base-1B" in card and "Trained from `Owner/Base-1B`" in card
     assert "license: apache-2.0" in card and "`imported`, `sft`" in card
