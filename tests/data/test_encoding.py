@@ -160,3 +160,116 @@ def test_a_long_chat_loses_its_oldest_turns_and_is_counted(caplog):
         "1 responses cut",
     ):
         assert told in caplog.text
+
+
+# --- dialogues -----------------------------------------------------------------------------------
+
+
+def test_a_turn_of_weight_0_is_no_target():
+    """And a dialogue that has no other is not trained on."""
+    turns = (
+        Turn("user", "U"),
+        Turn("assistant", "one", target=False),
+        Turn("user", "V"),
+        Turn("assistant", "two"),
+    )
+    lengths = {"prompt_length": 80, "response_length": 10}
+    arrays = encode_dialogues([Dialogue(turns)], TOKENIZER, all_turns=True, **lengths)
+    assert arrays["tokens"][0][arrays["loss_mask"][0]].tolist() == [*ids("two"), EOS]
+    last = (*turns[:3], Turn("assistant", "two", target=False))
+    with pytest.raises(
+        DataError, match="none of 1 dialogues is left: 1 dropped, whose last answer"
+    ):
+        encode_dialogues([Dialogue(last)], TOKENIZER, **lengths)
+
+
+class Counted:
+    """TOKENIZER, with the characters that it was asked to encode."""
+
+    eos_id, pad_id, characters = EOS, PAD, 0
+
+    def encode_batch(self, texts):
+        self.characters += sum(map(len, texts))
+        return TOKENIZER.encode_batch(texts)
+
+
+@pytest.mark.parametrize("turns", [40, 80])
+@pytest.mark.parametrize("length", [200, 1000, 20_000])
+def test_a_dialogue_is_encoded_in_time_that_grows_with_its_length(turns, length):
+    """Each turn once, and those that may come first when older ones are left out once more."""
+    row = Dialogue(tuple(Turn(("user", "assistant")[i % 2], "x" * 100) for i in range(turns)))
+    counted = Counted()
+    encode_dialogues([row], counted, prompt_length=length, response_length=200)
+    text = sum(len(segment.text) for segment in CHAT.segments(row.turns))
+    assert text <= counted.characters <= text + 2 * len(CHAT.first + "x" * 100)
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+def test_completions_that_are_equal_once_cut_are_dropped_and_counted(caplog):
+    """Two of one text with different ranks would teach noise."""
+    rows = [
+        Comparison("p", ("abcd", "abce"), (0, 1)),
+        Comparison("q", ("abcd", "abce", "x", "y"), (0, 1, 2, 3)),
+        Comparison("r", ("abcd", "abce", "x"), (0, 0, 1)),
+    ]
+    with caplog.at_level(logging.WARNING):
+        arrays = encode_comparisons(
+            rows, TOKENIZER, completions=4, prompt_length=2, response_length=3, group="config.dpo"
+        )
+    assert arrays["index"].tolist() == [1, 2]
+    assert arrays["where"].tolist() == [[False, False, True, True], [True, True, True, False]]
+    assert arrays["ranks"].tolist() == [[0, 0, 2, 3], [0, 0, 1, 0]]
+    assert arrays["mask"].sum().tolist() == [[0, 0, 3, 3], [4, 4, 3, 0]]
+    assert (
+        "4 completions dropped, equal to one of another rank (raise config.dpo.response_length"
+    ) in caplog.text
+
+
+def test_where_nothing_is_left_the_field_to_raise_is_named():
+    lengths = {"prompt_length": 2, "response_length": 2, "group": "config.sft"}
+    long, told = "abcde", r"none of 3 .*raise config.sft.prompt_length: 5 is enough"
+    for encode, row, more in [
+        (encode_demonstrations, Demonstration(long, "x"), {}),
+        (encode_comparisons, Comparison(long, ("x", "y"), (0, 1)), {"completions": 2}),
+    ]:
+        with pytest.raises(DataError, match=told):
+            encode([row] * 3, TOKENIZER, **lengths, **more)
+        left = encode([row] * 3, TOKENIZER, **lengths, **more, required=False)
+        assert len(left["tokens"]) == 0 and np.asarray(left["tokens"]).shape[-1] == 4
+        assert len(encode([], TOKENIZER, **lengths, **more)["tokens"]) == 0
+    with pytest.raises(DataError, match=told):
+        encode_prompts([Prompt(long)] * 3, TOKENIZER, prompt_length=2, group="config.sft")
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def test_single_completions_have_labels_and_ranked_ones_what_their_ranks_say():
+    rows = [
+        Comparison("p", ("a",), (0,), label=True),
+        Comparison("q", ("a",), (0,), label=False),
+        Comparison("r", ("a", "b", "c"), (1, 0, 1)),
+    ]
+    lengths = {"prompt_length": 2, "response_length": 3, "completions": 3}
+    arrays = encode_comparisons(rows, TOKENIZER, **lengths)
+    assert arrays["labels"].tolist() == [[1, 0, 0], [-1, 0, 0], [-1, 1, -1]]
+    assert arrays["where"].sum(1).tolist() == [1, 1, 3]
+    assert "labels" not in encode_comparisons(rows[2:], TOKENIZER, **lengths)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_rows_take_the_memory_of_their_tokens_not_of_their_padding():
+    """At the reward model's default lengths and nine completions: 1.84 GB for 20,000 pairs once."""
+    rows = [Comparison(f"p{i:04}", ("ab", "cde"), (0, 1)) for i in range(2_000)]
+    arrays = encode_comparisons(
+        rows, TOKENIZER, completions=9, prompt_length=1024, response_length=1024
+    )
+    tokens = arrays["mask"].sum().sum()
+    assert tokens == 2_000 * (5 + 3 + 5 + 4)
+    assert sum(array.nbytes for array in arrays.values()) < 25 * tokens
+    assert arrays["tokens"].shape == (2_000, 9, 2048)
+    assert arrays["tokens"][[3, 7]].shape == (2, 9, 2048)

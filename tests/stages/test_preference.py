@@ -283,6 +283,51 @@ def test_the_reference_point_moves_no_parameter():
     np.testing.assert_allclose(whole, wanted, atol=1e-6)
 
 
+def labelled(count, *, better=None, seed=0):
+    """Single completions, approved of where `better` says so, or every other one."""
+    rows = comparisons(count, k=1, seed=seed)
+    starts = rows["prompt_lengths"]
+    responses = [rows["tokens"][n, 0][rows["mask"][n, 0]][starts[n] :] for n in range(count)]
+    good = [n % 2 == 0 if better is None else better(r) for n, r in enumerate(responses)]
+    return rows | {"labels": np.where(good, 1, -1)[:, None].astype(np.int32)}
+
+
+def test_kto_of_single_completions_is_the_published_loss():
+    """Their labels, and the reference point of completions of other prompts."""
+    config, rows = config_of("kto"), labelled(6)
+    batch = batch_of(config, rows)
+    loss, _, metrics = loss_and_gradient(config, on_device(batch))
+    log_probs, _ = branch_log_probs(MODEL, labs.policy_params(), on_device(batch))
+    kl = losses.kto_reference_kl(log_probs[:, -1], jnp.asarray(batch["reference"][:, -1]))
+    wanted = losses.kto_loss(
+        log_probs[:, 0],
+        jnp.asarray(batch["reference"][:, 0]),
+        jnp.asarray(rows["labels"][:, 0] > 0),
+        kl,
+        beta=config.beta,
+    )
+    assert loss == pytest.approx(float(wanted.mean()), rel=1e-5)
+    ratios = config.beta * (np.asarray(log_probs)[:, 0] - batch["reference"][:, 0])
+    for name, mine in (("desirable", ratios[::2]), ("undesirable", ratios[1::2])):
+        assert float(metrics[f"reward_{name}"]) == pytest.approx(mine.mean(), abs=1e-5)
+
+
+def test_labels_say_what_ranks_would():
+    """Of two completions of a prompt, one approved of, the loss is that of the pair."""
+    config, rows = config_of("kto"), comparisons(6, k=2)
+    labels = np.where(rows["ranks"] == 0, 1, -1).astype(np.int32)
+    ranked, told = (batch_of(config, r) for r in (rows, rows | {"labels": labels}))
+    first, second = (loss_and_gradient(config, on_device(batch)) for batch in (ranked, told))
+    assert first[0] == second[0]
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kto"])
+def test_no_other_loss_takes_single_completions(kind):
+    with pytest.raises(ConfigError, match=rf"preference.loss={kind} learns .*loss=kto"):
+        read_by(config_of(kind), labelled(4))
+
+
 def test_kto_on_one_prompt_is_refused():
     with pytest.raises(ConfigError, match="at least two prompts"):
         read_by(config_of("kto"), comparisons(1))

@@ -249,6 +249,13 @@ def test_samples_can_be_given_mean_zero_and_deviation_one(demonstrations):
     assert normalise(MODEL, raw, {}, kind="none") is raw
 
 
+def test_single_completions_with_a_label_are_refused(tmp_path):
+    """They are in no pair: the loss would be that of nothing."""
+    rows = comparisons(4) | {"labels": np.ones((4, K), np.int32)}
+    with pytest.raises(ConfigError, match=r"a reward model learns .*preference.loss=kto"):
+        reward_model.train(CONFIG, MODEL, None, rows, standard={}, mesh=ONE, workdir=tmp_path)
+
+
 def test_a_zero_point_needs_rows(tmp_path, rows):
     with pytest.raises(ConfigError, match="normalisation 'demo_mean' needs rows"):
         reward_model.train(
