@@ -33,7 +33,7 @@ from instruct_jax.settings import NEVER
 from instruct_jax.stages.stage import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = ("comparisons.jsonl", "labelers.json")
+WRITES = ("comparisons.jsonl", "comparisons.jsonl.sha256", "labelers.json")
 
 
 @dataclass(frozen=True)

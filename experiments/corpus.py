@@ -34,7 +34,7 @@ SHARD_BYTES = 250_000_000
 
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = ("corpus.json", "text/#.jsonl")
+WRITES = ("corpus.json", "text/#.jsonl", "text/#.jsonl.sha256")
 
 
 @dataclass(frozen=True)

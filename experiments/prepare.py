@@ -31,7 +31,10 @@ READERS = {
 
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = ("train.jsonl", "valid.jsonl", "test.jsonl", "statistics.txt")
+WRITES = (
+    *(f"{split}.jsonl{suffix}" for split in ("train", "valid", "test") for suffix in ("", ".sha256")),
+    "statistics.txt",
+)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ the rest of a file cannot be trusted (a broken archive, a broken JSON array) is 
 """
 
 import datetime
-import difflib
 import glob
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from instruct_jax.data import hub
 from instruct_jax.data.jsonrows import json_rows
 from instruct_jax.data.packed import PACKED, kind_of_file, open_data
 from instruct_jax.data.records import Record, Stream
-from instruct_jax.data.rows import DataError
+from instruct_jax.data.rows import HASH_SUFFIX, DataError
 from instruct_jax.data.tables import csv_rows, parquet_rows
 from instruct_jax.data.texts import Split, text_rows
 
@@ -93,7 +93,9 @@ def _found(name: str) -> list[Path]:
         if not files:
             raise DataError("no file matches", path=name)
         return files
-    raise DataError("no such file", path=name, hint=_nearest(name))
+    near = hub.nearest_path(name)
+    hint = f'did you mean "{near}"?' if near else None
+    raise DataError("no such file", path=name, hint=hint)
 
 
 def _matched(name: str) -> list[Path]:
@@ -135,29 +137,35 @@ def _kind(name: str) -> str | None:
         return None
 
 
-def _nearest(name: str) -> str | None:
-    path = Path(name)
-    siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    return f'did you mean "{path.with_name(close[0])}"?' if close else None
-
-
 def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
     """sha256 of every file of a path, glob or folder, by its path; a hub id has none to give."""
     if hub.is_hub_id(os.fspath(source)):
         return {os.fspath(source): "hub"}
-    hashes = {}
-    for path in list_files(source):
-        try:
-            stat = path.stat()
-            known = (str(path), stat.st_size, stat.st_mtime_ns)
-            if known not in _SHA256:
-                with open(path, "rb") as file:
-                    _SHA256[known] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
-        hashes[str(path)] = _SHA256[known]
-    return hashes
+    return {str(path): _hash(path) for path in list_files(source)}
+
+
+def _hash(path: Path) -> str:
+    try:
+        stat = path.stat()
+        known = (str(path), stat.st_size, stat.st_mtime_ns)
+        if known not in _SHA256:
+            with open(path, "rb") as file:
+                _SHA256[known] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", path=path) from error
+    return _SHA256[known]
+
+
+def _check_hash(path: Path) -> None:
+    """DataError for a file that is not the one whose sha256 stands beside it (`write_rows`)."""
+    beside = path.with_name(path.name + HASH_SUFFIX)
+    if beside.is_file():
+        with open_data(beside) as file:
+            said = re.match(rb"([0-9a-f]{64})\s", file.read(65))
+        if said and said[1].decode() != _hash(path):
+            reason = f"not the file that {beside.name} is of: cut short, or changed since"
+            hint = f"if you changed it, delete {beside.name}; else copy both again"
+            raise DataError(reason, path=path, hint=hint)
 
 
 def remember_hashes(plan: Mapping[str, Mapping[str, Any]]) -> None:
@@ -182,6 +190,7 @@ def _file_records(path: Path, split: Split, watch: Callable[[BinaryIO], object] 
     suffix = _suffix(path)
     if suffix not in _SUFFIXES:
         raise DataError("unknown kind of file", path=path, hint=_kinds())
+    _check_hash(path)
     if suffix == ".parquet":
         if path.suffix.lower() in PACKED:
             raise DataError("Parquet is packed in itself", path=path, hint="unpack it")

@@ -16,6 +16,7 @@ from instruct_jax.data import hub
 from instruct_jax.data.files import find_files
 
 NOT_STATED = "not stated"
+_MOST = 2**22  # characters of a file about others
 
 # As their cards said in 2026.
 _OF_HUB_IDS = {
@@ -43,21 +44,21 @@ def find_licences(source: str | os.PathLike[str]) -> dict[str, str]:
 
 def _of_file(path: Path) -> str | None:
     beside = path.with_name(path.name + ".license")
-    if beside.is_file():
-        lines = beside.read_text(encoding="utf-8").strip().splitlines()
+    if (text := _text_of(beside)) is not None:
+        lines = text.strip().splitlines()
         return lines[0].removeprefix("SPDX-License-Identifier:").strip() if lines else None
     folder = path if path.is_dir() else path.parent
     for above in (folder, *folder.resolve().parents[:2]):
         manifest = above / "MANIFEST.md"
-        if manifest.is_file():
-            return _of_manifest(manifest, path.resolve())
+        if (text := _text_of(manifest)) is not None:
+            return _of_manifest(text, above, os.path.realpath(path))
     return _of_card(folder / "README.md")
 
 
-def _of_manifest(manifest: Path, path: Path) -> str | None:
+def _of_manifest(text: str, folder: Path, path: str) -> str | None:
     """The licence in the row of `path`, whose "file" is relative to the manifest's folder."""
     columns: list[str] = []
-    for line in manifest.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         if not line.startswith("|"):
             continue
         cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
@@ -66,14 +67,23 @@ def _of_manifest(manifest: Path, path: Path) -> str | None:
             columns = [name.replace("license", "licence") for name in lower]
         elif columns and len(cells) == len(columns):
             row = dict(zip(columns, cells, strict=True))
-            if (manifest.parent / row["file"]).resolve() == path:
+            if os.path.realpath(folder / row["file"].replace("\0", "")) == path:
                 return row["licence"]
     return None
 
 
 def _of_card(card: Path) -> str | None:
-    if not card.is_file():
-        return None
-    front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    front = _FRONT_MATTER.match(_text_of(card) or "")
     found = _LICENCE.search(front[1]) if front else None
     return found[1].strip() if found else None
+
+
+def _text_of(path: Path) -> str | None:
+    """A file that may be there; what it does not say readably, nobody said."""
+    try:
+        if not path.is_file():
+            return None
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(_MOST)
+    except OSError:
+        return None

@@ -7,6 +7,7 @@ contributor, use case, the hidden task of a judge; nothing in training reads it.
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from instruct_jax.errors import UserError
 
 Meta = Mapping[str, Any]
+HASH_SUFFIX = ".sha256"
 _EXCERPT, _REASON = 60, 300  # characters that a message shows at most
 
 
@@ -161,7 +163,9 @@ def _printable(text: str) -> str:
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     """Writes JSONL (gzip when the name ends in .gz) that the readers read back equal; how many.
 
-    The file appears whole or not at all: it is written beside its place and then moved there.
+    The file appears whole or not at all: it is written beside its place and then moved there. Its
+    sha256 stands in FILE.sha256, as `sha256sum` writes it: a copy that was cut at the end of a line
+    is whole by its looks, and the readers tell it by that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +180,14 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
                     line = json.dumps(_record(row), ensure_ascii=False)
                     packed.write(line.encode("utf-8") + b"\n")
                     count += 1
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # Between these steps there is no hash, never a wrong one.
+        beside = path.with_name(path.name + HASH_SUFFIX)
+        beside.unlink(missing_ok=True)
         temporary.replace(path)
+        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+        temporary.replace(beside)
     finally:
         temporary.unlink(missing_ok=True)
     return count

@@ -318,7 +318,22 @@ def test_written_rows_are_read_back_equal(tmp_path, name, read, rows):
     first = path.read_bytes()
     write_rows(path, rows)
     assert path.read_bytes() == first
-    assert list(path.parent.iterdir()) == [path]
+    assert {file.name for file in path.parent.iterdir()} == {name, f"{name}.sha256"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_copy_of_written_rows_that_is_cut_at_the_end_of_a_line_is_refused(tmp_path, name):
+    path = tmp_path / name
+    write_rows(path, [Comparison(f"p{i}", ("a", "b"), (0, 1)) for i in range(3)])
+    zipped = path.suffix == ".gz"
+    lines = (gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()).splitlines(True)
+    cut = b"".join(lines[:2])
+    path.write_bytes(gzip.compress(cut) if zipped else cut)
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(DataError, match=rf"{name}.sha256 is of: cut short.*delete {name}.sha"):
+            read_comparisons(path, on_bad_row=on_bad_row)
+    (tmp_path / f"{name}.sha256").unlink()
+    assert len(read_comparisons(path)) == 2
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -327,7 +342,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_rows(path, [Document("new"), Document("\ud800")])
     assert read_documents(path) == [Document("old")]
-    assert list(tmp_path.iterdir()) == [path]
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.sha256"}
 
 
 def test_an_array_a_table_and_lines_give_the_same_rows(tmp_path):

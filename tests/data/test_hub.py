@@ -67,13 +67,23 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch, tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
-    """A hub on this machine that knows the data set owner/known only."""
+    """A hub on this machine that knows owner/known, owner/gated and, with a token, owner/private.
+
+    Gives the list of what was asked: (name, token).
+    """
     from huggingface_hub import constants
 
+    asked = []
+
     class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_response(200 if self.path == "/api/datasets/owner/known" else 404)
+        def do_GET(self):
+            name, token = self.path.removeprefix("/api/datasets/"), self.headers["Authorization"]
+            asked.append((name, token))
+            known = name in ("owner/known", "owner/gated") or (name == "owner/private" and token)
+            self.send_response(200 if known else 401)
             self.end_headers()
+            if known:
+                self.wfile.write(json.dumps({"gated": name == "owner/gated" and "auto"}).encode())
 
         def log_message(self, *_):
             pass
@@ -83,8 +93,10 @@ def endpoint(monkeypatch, tmp_path):
         thread.start()
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setattr(hub, "_said", set())
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        yield
+        yield asked
         server.shutdown()
         thread.join()
 
@@ -94,12 +106,75 @@ def test_a_data_set_that_the_hub_does_not_know_is_told_at_once(endpoint):
         read_demonstrations("owner/other")
 
 
+def test_a_mistyped_name_is_asked_for_without_the_token_and_said_first(endpoint, capsys):
+    with pytest.raises(DataError, match="neither a path nor a public hub data set"):
+        read_demonstrations("owner/other")
+    assert endpoint == [("owner/other", None)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "asking http://127.0.0.1" in line and '"owner/other"' in line
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens", "asked"),
+    [
+        ("owner/known", [False], [("owner/known", None)]),
+        ("owner/gated", [None], [("owner/gated", None)]),
+        ("owner/private", [], [("owner/private", None)]),
+        (
+            "hf:owner/private",
+            [None],
+            [("owner/private", None), ("owner/private", "Bearer hf_secret")],
+        ),
+    ],
+)
+def test_the_token_goes_only_where_the_hub_or_the_user_asks_for_it(
+    endpoint, monkeypatch, source, tokens, asked
+):
+    import datasets
+
+    used = []
+
+    def load_dataset(*_, split, token):
+        used.append(token)
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if tokens:
+        assert len(read_demonstrations(source)) == 3
+    else:
+        with pytest.raises(DataError, match="a private data set is hf:owner/private"):
+            read_demonstrations(source)
+    assert (used, endpoint) == (tokens, asked)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_offline_means_that_nothing_is_asked(endpoint, monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, so the hub was not asked"):
+        read_demonstrations("owner/known")
+    assert endpoint == [] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mistyped", ["data/rwos", "dat/rows", "date/rows", "data/row"])
+def test_a_name_near_a_local_path_is_not_taken_to_the_hub(
+    endpoint, monkeypatch, tmp_path, mistyped
+):
+    folder = tmp_path / "here" / "data"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(DataError, match=r'no such (path|file).*did you mean "data/rows.jsonl"'):
+        read_demonstrations(mistyped)
+    assert endpoint == []
+
+
 def test_a_hub_data_set_is_read_with_its_config_and_split(endpoint, monkeypatch):
     import datasets
 
     asked = []
 
-    def load_dataset(name, config, *, split):
+    def load_dataset(name, config, *, split, token):
+        assert token is False
         asked.append((name, config, split))
         if config == "broken":
             raise RuntimeError("a long story\nwith a trace")
