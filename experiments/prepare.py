@@ -32,7 +32,11 @@ READERS = {
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = (
-    *(f"{split}.jsonl{suffix}" for split in ("train", "valid", "test") for suffix in ("", ".sha256")),
+    *(
+        f"{split}.jsonl{suffix}"
+        for split in ("train", "valid", "test")
+        for suffix in ("", ".sha256")
+    ),
     "statistics.txt",
 )
 

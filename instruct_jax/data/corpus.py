@@ -273,7 +273,11 @@ def _files_of(name: str) -> dict[str, dict[str, Any]]:
     """Size in bytes and time of change of the files behind a name; a hub id has none to give."""
     if hub.is_hub_id(name):
         return {name: {"size": 0, "mtime_ns": 0}}
-    stats = {str(path): path.stat() for path in list_files(name)}
+    try:
+        stats = {str(path): path.stat() for path in list_files(name)}
+    except OSError as error:  # gone since it was listed
+        reason = f"cannot be read: {error.strerror or error}"
+        raise DataError(reason, path=error.filename or name) from error
     return {path: {"size": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats.items()}
 
 

@@ -89,10 +89,15 @@ def _found(name: str) -> list[Path]:
         raise DataError(f"{kind}, not a file", path=name)
     if glob.has_magic(name):
         matches = sorted(glob.glob(name, recursive=True))
+        if "**" in name:  # goes round and round where a link leads back up
+            matches = list({os.path.realpath(match): match for match in reversed(matches)}.values())
+            matches.reverse()
         files = [path for match in matches for path in _matched(match)]
         if not files:
             raise DataError("no file matches", path=name)
         return files
+    if os.path.islink(name):
+        return _matched(name)
     near = hub.nearest_path(name)
     hint = f'did you mean "{near}"?' if near else None
     raise DataError("no such file", path=name, hint=hint)

@@ -69,6 +69,7 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["error", "skip"]
 # Reasons that a verdict lists; sets of columns and reasons that are remembered of a file.
 _SHOWN, _KNOWN = 8, 1000
+_HOPELESS = 10_000  # bad rows without a good one: the wrong file
 T = TypeVar("T", Document, Demonstration, Comparison, Prompt, Dialogue)
 
 
@@ -286,8 +287,11 @@ def _stream(
                     made = _convert(record, kinds, convert, formats, report)
                 except DataError as error:
                     if on_bad_row == "error":
-                        raise error.or_skip() from None
+                        a_row = formats or isinstance(record, DataError)  # else: the whole file
+                        raise (error.or_skip() if a_row else error) from None
                     last_error = error
+                    if report.rows == 0 and report.bad.total() >= _HOPELESS:
+                        break
                     known = error.reason in report.bad or len(report.bad) < _KNOWN
                     report.bad[error.reason if known else "other reasons"] += 1
                     continue

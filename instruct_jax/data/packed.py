@@ -21,8 +21,10 @@ from typing import Any, BinaryIO
 from instruct_jax.data.rows import DataError
 
 # Text and tables are packed three- to tenfold, repetitive logs perhaps fiftyfold.
-MAX_RATIO = 200
-ALWAYS_FINE = 256 * 2**20  # bytes
+MAX_RATIO = 100
+ALWAYS_FINE = 64 * 2**20  # bytes
+
+MAX_RUN = 2**20  # bytes of one value and nothing else
 
 _BUFFER = 2**18
 _SIGNATURES = (
@@ -102,17 +104,19 @@ def unpacked_limit(size: int) -> int:
     return ALWAYS_FINE + MAX_RATIO * size
 
 
-def bomb(path: Path) -> DataError:
-    """What is said of a file that unpacks to more."""
-    reason = f"unpacks to more than {MAX_RATIO} times its size, as no text does"
+def bomb(path: Path, reason: str = f"unpacks to more than {MAX_RATIO} times its size") -> DataError:
+    """What is said of a file that unpacks to what no text is."""
     return DataError(reason, path=path, hint="if it is good, unpack it and name what comes out")
 
 
 class _Bounded(io.RawIOBase):
-    """The bytes of `plain`, and a DataError where they are more than `limit`."""
+    """The bytes of `plain`, and a DataError where they are more than `limit`, or where one byte is
+    repeated without end: millions of empty lines take their time.
+    """
 
     def __init__(self, plain: Any, limit: int, path: Path) -> None:
         self._plain, self._left, self._path = plain, limit, path
+        self._run = 0
 
     def readable(self) -> bool:
         return True
@@ -122,6 +126,9 @@ class _Bounded(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise bomb(self._path)
+        self._run = self._run + len(data) if data.count(data[:1]) == len(data) else 0
+        if self._run > MAX_RUN:
+            raise bomb(self._path, f"unpacks to more than {MAX_RUN // 2**20} MiB of one byte")
         buffer[: len(data)] = data
         return len(data)
 
@@ -140,11 +147,11 @@ def _check_start(start: bytes, path: Path) -> None:
     for signature, kind, suffix in _SIGNATURES:
         if re.match(signature, start):
             hint = f"name it {path.name}{suffix}" if suffix != ".parquet" else "name it .parquet"
-            raise DataError(f"a {kind} file by its first bytes", path=path, hint=hint)
+            raise DataError(f"its first bytes are those of {kind}", path=path, hint=hint)
     if start.startswith(b"version https://git-lfs.github.com/"):
         raise DataError("a Git LFS pointer, not the data", path=path, hint="git lfs pull")
     if start.startswith(b"PK\x03\x04"):
-        raise DataError("a zip archive by its first bytes", path=path, hint="unzip it")
+        raise DataError("its first bytes are those of zip", path=path, hint="unzip it")
     every_other_is_zero = {start[:8:2].count(0), start[1:8:2].count(0)} == {0, 4}
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or every_other_is_zero:
         hint = "the file is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8"

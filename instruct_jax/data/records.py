@@ -95,8 +95,8 @@ def not_json(
     elif hint is None and at >= len(text.rstrip()):
         hint = "one whole JSON object a line, or one array of objects a file"
     line, column = position(text, at, line, column)
-    deep = isinstance(error, RecursionError)
-    reason = _TOO_DEEP if deep else f"not JSON: {getattr(error, 'msg', error)}"
+    reason = f"not JSON: {getattr(error, 'msg', 'a number of thousands of digits')}"
+    reason = _TOO_DEEP if isinstance(error, RecursionError) else reason
     near = text[max(0, at - 20) : at + 60]
     return DataError(reason, path=path, line=line, column=column, excerpt=near, hint=hint)
 

@@ -16,7 +16,7 @@ from instruct_jax.data.rows import DataError
 
 _DELIMITERS = ",;\t|"
 _SEP = re.compile(r"sep=([,;\t|])\r?\n?")  # the first line of a file that Excel is to open
-_BATCH_ROWS, _BATCH_BYTES = 4096, 64 * 2**20
+_BATCH_ROWS, _BATCH_BYTES, _LEAST_ROWS = 4096, 64 * 2**20, 8
 
 
 def csv_rows(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
@@ -133,7 +133,7 @@ def _batch_rows(path: Path, metadata: Any) -> int:
     named = [c.total_uncompressed_size for c in columns if c.has_dictionary_page]
     a_row = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
     largest = max([a_row, *named, 1])
-    return min(max(_BATCH_BYTES // largest, 1), _BATCH_ROWS)
+    return min(max(_BATCH_BYTES // largest, _LEAST_ROWS), _BATCH_ROWS)
 
 
 def _first_line(text: str) -> str:

@@ -91,7 +91,7 @@ def _blocks(
             first, length = number, 0
         if isinstance(line, DataError):
             bad = bad or line
-            line = "\ufffd"
+            line = "\ufffd\n"
         block.append(line)
         length += len(line)
         empty = line == "\n" and len(block) > 1 and length - 2 >= size
