@@ -279,7 +279,7 @@ class FileSource:
         """The documents, and the demonstrations where there are any."""
         yield from (row.text for row in self.text("train"))
         if self.config.demonstrations:
-            # By a source of their own: what a tokenizer learns from is of no template.
+            # By a source of its own: a model that is not fine-tuned yet is of no template.
             rows = FileSource(self.config, self._wanted).demonstrations("train")
             yield from (plain_text(row.prompt) + row.response for row in rows)
 

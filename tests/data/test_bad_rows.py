@@ -56,6 +56,11 @@ LAYOUTS = {
         },
         "chosen",
     ),
+    "unpaired": (
+        read_comparisons,
+        {"prompt": "ask", "completion": "reply", "label": True},
+        "completion",
+    ),
     "kwise": (
         read_comparisons,
         {"prompt": "ask", "completions": ["reply", "other"], "ranks": [0, 1]},
