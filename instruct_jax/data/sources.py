@@ -110,8 +110,8 @@ class DataConfig(Settings):
     test_fraction: float | None = setting(
         None, "share held out for evaluation; none: as valid_fraction", low=0.0, below=1.0
     )
-    valid: RowFiles = RowFiles()
-    test: RowFiles = RowFiles()
+    valid: RowFiles = setting(RowFiles(), "files of validation alone", needs="source=files")
+    test: RowFiles = setting(RowFiles(), "files of evaluation alone", needs="source=files")
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "whether a row that cannot be used ends the run, or is left out and counted"
     )
