@@ -364,10 +364,15 @@ draw(
 axes[5][0].set_ylim(top=10)  # room for the legend
 draw(
     axes[6],
-    "truncated_importance_weights",
+    "sampler_mismatch_weights",
     "learner / sampler probability",
     ratio,
-    {"cap 2 (no gradient)": lambda x: losses.truncated_importance_weights(old + jnp.log(x), old)},
+    {
+        f"{outside}, at most 2 (no gradient)": lambda x, outside=outside: (
+            losses.sampler_mismatch_weights(old + jnp.log(x), old, outside=outside)
+        )
+        for outside in ("truncate", "mask")
+    },
     mark=1.0,
 )
 draw(

@@ -13,6 +13,9 @@ from instruct_jax.losses.chunked import (
     chunked_token_log_probs,
     chunked_token_statistics,
 )
+from instruct_jax.losses.chunked_distillation import (
+    chunked_divergence,
+)
 from instruct_jax.losses.distillation import (
     forward_kl,
     generalized_jsd,
@@ -21,9 +24,6 @@ from instruct_jax.losses.distillation import (
 from instruct_jax.losses.group import (
     critic_free_advantages,
     grpo_advantages,
-    grpo_loss,
-    gspo_loss,
-    reinforce_loss,
     reinforce_plus_plus_advantages,
     rloo_advantages,
 )
@@ -46,33 +46,42 @@ from instruct_jax.losses.masked import (
     reduce_loss,
     sum_and_count,
 )
+from instruct_jax.losses.mismatch import (
+    sampler_mismatch_weights,
+)
 from instruct_jax.losses.overoptimization import (
     GoldFit,
     fit_gold_scores,
     gold_score,
     peak_distance,
 )
+from instruct_jax.losses.policy_gradient import (
+    cispo_loss,
+    grpo_loss,
+    gspo_loss,
+    gspo_token_loss,
+    reinforce_loss,
+    sapo_loss,
+)
 from instruct_jax.losses.ppo import (
-    clip_scores,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    generalized_advantages,
-    kl_shaped_rewards,
-    missing_eos_scores,
     policy_clipped,
-    truncated_importance_weights,
     value_clipped,
 )
 from instruct_jax.losses.preference import (
     dpo_loss,
     dpo_sft_loss,
-    implicit_rewards,
     ipo_loss,
     kto_loss,
     kto_reference_kl,
     robust_dpo_loss,
     sequence_log_probs,
+)
+from instruct_jax.losses.preference_family import (
+    implicit_rewards,
+    preference_loss,
 )
 from instruct_jax.losses.reference_free import (
     cpo_loss,
@@ -90,6 +99,12 @@ from instruct_jax.losses.reward import (
     plackett_luce_loss,
     ranking_loss,
 )
+from instruct_jax.losses.shaping import (
+    clip_scores,
+    generalized_advantages,
+    kl_shaped_rewards,
+    missing_eos_scores,
+)
 
 __all__ = [
     "CrossEntropySum",
@@ -101,9 +116,11 @@ __all__ = [
     "best_of_n_kl",
     "centering_loss",
     "chunked_cross_entropy_sum",
+    "chunked_divergence",
     "chunked_next_token_loss",
     "chunked_token_log_probs",
     "chunked_token_statistics",
+    "cispo_loss",
     "clip_scores",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -122,6 +139,7 @@ __all__ = [
     "grpo_advantages",
     "grpo_loss",
     "gspo_loss",
+    "gspo_token_loss",
     "implicit_rewards",
     "ipo_loss",
     "kl_estimate",
@@ -140,6 +158,7 @@ __all__ = [
     "peak_distance",
     "plackett_luce_loss",
     "policy_clipped",
+    "preference_loss",
     "ranking_loss",
     "reduce_loss",
     "reinforce_loss",
@@ -147,12 +166,13 @@ __all__ = [
     "reverse_kl",
     "rloo_advantages",
     "robust_dpo_loss",
+    "sampler_mismatch_weights",
+    "sapo_loss",
     "sequence_log_probs",
     "simpo_loss",
     "sum_and_count",
     "token_cross_entropy",
     "token_entropy",
     "token_log_probs",
-    "truncated_importance_weights",
     "value_clipped",
 ]

@@ -1,9 +1,8 @@
 r"""The rules behind `chunked.py`: statistics of positions from hidden states, chunk by chunk, and
 the sum of their cross-entropies.
 
-Rows come in G blocks of N positions, hidden states float[G, N, D] and tokens int[G, N]. An `Order`
-brings the positions that are asked for to the front of their block; chunks behind the last of them
-are never made. The mathematics of the gradients are in `chunked.py`.
+Rows come in G blocks of N positions, hidden states float[G, N, D] and tokens int[G, N], walked over
+in the order of `_chunks`. The mathematics of the gradients are in `chunked.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from instruct_jax.losses._chunks import (
+    Order,
+    in_order,
+    in_place,
+    live_chunks,
+    part,
+    write,
+)
+from instruct_jax.losses._mesh import zeros
 from instruct_jax.losses.language import MASKED_LOGIT
 
 
@@ -31,68 +39,24 @@ class Moments(NamedTuple):
     """What costs another pass over the logits of a chunk; each float[G, N]."""
 
     entropy: jax.Array
-    mean_logit: jax.Array
+    mean_log_prob: jax.Array
 
 
 class Statistics(NamedTuple):
-    """What the custom rule returns, with or without what was not asked for; each float[G, N]."""
+    """What the custom rule returns, with or without what was not asked for; each float[G, N].
+
+    softmax(logits) = exp(logits - largest) / exp(log_total): an offset that all logits share is in
+    `largest` alone, which counts as a constant, and everything else is made of small numbers.
+    """
 
     log_probs: jax.Array
-    log_normalizer: jax.Array
+    largest: jax.Array
+    log_total: jax.Array
     moments: Moments | None
     hits: jax.Array | None
 
 
-class Order(NamedTuple):
-    """The positions of each block, those that are asked for first."""
-
-    positions: jax.Array  # int32[G, N], the position at each place
-    places: jax.Array  # int32[G, N], the place of each position
-    most: jax.Array  # int32[], how many the fullest block has
-
-
-def targets_first(where: jax.Array) -> Order:
-    """bool[G, N] -> the order that brings the true ones to the front, each kind in its order."""
-    true, false = (jnp.cumsum(x, axis=1, dtype=jnp.int32) for x in (where, ~where))
-    return Order(
-        positions=jnp.argsort(~where, axis=1, stable=True).astype(jnp.int32),
-        places=jnp.where(where, true - 1, true[:, -1:] + false - 1),
-        most=true[:, -1].max(),
-    )
-
-
-def _in_order(x: jax.Array, order: Order | None, chunk: int) -> jax.Array:
-    """[G, N, ...] in the order of the chunks, padded with zeros to a multiple of `chunk`."""
-    if order is not None:
-        index = order.positions.reshape(*order.positions.shape, *[1] * (x.ndim - 2))
-        x = jnp.take_along_axis(x, index, axis=1, mode="clip")
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, -x.shape[1] % chunk)
-    return jnp.pad(x, padding)
-
-
-def _in_place(x: jax.Array, order: Order | None, length: int) -> jax.Array:
-    """The inverse of `_in_order`."""
-    if order is None:
-        return x[:, :length]
-    index = order.places.reshape(*order.places.shape, *[1] * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1, mode="clip")
-
-
-def _part(x: jax.Array, *, i: jax.Array, chunk: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
-
-
-def _write(x: jax.Array, new: jax.Array, *, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, new, i * new.shape[1], axis=1)
-
-
-def _live_chunks(order: Order | None, positions: int, chunk: int) -> jax.Array | int:
-    """How many chunks hold a position that is asked for."""
-    return -(-(positions if order is None else order.most) // chunk)
-
-
-def _logits(hidden: jax.Array, weights: jax.Array, temperature: jax.Array, ask: Ask) -> jax.Array:
+def logits_of(hidden: jax.Array, weights: jax.Array, temperature: jax.Array, ask: Ask) -> jax.Array:
     """float[G, n, V] scaled logits of n positions."""
     logits = jnp.einsum("gnd,dv->gnv", hidden, weights, preferred_element_type=temperature.dtype)
     if ask.softcap is not None:
@@ -120,23 +84,21 @@ class _Normalizer(NamedTuple):
 def _reduced(logits: jax.Array, normalizer: _Normalizer, tokens: jax.Array, ask: Ask) -> Statistics:
     """The statistics of float[G, n, V] logits and int[G, n] tokens."""
     columns = _columns(logits)
-    log_total = jnp.log(normalizer.total)
-    log_normalizer = normalizer.largest + log_total
+    largest, log_total = normalizer.largest, jnp.log(normalizer.total)
     # A comparison instead of a gather: it fuses, and works on a sharded vocabulary.
     picked = jnp.sum(jnp.where(columns == tokens[..., None], logits, 0.0), axis=-1)
     moments = hits = None
     if ask.moments:
-        probabilities = jnp.exp(logits - log_normalizer[..., None])
-        real = jnp.where(columns < ask.vocab_size, logits, 0.0)
+        below = jnp.where(columns < ask.vocab_size, logits - largest[..., None], 0.0)
+        shares = jnp.where(columns < ask.vocab_size, jnp.exp(below), 0.0)
         moments = Moments(
-            entropy=log_normalizer - jnp.sum(probabilities * real, axis=-1),
-            mean_logit=jnp.sum(real, axis=-1) / ask.vocab_size,
+            entropy=log_total - jnp.sum(shares * below, axis=-1) / normalizer.total,
+            mean_log_prob=jnp.sum(below, axis=-1) / ask.vocab_size - log_total,
         )
     if ask.hits:
-        hits = (picked >= normalizer.largest).astype(logits.dtype)
-    # Two small numbers, where picked - log_normalizer would round two large ones.
-    log_probs = (picked - normalizer.largest) - log_total
-    return Statistics(log_probs, log_normalizer, moments, hits)
+        hits = (picked >= largest).astype(logits.dtype)
+    log_probs = (picked - largest) - log_total
+    return Statistics(log_probs, largest, log_total, moments, hits)
 
 
 def _read(logits: jax.Array, tokens: jax.Array, ask: Ask) -> Statistics:
@@ -166,7 +128,8 @@ class _Residuals(NamedTuple):
     tokens: jax.Array
     temperature: jax.Array
     order: Order | None
-    log_normalizer: jax.Array
+    largest: jax.Array
+    log_total: jax.Array
     entropy: jax.Array | None
     logits: jax.Array | None
 
@@ -183,32 +146,33 @@ def _forward(
     weights = head.astype(hidden.dtype)
     positions, chunk = tokens.shape[1], ask.chunk
     logits = None
-    if chunk == positions:
-        logits = _logits(hidden, weights, temperature, ask)
+    if chunk >= positions:
+        logits = logits_of(hidden, weights, temperature, ask)
         statistics = _read(logits, tokens, ask)
     else:
-        rows, ids = (_in_order(x, order, chunk) for x in (hidden, tokens))
+        rows, ids = (in_order(x, order, chunk) for x in (hidden, tokens))
 
         def one_chunk(i: jax.Array, done: Statistics) -> Statistics:
-            part = partial(_part, i=i, chunk=chunk)
-            new = _read(_logits(part(rows), weights, temperature, ask), part(ids), ask)
-            return jax.tree.map(partial(_write, i=i), done, new)
+            of_chunk = partial(part, i=i, chunk=chunk)
+            new = _read(logits_of(of_chunk(rows), weights, temperature, ask), of_chunk(ids), ask)
+            return jax.tree.map(partial(write, i=i), done, new)
 
-        shapes = jax.eval_shape(lambda: _read(_logits(rows, weights, temperature, ask), ids, ask))
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        live = _live_chunks(order, positions, chunk)
+        shapes = jax.eval_shape(lambda: _read(logits_of(rows, weights, temperature, ask), ids, ask))
+        nothing = jax.tree.map(lambda s: zeros(s.shape, s.dtype, like=rows), shapes)
+        live = live_chunks(order, positions, chunk)
         ordered = jax.lax.fori_loop(0, live, one_chunk, nothing)
-        statistics = jax.tree.map(lambda x: _in_place(x, order, positions), ordered)
+        statistics = jax.tree.map(lambda x: in_place(x, order, positions), ordered)
     entropy = None if statistics.moments is None else statistics.moments.entropy
-    normalizer = statistics.log_normalizer
-    kept = hidden, head, tokens, temperature, order, normalizer, entropy, logits
+    normalizer = statistics.largest, statistics.log_total
+    kept = hidden, head, tokens, temperature, order, *normalizer, entropy, logits
     return statistics, _Residuals(*kept)
 
 
 def _to_logits(
     logits: jax.Array,
     tokens: jax.Array,
-    log_normalizer: jax.Array,
+    largest: jax.Array,
+    log_total: jax.Array,
     entropy: jax.Array | None,
     cotangents: Statistics,
     *,
@@ -216,38 +180,36 @@ def _to_logits(
     ask: Ask,
 ) -> jax.Array:
     """float[G, n, V]: the gradient of the products with the head, before cap and temperature."""
-    log_p = logits - log_normalizer[..., None]
+    log_p = (logits - largest[..., None]) - log_total[..., None]
     to_log_prob = cotangents.log_probs
-    to_p = (cotangents.log_normalizer - to_log_prob)[..., None]
+    to_p = (cotangents.log_total - to_log_prob)[..., None]
     moments = cotangents.moments
     if moments is not None and entropy is not None:
+        to_p -= moments.mean_log_prob[..., None]
         to_p -= moments.entropy[..., None] * (log_p + entropy[..., None])
     gradient = jnp.exp(log_p) * to_p
     if moments is not None:
-        gradient += moments.mean_logit[..., None] / ask.vocab_size
-    return _to_products(logits, tokens, gradient, to_log_prob, temperature=temperature, ask=ask)
+        gradient += moments.mean_log_prob[..., None] / ask.vocab_size
+    gradient = _at_tokens(gradient, tokens, to_log_prob)
+    return to_products(logits, gradient, temperature=temperature, ask=ask)
 
 
-def _to_products(
-    logits: jax.Array,
-    tokens: jax.Array,
-    gradient: jax.Array,
-    to_picked: jax.Array,
-    *,
-    temperature: jax.Array,
-    ask: Ask,
+def _at_tokens(gradient: jax.Array, tokens: jax.Array, to_picked: jax.Array) -> jax.Array:
+    """The gradient float[G, n, V] with float[G, n] added at the columns of the tokens."""
+    hit = _columns(gradient) == tokens[..., None]
+    return gradient + jnp.where(hit, to_picked[..., None], 0.0)
+
+
+def to_products(
+    logits: jax.Array, gradient: jax.Array, *, temperature: jax.Array, ask: Ask
 ) -> jax.Array:
-    """The gradient float[G, n, V] of the logits, and float[G, n] of those of `tokens` on top of it,
-    as one of the products with the head.
-    """
-    columns = _columns(logits)
-    gradient += jnp.where(columns == tokens[..., None], to_picked[..., None], 0.0)
+    """The gradient of the logits float[G, n, V] as one of the products with the head."""
     if ask.softcap is not None:
         gradient *= 1.0 - jnp.square(logits * temperature / ask.softcap)
-    return jnp.where(columns < ask.vocab_size, gradient / temperature, 0.0)
+    return jnp.where(_columns(logits) < ask.vocab_size, gradient / temperature, 0.0)
 
 
-def _add_gradient(
+def add_gradient(
     sums: tuple[jax.Array, jax.Array],
     i: jax.Array,
     states: jax.Array,
@@ -267,12 +229,13 @@ def _add_gradient(
     one = states.shape[0] == 1
     addend = dot("gnv,gnd->vd" if one else "gnv,gnd->gvd", to_logits, states)
     of_states = dot("gnv,dv->gnd", to_logits, weights).astype(to_hidden.dtype)
-    return to_head + addend.reshape(to_head.shape), _write(to_hidden, of_states, i=i)
+    return to_head + addend.reshape(to_head.shape), write(to_hidden, of_states, i=i)
 
 
-def _no_gradient(rows: jax.Array, head: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """What `_add_gradient` starts from, for all `rows` float[G, N, D]."""
-    return jnp.zeros((rows.shape[0], *head.shape[::-1]), dtype), jnp.zeros_like(rows)
+def no_gradient(rows: jax.Array, head: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What `add_gradient` starts from, for all `rows` float[G, N, D]."""
+    of_head = zeros((rows.shape[0], *head.shape[::-1]), dtype, like=rows)
+    return of_head, zeros(rows.shape, rows.dtype, like=rows)
 
 
 def _backward(
@@ -281,24 +244,46 @@ def _backward(
     """Gradients of hidden and head, from the logits, which are made once more where there are
     several chunks.
     """
-    hidden, head, tokens, temperature, order, log_normalizer, entropy, logits = kept
+    hidden, head, tokens, temperature, order, largest, log_total, entropy, logits = kept
     weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
-    by_position = (tokens, log_normalizer, entropy, cotangents._replace(hits=None))
-    rows, *by_position = jax.tree.map(lambda x: _in_order(x, order, chunk), (hidden, *by_position))
+    cotangents, unit = within_range(cotangents._replace(hits=None, largest=None), hidden.dtype)
+    by_position = (tokens, largest, log_total, entropy, cotangents)
+    rows, *by_position = jax.tree.map(lambda x: in_order(x, order, chunk), (hidden, *by_position))
 
     def one_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> Any:
-        part = partial(_part, i=i, chunk=chunk)
-        states, known = part(rows), jax.tree.map(part, by_position)
-        made = _logits(states, weights, temperature, ask) if logits is None else logits
+        of_chunk = partial(part, i=i, chunk=chunk)
+        states, known = of_chunk(rows), jax.tree.map(of_chunk, by_position)
+        made = logits_of(states, weights, temperature, ask) if logits is None else logits
         to_logits = _to_logits(made, *known, temperature=temperature, ask=ask)
-        return _add_gradient(sums, i, states, weights, to_logits)
+        return add_gradient(sums, i, states, weights, to_logits)
 
-    nothing = _no_gradient(rows, head, temperature.dtype)
-    live = _live_chunks(order, positions, chunk)
+    nothing = no_gradient(rows, head, temperature.dtype)
+    live = live_chunks(order, positions, chunk)
     to_head, of_hidden = jax.lax.fori_loop(0, live, one_chunk, nothing)
-    of_hidden = _in_place(of_hidden, order, positions)
-    to_head = to_head.sum(axis=0).T.astype(head.dtype)
+    of_hidden = scaled(in_place(of_hidden, order, positions), unit, hidden.dtype)
+    to_head = scaled(to_head.sum(axis=0).T, unit, head.dtype)
     return of_hidden, to_head, None, jnp.zeros_like(temperature), None
+
+
+def within_range(cotangents: Any, dtype: Any) -> tuple[Any, jax.Array | None]:
+    """The cotangents divided by one number, and the number: None where no division is needed.
+
+    The gradient of the logits is cast to the dtype of the hidden states. In float16 that would make
+    the factor of a scaled loss infinite past 65,504.
+    """
+    if dtype != jnp.float16:
+        return cotangents, None
+    unit = jnp.max(
+        jnp.stack([jnp.max(jnp.abs(x), initial=1.0) for x in jax.tree.leaves(cotangents)])
+    )
+    return jax.tree.map(lambda x: x / unit, cotangents), unit
+
+
+def scaled(gradient: jax.Array, factor: jax.Array | None, dtype: Any) -> jax.Array:
+    """The gradient times the factor, in the end as `dtype`."""
+    if factor is not None:
+        gradient = gradient.astype(factor.dtype) * factor
+    return gradient.astype(dtype)
 
 
 statistics_of.defvjp(_forward, _backward)
@@ -340,12 +325,12 @@ def _summed(
     weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
     dtype = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
     temperature = jnp.ones([], dtype)
-    rows, ids, asked = (_in_order(x, order, chunk) for x in (hidden, tokens, where))
+    rows, ids, asked = (in_order(x, order, chunk) for x in (hidden, tokens, where))
 
     def one_chunk(i: jax.Array, done: Any) -> Any:
         sums, gradients = done
-        states, known, here = (_part(x, i=i, chunk=chunk) for x in (rows, ids, asked))
-        logits, weight = _logits(states, weights, temperature, ask), here.astype(dtype)
+        states, known, here = (part(x, i=i, chunk=chunk) for x in (rows, ids, asked))
+        logits, weight = logits_of(states, weights, temperature, ask), here.astype(dtype)
         normalizer = _Normalizer.of(logits)
         new = _reduced(logits, normalizer, known, ask)
         sums = CrossEntropySum(
@@ -356,32 +341,38 @@ def _summed(
             # Not exp(logits - log_normalizer): XLA would take a row's logarithm at every column.
             scale = (weight / normalizer.total)[..., None]
             to_logits = jnp.exp(logits - normalizer.largest[..., None]) * scale
-            to_logits = _to_products(
-                logits, known, to_logits, -weight, temperature=temperature, ask=ask
-            )
-            gradients = _add_gradient(gradients, i, states, weights, to_logits)
+            to_logits = _at_tokens(to_logits, known, -weight)
+            to_logits = to_products(logits, to_logits, temperature=temperature, ask=ask)
+            gradients = add_gradient(gradients, i, states, weights, to_logits)
         return sums, gradients
 
-    zeros = jnp.zeros(hidden.shape[:1], dtype)
-    nothing = _no_gradient(rows, head, dtype) if differentiated else None
-    start = CrossEntropySum(zeros, zeros if ask.hits else None), nothing
-    live = _live_chunks(order, positions, chunk)
+    none = zeros(hidden.shape[:1], dtype, like=rows)
+    nothing = no_gradient(rows, head, dtype) if differentiated else None
+    start = CrossEntropySum(none, none if ask.hits else None), nothing
+    live = live_chunks(order, positions, chunk)
     sums, gradients = jax.lax.fori_loop(0, live, one_chunk, start)
     if gradients is not None:
         to_head, of_hidden = gradients
-        to_head = to_head.sum(axis=0).T.astype(head.dtype)
-        gradients = _in_place(of_hidden, order, positions), to_head
+        # A sum over positions may be past the range of float16 before it is divided by their count.
+        kept_as = dtype if head.dtype == jnp.float16 else head.dtype
+        to_head = to_head.sum(axis=0).T.astype(kept_as)
+        gradients = in_place(of_hidden, order, positions), to_head
     return jax.tree.map(jnp.sum, sums), gradients
 
 
-def _sums_forward(*arguments: Any) -> tuple[CrossEntropySum, Any]:
-    return _summed(*arguments, differentiated=True)
+def _sums_forward(
+    hidden: jax.Array, head: jax.Array, *arguments: Any
+) -> tuple[CrossEntropySum, tuple[jax.Array, jax.Array, jax.Array]]:
+    sums, gradients = _summed(hidden, head, *arguments, differentiated=True)
+    assert gradients is not None
+    return sums, (*gradients, jnp.zeros([], head.dtype))
 
 
 def _sums_backward(ask: Ask, kept: Any, cotangents: CrossEntropySum) -> tuple[Any, ...]:
     """The gradients are there: the loss is linear in the losses of its positions."""
-    of_hidden, to_head = (cotangents.loss.astype(x.dtype) * x for x in kept)
-    return of_hidden, to_head, None, None, None
+    of_hidden, to_head, of_head = kept
+    of_hidden = scaled(of_hidden, cotangents.loss, of_hidden.dtype)
+    return of_hidden, scaled(to_head, cotangents.loss, of_head.dtype), None, None, None
 
 
 sums_of.defvjp(_sums_forward, _sums_backward)

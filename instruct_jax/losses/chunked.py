@@ -24,9 +24,9 @@ Positions are chunked, not the vocabulary, which can stay sharded over tensor: t
 become all-reduces of one number a position. Rows that are spread over G devices are G `row_blocks`,
 each with its own order and its own sum for the head, so that no hidden state leaves its device.
 
-The entropy, the mean logit and the hits are made only where they are asked for. A loss that is a
-sum of cross-entropies needs none of this for each position: `chunked_cross_entropy_sum` makes its
-gradient where it makes the logits, with 3 products.
+The entropy, the mean log-probability and the hits are made only where they are asked for. A loss
+that is a sum of cross-entropies needs none of this for each position: `chunked_cross_entropy_sum`
+makes its gradient where it makes the logits, with 3 products.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from instruct_jax.losses._array import nan_unless, scalar, token_ids, visible
+from instruct_jax.losses._chunks import Order, targets_first
+from instruct_jax.losses._mesh import alike, on_auto_axes
 from instruct_jax.losses._readout import (
     Ask,
     CrossEntropySum,
-    Order,
-    Statistics,
     statistics_of,
     sums_of,
-    targets_first,
 )
 
 CHUNK_LOGITS = 2**24
@@ -61,17 +61,28 @@ def default_chunk(width: int, columns: int) -> int:
     return max(64, min(2 * width, CHUNK_LOGITS // columns))
 
 
+def chunk_length(chunk: int | None, positions: int, head: jax.Array) -> int:
+    """Positions at a time of so many in each block, for a head float[D, V]; at least 1."""
+    if chunk is None:
+        chunk = default_chunk(*head.shape)
+        # Chunks of one length: the last is no shorter, so little of it is padding.
+        chunk = -(-positions // -(-positions // chunk)) if positions else 1
+    chex.assert_scalar_positive(chunk)
+    return min(chunk, max(positions, 1))
+
+
 class TokenStatistics(NamedTuple):
     """What one pass over the logits gives at each position; each float[B, T].
 
-    `hits` is 1 where no token is likelier, 0 elsewhere, and has no gradient; like the entropy and
-    the mean logit it is None where it was not asked for.
+    `mean_log_prob` is the plain mean over the vocabulary, of which label smoothing is made. `hits`
+    is 1 where no token is likelier, 0 elsewhere, and has no gradient; like the entropy and the mean
+    it is None where it was not asked for.
     """
 
     log_probs: jax.Array
     entropy: jax.Array | None
     log_normalizer: jax.Array
-    mean_logit: jax.Array | None
+    mean_log_prob: jax.Array | None
     hits: jax.Array | None = None
 
 
@@ -89,7 +100,7 @@ def chunked_token_statistics(
     moments: bool = True,
     hits: bool = False,
 ) -> TokenStatistics:
-    r"""Log-probability, entropy, log-normaliser and mean logit of each position, chunk by chunk.
+    r"""Log-probability, entropy, log-normaliser and mean log-probability, chunk by chunk.
 
     The product with the head runs in the dtype of `hidden` and accumulates in float32; the rest
     is float32 (float64 for float64 inputs). These four are differentiable with respect to
@@ -109,11 +120,12 @@ def chunked_token_statistics(
       vocab_size: number of real columns of the head; None takes all.
       softcap: c, of logits that the model caps; None caps nothing.
       row_blocks: G, the devices that B is spread over, in contiguous blocks of rows.
-      moments: whether to make the entropy and the mean logit.
+      moments: whether to make the entropy and the mean log-probability.
       hits: whether to make the hits.
 
     Returns:
-      TokenStatistics of float[B, T]; the log-probability is NaN for an id outside of [0, V).
+      TokenStatistics of float[B, T]; the log-probability is NaN for an id outside of [0, V), and so
+      is its gradient.
 
     Raises:
       ValueError: `row_blocks` does not divide B.
@@ -123,7 +135,7 @@ def chunked_token_statistics(
     >>> print(jnp.exp(stats.entropy).round(4))
     [[8. 8. 8.]]
     """
-    log_probs, log_normalizer, made, hit = _statistics(
+    return _statistics(
         hidden,
         head,
         tokens,
@@ -136,8 +148,6 @@ def chunked_token_statistics(
         moments=moments,
         hits=hits,
     )
-    entropy, mean_logit = (None, None) if made is None else made
-    return TokenStatistics(log_probs, entropy, log_normalizer, mean_logit, hit)
 
 
 def chunked_token_log_probs(
@@ -171,7 +181,7 @@ def chunked_token_log_probs(
       row_blocks: the devices that B is spread over.
 
     Returns:
-      float[B, T], at most 0; NaN for an id outside of [0, V).
+      float[B, T], at most 0; NaN, and so is its gradient, for an id outside of [0, V).
 
     >>> log_probs = chunked_token_log_probs(
     ...     jnp.ones((1, 3, 2)), jnp.zeros((2, 8)), jnp.array([[0, 1, 2]]), chunk=2)
@@ -233,7 +243,7 @@ def chunked_next_token_loss(
     """
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
-    log_probs, log_normalizer, moments, _ = _statistics(
+    read = _statistics(
         hidden[:, :-1],
         head,
         tokens[:, 1:],
@@ -244,11 +254,10 @@ def chunked_next_token_loss(
         row_blocks=row_blocks,
         moments=label_smoothing != 0.0,
     )
-    target = log_probs
-    if moments is not None:
-        mean_log_prob = moments.mean_logit - log_normalizer
-        target = (1.0 - label_smoothing) * log_probs + label_smoothing * mean_log_prob
-    return z_loss * jnp.square(log_normalizer) - target
+    target = read.log_probs
+    if read.mean_log_prob is not None:
+        target = (1.0 - label_smoothing) * target + label_smoothing * read.mean_log_prob
+    return z_loss * jnp.square(read.log_normalizer) - target
 
 
 def chunked_cross_entropy_sum(
@@ -285,7 +294,8 @@ def chunked_cross_entropy_sum(
       hits: whether to count the tokens that none is likelier than.
 
     Returns:
-      CrossEntropySum of float[]; NaN where an id of `where` is outside of [0, V).
+      CrossEntropySum of float[]; NaN, and so is its gradient, where an id of `where` is outside of
+      [0, V).
 
     Raises:
       ValueError: `row_blocks` does not divide B.
@@ -296,20 +306,15 @@ def chunked_cross_entropy_sum(
     >>> print(jnp.exp(loss).round(4))
     64.0
     """
-    read = _readout(
-        hidden,
-        head,
-        tokens,
-        where=where,
-        chunk=chunk,
-        vocab_size=vocab_size,
-        softcap=softcap,
-        row_blocks=row_blocks,
-        hits=hits,
-    )
-    sums = sums_of(read.hidden, read.head, read.tokens, read.where, read.order, read.ask)
-    known = (read.known | ~read.where).all()
-    return sums._replace(loss=jnp.where(known, sums.loss, jnp.nan))
+    options = {"chunk": chunk, "vocab_size": vocab_size, "softcap": softcap}
+
+    def summed(*arrays: jax.Array) -> CrossEntropySum:
+        read = _readout(*arrays, row_blocks=row_blocks, hits=hits, **options)
+        sums = sums_of(read.hidden, read.head, read.tokens, read.where, read.order, read.ask)
+        known = (read.known | ~read.where).all()
+        return sums._replace(loss=nan_unless(known, sums.loss))
+
+    return on_auto_axes(summed, *(jnp.asarray(x) for x in (hidden, head, tokens, where)))
 
 
 class _Readout(NamedTuple):
@@ -328,8 +333,8 @@ def _readout(
     hidden: chex.Array,
     head: chex.Array,
     tokens: chex.Array,
-    *,
     where: chex.Array | None,
+    *,
     chunk: int | None,
     vocab_size: int | None,
     softcap: float | None,
@@ -338,7 +343,6 @@ def _readout(
     hits: bool = False,
 ) -> _Readout:
     """Checks the arguments of a public function and brings them into blocks."""
-    hidden, head, tokens = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(tokens)
     chex.assert_type([hidden, head, tokens], [float, float, int])
     chex.assert_rank([hidden, head, tokens], [3, 2, 2])
     chex.assert_shape(tokens, hidden.shape[:2])
@@ -348,26 +352,23 @@ def _readout(
     if tokens.shape[0] % row_blocks:
         raise ValueError(f"{row_blocks} row blocks do not divide {tokens.shape[0]} rows")
     positions = tokens.size // row_blocks
-    if chunk is None:
-        chunk = default_chunk(*head.shape)
-        # Chunks of one length: the last is no shorter, so little of it is padding.
-        chunk = -(-positions // -(-positions // chunk)) if positions else 1
-    chex.assert_scalar_positive(chunk)
-    ask = Ask(min(chunk, max(positions, 1)), vocab_size, softcap, moments, hits)
+    chunk = chunk_length(chunk, positions, head)
+    ask = Ask(chunk, vocab_size, softcap, moments, hits)
 
     def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(row_blocks, positions, *x.shape[2:])
 
-    order = None
+    order, selected = None, where is not None
     if where is None:
         where = jnp.ones(tokens.shape, jnp.bool_)
     else:
-        chex.assert_type(where, bool)
-        chex.assert_shape(where, tokens.shape)
-        if ask.chunk < positions:
-            order = targets_first(blocks(jnp.asarray(where)))
-    known = (tokens >= 0) & (tokens < head.shape[1])
-    tokens, known, where = (blocks(jnp.asarray(x)) for x in (tokens, known, where))
+        # A product has no mask: 0 times the NaN of a hidden state would be in the head's gradient.
+        (hidden,) = visible(where, hidden, rank=2)
+    tokens, known = token_ids(tokens, head.shape[1])
+    hidden, head, tokens, known, where = alike(hidden, head, tokens, known, where)
+    tokens, known, where = (blocks(x) for x in (tokens, known, where))
+    if selected and ask.chunk < positions:
+        order = targets_first(where)
     return _Readout(blocks(hidden), head, tokens, known, where, order, ask)
 
 
@@ -376,18 +377,35 @@ def _statistics(
     head: chex.Array,
     tokens: chex.Array,
     *,
+    where: chex.Array | None,
     temperature: chex.Numeric = 1.0,
     **options: Any,
-) -> Statistics:
+) -> TokenStatistics:
     """What a public function asks for at each position, float[B, T]."""
-    read = _readout(hidden, head, tokens, **options)
-    accumulator = jnp.float64 if read.hidden.dtype == jnp.float64 else jnp.float32
-    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, accumulator))
-    statistics = statistics_of(
-        read.hidden, read.head, read.tokens, temperature, read.order, read.ask
-    )
-    log_probs = jnp.where(read.known, statistics.log_probs, jnp.nan)
-    statistics = statistics._replace(log_probs=log_probs)
-    return jax.tree.map(
-        lambda x: jnp.where(read.where, x, 0.0).reshape(jnp.shape(tokens)), statistics
-    )
+
+    def computed(
+        hidden: jax.Array,
+        head: jax.Array,
+        tokens: jax.Array,
+        where: jax.Array | None,
+        temperature: jax.Array,
+    ) -> TokenStatistics:
+        read = _readout(hidden, head, tokens, where, **options)
+        accumulator = jnp.float64 if read.hidden.dtype == jnp.float64 else jnp.float32
+        temperature = jax.lax.stop_gradient(scalar(temperature, jnp.zeros([], accumulator)))
+        _, temperature = alike(read.hidden, temperature)
+        made = statistics_of(read.hidden, read.head, read.tokens, temperature, read.order, read.ask)
+        entropy, mean_log_prob = (None, None) if made.moments is None else made.moments
+        statistics = TokenStatistics(
+            nan_unless(read.known, made.log_probs),
+            entropy,
+            jax.lax.stop_gradient(made.largest) + made.log_total,
+            mean_log_prob,
+            made.hits,
+        )
+        return jax.tree.map(
+            lambda x: jnp.where(read.where, x, 0.0).reshape(tokens.shape), statistics
+        )
+
+    arrays = [None if x is None else jnp.asarray(x) for x in (hidden, head, tokens, where)]
+    return on_auto_axes(computed, *arrays, jnp.asarray(temperature), rows=arrays[2])

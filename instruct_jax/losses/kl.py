@@ -11,11 +11,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import LOG_RATIO_LIMIT, full_precision
+from instruct_jax.losses._array import LOG_RATIO_LIMIT, full_precision, visible
 
 
 def kl_estimate(
-    log_probs: chex.Array, ref_log_probs: chex.Array, *, kind: Literal["k1", "k2", "k3"] = "k1"
+    log_probs: chex.Array,
+    ref_log_probs: chex.Array,
+    *,
+    where: chex.Array | None = None,
+    kind: Literal["k1", "k2", "k3"] = "k1",
 ) -> jax.Array:
     r"""Estimate, from samples of the policy, of KL(policy || reference), one value a token.
 
@@ -31,11 +35,13 @@ def kl_estimate(
     Source: Schulman 2020, "Approximating KL divergence"; the gradients, Tang and Munos 2025,
     "On a few pitfalls in KL divergence gradient estimation for RL".
 
-    Not done: no mask, no reduction, no stop-gradient. In k3 the exponent is clamped to ±20.
+    Not done: no reduction, no stop-gradient. In k3, d is not let below -20: the estimate stays at
+    4.9e8 there and its gradient is 0.
 
     Args:
       log_probs: float[...], under the policy that drew the tokens.
       ref_log_probs: float[...], the same tokens under the reference.
+      where: bool[...], the tokens that count; elsewhere the entry is 0. None counts all.
       kind: "k1", "k2" or "k3".
 
     Returns:
@@ -48,15 +54,17 @@ def kl_estimate(
     >>> print([f"{kl_estimate(lp, ref, kind=k)[0]:.6f}" for k in ("k1", "k2", "k3")])
     ['0.100000', '0.005000', '0.004837']
     """
-    log_probs, ref_log_probs = full_precision(log_probs, ref_log_probs)
+    log_probs, ref_log_probs = visible(where, *full_precision(log_probs, ref_log_probs))
     log_ratio = log_probs - ref_log_probs
     if kind == "k1":
         return log_ratio
     if kind == "k2":
         return 0.5 * jnp.square(log_ratio)
     if kind == "k3":
+        # Clamped as a whole: with the exponent alone, the gradient beyond would be that of +d.
+        log_ratio = jnp.maximum(log_ratio, -LOG_RATIO_LIMIT)
         # expm1 where its argument is small: exp(-d) - 1 would lose every digit of d^2 / 2.
-        return jnp.expm1(jnp.clip(-log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) + log_ratio
+        return jnp.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
 
 

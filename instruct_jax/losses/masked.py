@@ -70,6 +70,25 @@ def masked_mean(
     return total / jnp.maximum(count, 1.0)
 
 
+def centered(
+    x: jax.Array, where: jax.Array, axis: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The mean, with `axis` kept at size 1, and the deviations from it, 0 where masked.
+
+    Of entries that are all equal the mean is that number to the bit and the deviations are 0: a sum
+    of n copies divided by n need not be, and whoever divides by a deviation would divide rounding
+    by rounding.
+    """
+    mean = masked_mean(x, where=where, axis=axis)
+    low = jnp.min(jnp.where(where, x, jnp.inf), axis=axis, initial=jnp.inf)
+    high = jnp.max(jnp.where(where, x, -jnp.inf), axis=axis, initial=-jnp.inf)
+    equal = (low == high) & jnp.isfinite(low)
+    mean += jax.lax.stop_gradient(jnp.where(equal, jnp.where(equal, low, 0.0) - mean, 0.0))
+    mean = jnp.expand_dims(mean, tuple(range(x.ndim)) if axis is None else axis)
+    # The select comes before any square, so that padding stays out of the gradient as well.
+    return mean, jnp.where(where, x - mean, 0.0)
+
+
 def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) -> jax.Array:
     r"""Scales the valid entries to unit variance and, with `shift_mean`, to mean zero.
 
@@ -88,8 +107,8 @@ def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) 
       shift_mean: False keeps the mean, as for rewards, whose sign carries meaning.
 
     Returns:
-      float[...], 0 on masked entries. The gradient flows through the statistics; stop it outside
-      when it should not.
+      float[...], 0 on masked entries, and everywhere (or the mean) where the valid ones are all
+      equal. The gradient flows through the statistics; stop it outside when it should not.
 
     >>> x = jnp.array([[1.0, 3.0, 99.0]])
     >>> print(masked_whiten(x, where=jnp.array([[True, True, False]])))
@@ -97,11 +116,9 @@ def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) 
     """
     (x,) = full_precision(x)
     where = mask_like(where, x)
-    mean = masked_mean(x, where=where)
-    # The select comes before the square, so that padding stays out of the gradient as well.
-    centered = jnp.where(where, x - mean, 0.0)
-    variance = masked_mean(jnp.square(centered), where=where)
-    white = centered * jax.lax.rsqrt(variance + 1e-8)
+    mean, deviations = centered(x, where)
+    variance = masked_mean(jnp.square(deviations), where=where)
+    white = deviations * jax.lax.rsqrt(variance + 1e-8)
     return white if shift_mean else jnp.where(where, white + mean, 0.0)
 
 
@@ -123,9 +140,11 @@ def loss_sum_and_count(
     ================  ==================================  ==========================
 
     Length bias: `seq_mean` gives a token of a short response more weight than one of a long
-    response, so a policy is pushed less per token for being wrong at length. `token_mean` weighs
-    tokens alike, hence long responses more. `seq_sum_const` divides by a constant `length` and
-    has neither effect (Liu et al. 2025, "Understanding R1-Zero-like training", section 3.1).
+    response, so a policy is pushed less per token for being wrong at length. The other two weigh
+    all tokens of a batch alike, hence long responses more. `token_mean` divides by the number of
+    tokens, so that what a token weighs depends on how long the other responses of its batch are;
+    `seq_sum_const` divides by the number of responses times a constant `length`, and it does not
+    (Liu et al. 2025, "Understanding R1-Zero-like training", section 3.1).
 
     Args:
       losses: float[B, T], one loss a token.

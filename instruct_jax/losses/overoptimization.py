@@ -16,8 +16,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import full_precision, mask_like
-from instruct_jax.losses.masked import masked_mean
+from instruct_jax.losses._array import full_precision, mask_like, one_precision
+from instruct_jax.losses.masked import centered, masked_mean
 
 Kind = Literal["bon", "rl"]
 
@@ -47,16 +47,17 @@ def gold_score(
 
     .. math:: d (\alpha - \beta d) \quad \text{or} \quad d (\alpha - \beta \log d)
 
-    Source: Gao et al. 2022, eq. 1 and 2.
+    Source: Gao et al. 2022, section 1 (the two forms are fits to their measurements).
 
     Args:
       distances: float[...], square roots of KL divergences.
-      alpha: float[], the initial slope.
+      alpha: float[], the slope that the curve would have without beta. Of "bon" it is the slope at
+        0; the slope of "rl" grows without bound towards 0.
       beta: float[], how strongly it bends.
       kind: "bon" for best-of-n, "rl" for reinforcement learning.
 
     Returns:
-      float[...], 0 at distance 0.
+      float[...], in the units of the gold reward, relative to the initial policy: 0 at distance 0.
 
     Raises:
       ValueError: an unknown kind.
@@ -66,13 +67,15 @@ def gold_score(
     """
     (distances,) = full_precision(distances)
     alpha, beta = full_precision(alpha, beta, rank=0)
+    distances, alpha, beta = one_precision(distances, alpha, beta)
     return alpha * distances - beta * _bend(distances, kind)
 
 
 def peak_distance(alpha: chex.Numeric, beta: chex.Numeric, *, kind: Kind) -> jax.Array:
     r"""Distance at which the gold score is highest.
 
-    .. math:: d^*_{bon} = \frac{\alpha}{2 \beta}, \qquad d^*_{rl} = \exp(\alpha / \beta - 1)
+    .. math:: d^*_{bon} = \max\Big(0, \frac{\alpha}{2 \beta}\Big), \qquad
+              d^*_{rl} = \exp(\alpha / \beta - 1)
 
     Args:
       alpha: float[].
@@ -80,7 +83,8 @@ def peak_distance(alpha: chex.Numeric, beta: chex.Numeric, *, kind: Kind) -> jax
       kind: "bon" or "rl".
 
     Returns:
-      float[]; infinite where beta is not positive, because the curve never bends down.
+      float[]; 0 for a curve that only falls, infinite for one that never bends down (beta below 0,
+      or 0 and alpha above it).
 
     Raises:
       ValueError: an unknown kind.
@@ -89,14 +93,17 @@ def peak_distance(alpha: chex.Numeric, beta: chex.Numeric, *, kind: Kind) -> jax
     2.0
     """
     alpha, beta = full_precision(alpha, beta, rank=0)
-    ratio = alpha / jnp.where(beta > 0, beta, 1.0)
+    bends = beta > 0
+    # An alpha behind the select would overflow exp where beta is not positive.
+    ratio = jnp.where(bends, alpha, 0.0) / jnp.where(bends, beta, 1.0)
     if kind == "bon":
-        peak = ratio / 2.0
+        peak = jnp.maximum(ratio / 2.0, 0.0)
     elif kind == "rl":
         peak = jnp.exp(ratio - 1.0)
     else:
         raise ValueError(f"kind must be 'bon' or 'rl', got {kind!r}")
-    return jnp.where(beta > 0, peak, jnp.inf)
+    endless = jnp.where((beta == 0) & (alpha <= 0), 0.0, jnp.inf)
+    return jnp.where(bends, peak, endless)
 
 
 def fit_gold_scores(
@@ -124,12 +131,14 @@ def fit_gold_scores(
     distances, gold = full_precision(distances, gold, rank=1)
     where = mask_like(jnp.ones(gold.shape, bool) if where is None else where, gold)
     distances, gold = jnp.where(where, distances, 0.0), jnp.where(where, gold, 0.0)
+    if not gold.size:
+        distances, gold, where = (jnp.pad(x, (0, 1)) for x in (distances, gold, where))
     design = jnp.stack([distances, -_bend(distances, kind)], axis=1)
     (alpha, beta), *_ = jnp.linalg.lstsq(design, gold)
     residual = masked_mean(
         jnp.square(gold - gold_score(distances, alpha, beta, kind=kind)), where=where
     )
-    variance = masked_mean(jnp.square(gold - masked_mean(gold, where=where)), where=where)
+    variance = masked_mean(jnp.square(centered(gold, where)[1]), where=where)
     spread = variance > 0
     r_squared = jnp.where(spread, 1.0 - residual / jnp.where(spread, variance, 1.0), 0.0)
     return GoldFit(alpha, beta, r_squared)

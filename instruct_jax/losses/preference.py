@@ -12,8 +12,9 @@ the response's tokens (prompt tokens masked). With :math:`h = \log \frac{\pi(y_c
 `kto_loss`      one response with a thumb up or down                       sums
 ==============  =========================================================  ==================
 
-Losses are float[B], unreduced. Gradients are stopped on all reference log-probabilities. The
-losses that need no reference are in `reference_free`.
+Losses are float[B], unreduced. Gradients are stopped on all reference log-probabilities. DPO and
+IPO are two of the family in `preference_family`; the losses that need no reference are in
+`reference_free`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import full_precision, mask_like
+from instruct_jax.losses._array import (
+    full_precision,
+    keep,
+    mask_like,
+    one_precision,
+    visible,
+)
 from instruct_jax.losses.masked import masked_mean, sum_and_count
+from instruct_jax.losses.preference_family import log_ratio, preference_loss
 
 
 def sequence_log_probs(
@@ -52,54 +60,13 @@ def sequence_log_probs(
     return sum_and_count(log_probs, where=where, axis=1)[0]
 
 
-def implicit_rewards(
-    log_probs: chex.Array, ref_log_probs: chex.Array, *, beta: float = 0.1
-) -> jax.Array:
-    r"""The reward that a policy is optimal for, up to a constant of the prompt.
-
-    .. math:: \beta (\log \pi(y) - \log \pi_{ref}(y))
-
-    Source: Rafailov et al. 2023, eq. 5. Its differences give the accuracy and the margin of a
-    DPO policy as a reward model.
-
-    Args:
-      log_probs: float[B].
-      ref_log_probs: float[B].
-      beta: the KL coefficient.
-
-    Returns:
-      float[B].
-
-    >>> print(implicit_rewards(jnp.array([-2.0]), jnp.array([-4.0]), beta=0.5))
-    [1.]
-    """
-    return beta * _log_ratio(log_probs, ref_log_probs)
-
-
-def _log_ratio(log_probs: chex.Array, ref_log_probs: chex.Array) -> jax.Array:
-    """float[B] log of policy over reference, the reference held constant."""
-    log_probs, ref_log_probs = full_precision(log_probs, ref_log_probs, rank=1)
-    return log_probs - jax.lax.stop_gradient(ref_log_probs)
-
-
-def _log_ratio_gap(
-    chosen: chex.Array, rejected: chex.Array, ref_chosen: chex.Array, ref_rejected: chex.Array
-) -> jax.Array:
-    """float[B]: h of the module's docstring."""
-    return _log_ratio(chosen, ref_chosen) - _log_ratio(rejected, ref_rejected)
-
-
-def smoothed_logistic(logit: jax.Array, flip: float) -> jax.Array:
-    """float[B]: the cross-entropy of a Bernoulli whose target is 1 - flip."""
-    return -(1.0 - flip) * jax.nn.log_sigmoid(logit) - flip * jax.nn.log_sigmoid(-logit)
-
-
 def dpo_loss(
     chosen: chex.Array,
     rejected: chex.Array,
     ref_chosen: chex.Array,
     ref_rejected: chex.Array,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
@@ -118,6 +85,7 @@ def dpo_loss(
       rejected: float[B], of the rejected ones.
       ref_chosen: float[B], of the chosen ones under the reference.
       ref_rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: strength of the pull to the reference.
       label_smoothing: epsilon, the share of labels believed to be flipped.
 
@@ -128,8 +96,8 @@ def dpo_loss(
     >>> print(jnp.exp(dpo_loss(lp, lp, lp, lp)))
     [2.]
     """
-    gap = _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
-    return smoothed_logistic(beta * gap, label_smoothing)
+    four = chosen, rejected, ref_chosen, ref_rejected
+    return preference_loss(*four, where=where, beta=beta, label_smoothing=label_smoothing)
 
 
 def robust_dpo_loss(
@@ -138,6 +106,7 @@ def robust_dpo_loss(
     ref_chosen: chex.Array,
     ref_rejected: chex.Array,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
     flip_rate: float = 0.1,
 ) -> jax.Array:
@@ -158,6 +127,7 @@ def robust_dpo_loss(
       rejected: float[B].
       ref_chosen: float[B].
       ref_rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: strength of the pull to the reference.
       flip_rate: epsilon, below 1/2.
 
@@ -173,9 +143,14 @@ def robust_dpo_loss(
     """
     if not 0.0 <= flip_rate < 0.5:
         raise ValueError(f"flip_rate must lie in [0, 0.5), got {flip_rate}")
-    logit = beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    of_chosen, of_rejected = one_precision(
+        log_ratio(chosen, ref_chosen, where), log_ratio(rejected, ref_rejected, where)
+    )
+    chex.assert_equal_shape([of_chosen, of_rejected])
+    logit = beta * (of_chosen - of_rejected)
     kept, flipped = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
-    return (-(1.0 - flip_rate) * kept + flip_rate * flipped) / (1.0 - 2.0 * flip_rate)
+    losses = (-(1.0 - flip_rate) * kept + flip_rate * flipped) / (1.0 - 2.0 * flip_rate)
+    return keep(where, losses)
 
 
 def ipo_loss(
@@ -184,6 +159,7 @@ def ipo_loss(
     ref_chosen: chex.Array,
     ref_rejected: chex.Array,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
 ) -> jax.Array:
     r"""Identity preference optimisation: regression of the log-ratio gap to a fixed margin.
@@ -201,6 +177,7 @@ def ipo_loss(
       rejected: float[B].
       ref_chosen: float[B].
       ref_rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: half the inverse of the margin aimed at.
 
     Returns:
@@ -210,8 +187,8 @@ def ipo_loss(
     >>> print(ipo_loss(lp, lp, lp, lp, beta=0.5))
     [1.]
     """
-    gap = _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
-    return jnp.square(gap - 1.0 / (2.0 * beta))
+    four = chosen, rejected, ref_chosen, ref_rejected
+    return preference_loss(*four, where=where, form="square", beta=beta)
 
 
 def kto_reference_kl(
@@ -238,8 +215,8 @@ def kto_reference_kl(
     >>> print(kto_reference_kl(jnp.array([-1.0, -4.0]), jnp.array([-2.0, -4.0])))
     0.5
     """
-    ratio = _log_ratio(log_probs, ref_log_probs)
-    where = mask_like(jnp.ones(ratio.shape, bool) if where is None else where, ratio)
+    ratio = log_ratio(log_probs, ref_log_probs, where)
+    where = mask_like(where, ratio)
     return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratio, where=where), 0.0))
 
 
@@ -249,6 +226,7 @@ def kto_loss(
     desirable: chex.Array,
     kl: chex.Numeric,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -270,6 +248,7 @@ def kto_loss(
       ref_log_probs: float[B].
       desirable: bool[B].
       kl: z_0, float[], from `kto_reference_kl`.
+      where: bool[B], the rows that count; elsewhere the result is 0. None counts all.
       beta: sharpness of the value function.
       desirable_weight: lambda_D.
       undesirable_weight: lambda_U.
@@ -281,15 +260,16 @@ def kto_loss(
     >>> print(kto_loss(lp, lp, good, jnp.float32(0.0)))
     [0.5 0.5]
     """
-    ratio = _log_ratio(log_probs, ref_log_probs)
+    ratio = log_ratio(log_probs, ref_log_probs, where)
     desirable = mask_like(desirable, ratio)
-    (kl,) = full_precision(kl, rank=0)
+    ratio, kl = one_precision(ratio, *full_precision(kl, rank=0))
     gain = beta * (ratio - jax.lax.stop_gradient(kl))
-    return jnp.where(
+    losses = jnp.where(
         desirable,
         desirable_weight * jax.nn.sigmoid(-gain),
         undesirable_weight * jax.nn.sigmoid(gain),
     )
+    return keep(where, losses)
 
 
 def dpo_sft_loss(
@@ -299,6 +279,7 @@ def dpo_sft_loss(
     ref_rejected: chex.Array,
     chosen_lengths: chex.Array,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
     sft_weight: float = 1.0,
 ) -> jax.Array:
@@ -315,17 +296,22 @@ def dpo_sft_loss(
       rejected: float[B].
       ref_chosen: float[B].
       ref_rejected: float[B].
-      chosen_lengths: float[B], tokens of the chosen responses.
+      chosen_lengths: int[B] or float[B], tokens of the chosen responses.
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: strength of the pull to the reference.
       sft_weight: alpha.
 
     Returns:
       float[B].
 
-    >>> lp, lengths = jnp.array([0.0]), jnp.array([4.0])
+    >>> lp, lengths = jnp.array([0.0]), jnp.array([4])
     >>> print(jnp.exp(dpo_sft_loss(lp, lp, lp, lp, lengths)))
     [2.]
     """
-    preference = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    chosen, lengths = full_precision(chosen, chosen_lengths, rank=1)
+    preference = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, where=where, beta=beta)
+    lengths = jnp.asarray(chosen_lengths)
+    if jnp.issubdtype(lengths.dtype, jnp.integer):
+        lengths = lengths.astype(preference.dtype)
+    chosen, lengths = visible(where, *full_precision(chosen, lengths, rank=1))
+    preference, chosen, lengths = one_precision(preference, chosen, lengths)
     return preference - sft_weight * chosen / jnp.maximum(lengths, 1.0)

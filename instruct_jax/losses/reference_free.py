@@ -18,11 +18,17 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import full_precision
-from instruct_jax.losses.preference import smoothed_logistic
+from instruct_jax.losses._array import full_precision, keep, visible
+from instruct_jax.losses.preference_family import smoothed_logistic
 
 
-def orpo_loss(chosen: chex.Array, rejected: chex.Array, *, weight: float = 0.1) -> jax.Array:
+def orpo_loss(
+    chosen: chex.Array,
+    rejected: chex.Array,
+    *,
+    where: chex.Array | None = None,
+    weight: float = 0.1,
+) -> jax.Array:
     r"""Odds-ratio preference optimisation: likelihood of the chosen plus a log odds-ratio term.
 
     .. math:: -\log p_c - \lambda \log \sigma\Big(\log \frac{p_c / (1 - p_c)}
@@ -35,6 +41,7 @@ def orpo_loss(chosen: chex.Array, rejected: chex.Array, *, weight: float = 0.1) 
     Args:
       chosen: float[B], *mean* log-probs.
       rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       weight: lambda; 0.0 is supervised fine-tuning on the chosen responses.
 
     Returns:
@@ -44,17 +51,23 @@ def orpo_loss(chosen: chex.Array, rejected: chex.Array, *, weight: float = 0.1) 
     >>> print(jnp.exp(orpo_loss(lp, lp, weight=1.0)))
     [4.]
     """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
+    chosen, rejected = visible(where, *full_precision(chosen, rejected, rank=1))
 
     def log_odds(log_p: jax.Array) -> jax.Array:
         log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
         return log_p - jnp.log(-jnp.expm1(log_p))
 
-    return -chosen - weight * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+    odds = jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+    return keep(where, -chosen - weight * odds)
 
 
 def simpo_loss(
-    chosen: chex.Array, rejected: chex.Array, *, beta: float = 2.0, gamma: float = 1.0
+    chosen: chex.Array,
+    rejected: chex.Array,
+    *,
+    where: chex.Array | None = None,
+    beta: float = 2.0,
+    gamma: float = 1.0,
 ) -> jax.Array:
     r"""Simple preference optimisation: a margin between length-normalised log-probs.
 
@@ -68,6 +81,7 @@ def simpo_loss(
     Args:
       chosen: float[B], *mean* log-probs.
       rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: scale of the implicit reward.
       gamma: the margin aimed at.
 
@@ -77,14 +91,15 @@ def simpo_loss(
     >>> print(jnp.exp(simpo_loss(jnp.array([-1.0]), jnp.array([-1.5]))))
     [2.]
     """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+    chosen, rejected = visible(where, *full_precision(chosen, rejected, rank=1))
+    return keep(where, -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma))
 
 
 def cpo_loss(
     chosen: chex.Array,
     rejected: chex.Array,
     *,
+    where: chex.Array | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: float = 1.0,
@@ -100,6 +115,7 @@ def cpo_loss(
     Args:
       chosen: float[B], summed log-probs.
       rejected: float[B].
+      where: bool[B], the pairs that count; elsewhere the result is 0. None counts all.
       beta: scale of the margin.
       label_smoothing: as in `dpo_loss`.
       nll_weight: alpha.
@@ -111,6 +127,6 @@ def cpo_loss(
     >>> print(jnp.exp(cpo_loss(lp, lp, nll_weight=0.0)))
     [2.]
     """
-    chosen, rejected = full_precision(chosen, rejected, rank=1)
+    chosen, rejected = visible(where, *full_precision(chosen, rejected, rank=1))
     preference = smoothed_logistic(beta * (chosen - rejected), label_smoothing)
-    return preference - nll_weight * chosen
+    return keep(where, preference - nll_weight * chosen)

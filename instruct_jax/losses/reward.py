@@ -14,7 +14,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import full_precision, mask_like
+from instruct_jax.losses._array import (
+    full_precision,
+    keep,
+    mask_like,
+    nan_unless,
+    one_precision,
+    scalar,
+    token_ids,
+    visible,
+)
 from instruct_jax.losses.masked import masked_mean
 
 
@@ -29,20 +38,23 @@ class PairCounts(NamedTuple):
 def _scores_and_mask(scores: chex.Array, where: chex.Array | None) -> tuple[jax.Array, jax.Array]:
     """float[B, K] scores with 0 on absent completions, and bool[B, K]."""
     (scores,) = full_precision(scores, rank=2)
-    where = mask_like(jnp.ones(scores.shape, bool) if where is None else where, scores)
+    where = mask_like(where, scores)
     return jnp.where(where, scores, 0.0), where
 
 
 def _differences(
     scores: jax.Array, ranks: chex.Array, where: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """[B, K, K]: score of i minus score of j, and whether i is labelled better than j."""
+    """[B, K, K]: score of i minus score of j, and whether i is labelled better than j.
+
+    0 where it is not: an infinite score less itself is no number.
+    """
     ranks = jnp.asarray(ranks)
     chex.assert_type(ranks, int)
     chex.assert_equal_shape([scores, ranks])
     better = ranks[:, :, None] < ranks[:, None, :]
-    both = where[:, :, None] & where[:, None, :]
-    return scores[:, :, None] - scores[:, None, :], better & both
+    pair = better & where[:, :, None] & where[:, None, :]
+    return jnp.where(pair, scores[:, :, None] - scores[:, None, :], 0.0), pair
 
 
 def ranking_loss(
@@ -92,7 +104,11 @@ def ranking_loss(
 
 
 def pairwise_loss(
-    chosen: chex.Array, rejected: chex.Array, *, margin: chex.Numeric = 0.0
+    chosen: chex.Array,
+    rejected: chex.Array,
+    *,
+    where: chex.Array | None = None,
+    margin: chex.Numeric = 0.0,
 ) -> jax.Array:
     r"""Logistic loss of one comparison, with an optional margin.
 
@@ -105,7 +121,8 @@ def pairwise_loss(
     Args:
       chosen: float[...], scores of the preferred completions.
       rejected: float[...], the same shape.
-      margin: mu, float[] or float[...], by how much the preferred one should win.
+      where: bool[...], the pairs that count; elsewhere the result is 0. None counts all.
+      margin: mu, float[] or float[...] of the same shape, by how much the preferred one should win.
 
     Returns:
       float[...].
@@ -113,8 +130,11 @@ def pairwise_loss(
     >>> print(jnp.exp(pairwise_loss(jnp.array([1.0]), jnp.array([1.0]))))
     [2.]
     """
-    chosen, rejected = full_precision(chosen, rejected)
-    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+    margin = jnp.asarray(margin)
+    arrays = full_precision(chosen, rejected, *([margin] if margin.ndim else []))
+    chosen, rejected, *of_pairs = visible(where, *arrays)
+    margin = of_pairs[0] if of_pairs else scalar(margin, chosen)
+    return keep(where, -jax.nn.log_sigmoid(chosen - rejected - margin))
 
 
 def best_of_k_loss(
@@ -134,20 +154,22 @@ def best_of_k_loss(
       where: bool[B, K], False on absent completions.
 
     Returns:
-      float[B]; NaN where `best` is outside of [0, K).
+      float[B]; NaN, and so is its gradient, where `best` is outside of [0, K); 0 for a row without
+      a completion.
 
     >>> print(jnp.exp(best_of_k_loss(jnp.zeros((1, 4)), jnp.array([2]))).round(4))
     [4.]
     """
     scores, where = _scores_and_mask(scores, where)
-    best = jnp.asarray(best)
-    chex.assert_type(best, int)
     chex.assert_shape(best, scores.shape[:1])
-    index = jnp.where(best < 0, scores.shape[1], best)[:, None]
-    picked = jnp.take_along_axis(scores, index, axis=1, mode="fill")[:, 0]
-    # An empty row has no normaliser; its one fake entry keeps value and gradient finite.
-    where = where | ~jnp.any(where, axis=1, keepdims=True)
-    return jax.nn.logsumexp(jnp.where(where, scores, -jnp.inf), axis=1) - picked
+    picks, known = token_ids(best, scores.shape[1])
+    picked = jnp.arange(scores.shape[1])[None] == picks[:, None]
+    # Relative to the picked one: log(1 + sum_k exp(r_k - r_b)), k the others there.
+    chosen = jnp.sum(jnp.where(picked, scores, 0.0), axis=1, keepdims=True)
+    exponents = jnp.where(where & ~picked, scores - chosen, -jnp.inf)
+    exponents = jnp.pad(exponents, [(0, 0), (1, 0)])
+    losses = nan_unless(known, jax.nn.logsumexp(exponents, axis=1))
+    return jnp.where(jnp.any(where, axis=1), losses, 0.0)
 
 
 def plackett_luce_loss(
@@ -201,7 +223,8 @@ def labeler_ranking_loss(
     Args:
       scores: float[B, K].
       ranks: int[B, J, K], one ranking a labeler.
-      labeler_weights: float[B, J], not negative; 0 for a labeler who did not see the prompt.
+      labeler_weights: float[B, J], not negative; 0 for a labeler who did not see the prompt, as it
+        is for one who ranked none of its completions.
       where: bool[B, J, K], False on completions that a labeler did not rank.
       pair_norm: as in `ranking_loss`.
 
@@ -216,15 +239,19 @@ def labeler_ranking_loss(
     (labeler_weights,) = full_precision(labeler_weights, rank=2)
     ranks = jnp.asarray(ranks)
     chex.assert_rank(ranks, 3)
-    where = jnp.ones(ranks.shape, bool) if where is None else jnp.asarray(where)
+    where = mask_like(where, ranks)
+    chex.assert_shape(labeler_weights, ranks.shape[:2])
+    labeler_weights = jnp.where(jnp.any(where, axis=2), labeler_weights, 0.0)
 
     def one_labeler(ranks: jax.Array, where: jax.Array) -> jax.Array:
         return ranking_loss(scores, ranks, where=where, pair_norm=pair_norm)
 
     losses = jax.vmap(one_labeler, in_axes=1, out_axes=1)(ranks, where)
-    chex.assert_equal_shape([losses, labeler_weights])
+    losses, labeler_weights = one_precision(losses, labeler_weights)
+    # A loss may be infinite where nobody looks.
+    weighted = jnp.where(labeler_weights > 0, losses, 0.0) * labeler_weights
     weight = jnp.sum(labeler_weights, axis=1)
-    return jnp.sum(losses * labeler_weights, axis=1) / jnp.where(weight > 0, weight, 1.0)
+    return jnp.sum(weighted, axis=1) / jnp.where(weight > 0, weight, 1.0)
 
 
 def diverging_pairwise_loss(
@@ -264,6 +291,7 @@ def diverging_pairwise_loss(
     chosen, rejected = full_precision(chosen, rejected, rank=2)
     chosen_tokens, rejected_tokens = jnp.asarray(chosen_tokens), jnp.asarray(rejected_tokens)
     chex.assert_type([chosen_tokens, rejected_tokens], int)
+    chosen_tokens, rejected_tokens = (x.astype(int) for x in (chosen_tokens, rejected_tokens))
     chex.assert_equal_shape([chosen, chosen_tokens, rejected_tokens])
     where = mask_like(where, chosen)
     differs = where & (chosen_tokens != rejected_tokens)
@@ -272,7 +300,9 @@ def diverging_pairwise_loss(
     return masked_mean(-jax.nn.log_sigmoid(difference), where=diverged, axis=1)
 
 
-def centering_loss(chosen: chex.Array, rejected: chex.Array) -> jax.Array:
+def centering_loss(
+    chosen: chex.Array, rejected: chex.Array, *, where: chex.Array | None = None
+) -> jax.Array:
     r"""Penalty that pulls the two scores of a pair to opposite values, hence the mean to 0.
 
     .. math:: (r_c + r_r)^2
@@ -285,6 +315,7 @@ def centering_loss(chosen: chex.Array, rejected: chex.Array) -> jax.Array:
     Args:
       chosen: float[...].
       rejected: float[...], the same shape.
+      where: bool[...], the pairs that count; elsewhere the result is 0. None counts all.
 
     Returns:
       float[...].
@@ -292,7 +323,7 @@ def centering_loss(chosen: chex.Array, rejected: chex.Array) -> jax.Array:
     >>> print(centering_loss(jnp.array([1.5]), jnp.array([-0.5])))
     [1.]
     """
-    chosen, rejected = full_precision(chosen, rejected)
+    chosen, rejected = visible(where, *full_precision(chosen, rejected))
     return jnp.square(chosen + rejected)
 
 

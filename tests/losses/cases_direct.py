@@ -72,15 +72,9 @@ def reward_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def ppo_cases() -> list[Case]:
-    d = Draw("ppo_direct")
-    lp = d.log_probs(B, T)
-    pair = {"log_probs": lp, "sampler_log_probs": d.near(lp, 1.0)}
-    return [
-        Case("truncated_importance_weights", oracles.truncated_importance_weights, pair,
-             stopped=tuple(pair)),
-        Case("best_of_n_kl", oracles.best_of_n_kl, {"n": np.array([1, 4, 16], np.int32)}),
-    ]  # fmt: skip
+def kl_cases() -> list[Case]:
+    n = {"n": np.array([1, 4, 16], np.int32)}
+    return [Case("best_of_n_kl", oracles.best_of_n_kl, n)]
 
 
 def preference_cases() -> list[Case]:
@@ -95,7 +89,7 @@ def preference_cases() -> list[Case]:
     single = {"log_probs": chosen, "ref_log_probs": four["ref_chosen"]}
     kto = single | {"desirable": np.array([True, False, True]), "kl": np.float64(0.4)}
     tokens, where = {"log_probs": d.log_probs(B, T)}, {"where": d.where(B, T)}
-    lengths = {"chosen_lengths": np.array([3.0, 7.0, 1.0])}
+    lengths = {"chosen_lengths": np.array([3, 7, 1], np.int32)}
     smooth = {"label_smoothing": 0.1}
     out = [
         Case(f"sequence_log_probs/{name}", oracles.sequence_log_probs, tokens, where,
@@ -108,8 +102,6 @@ def preference_cases() -> list[Case]:
         Case("kto_loss", oracles.kto_loss, kto, shared=("kl",), differentiable=("log_probs",),
              hyper={"desirable_weight": 1.2, "undesirable_weight": 0.9},
              stopped=("ref_log_probs", "kl")),
-        Case("implicit_rewards", oracles.implicit_rewards, single, differentiable=("log_probs",),
-             stopped=("ref_log_probs",)),
         Case("dpo_sft_loss", oracles.dpo_sft_loss, four | lengths, **with_ref),
         Case("orpo_loss", oracles.orpo_loss, means, hyper={"weight": 0.3}, **no_ref),
         Case("simpo_loss", oracles.simpo_loss, means, hyper={"gamma": 0.5}, **no_ref),
@@ -201,6 +193,9 @@ def overoptimization_cases() -> list[Case]:
                  shared=tuple(curve), differentiable=tuple(curve)),
             Case(f"peak_distance/{kind}", oracles.peak_distance, curve, hyper={"kind": kind},
                  shared=("all",), differentiable=tuple(curve)),
+            Case(f"peak_distance/{kind}_falling", oracles.peak_distance,
+                 curve | {"alpha": np.float64(-0.3)}, hyper={"kind": kind}, shared=("all",),
+                 differentiable=tuple(curve)),
             Case(f"fit_gold_scores/{kind}", oracles.fit_gold_scores, points | {"gold": gold}, keep,
                  {"kind": kind}, differentiable=("gold",)),
         ]  # fmt: skip
@@ -210,7 +205,7 @@ def overoptimization_cases() -> list[Case]:
 CASES = [
     *chunked_cases(),
     *reward_cases(),
-    *ppo_cases(),
+    *kl_cases(),
     *preference_cases(),
     *group_cases(),
     *distillation_cases(),

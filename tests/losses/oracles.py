@@ -188,7 +188,7 @@ def kl_estimate(log_probs, ref_log_probs, *, kind="k1"):
     formula = {
         "k1": lambda d: d,
         "k2": lambda d: d * d / 2,
-        "k3": lambda d: bounded_exp(-d) - 1 + d,
+        "k3": lambda d: math.exp(-max(d, -LIMIT)) - 1 + max(d, -LIMIT),
     }[kind]
     return each(lambda lp, ref: formula(lp - ref), log_probs, ref_log_probs)
 
@@ -217,16 +217,22 @@ def kl_shaped_rewards(scores, log_probs, ref_log_probs, *, where, kl_coef):
     return out
 
 
-def generalized_advantages(rewards, values, *, where, discount=1.0, gae_lambda=0.95):
+def generalized_advantages(
+    rewards, values, *, where, bootstrap=None, discount=1.0, gae_lambda=0.95
+):
     """The sum of eq. 16, term by term, over the valid steps: no recursion."""
+    discount, gae_lambda = (np.broadcast_to(x, rewards.shape) for x in (discount, gae_lambda))
     advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
     for b in range(rewards.shape[0]):
         steps = [t for t in range(rewards.shape[1]) if where[b, t]]
-        value = [*(float(values[b, t]) for t in steps), 0.0]
-        delta = [rewards[b, t] + discount * value[i + 1] - value[i] for i, t in enumerate(steps)]
+        value = [*(float(values[b, t]) for t in steps), 0.0 if bootstrap is None else bootstrap[b]]
+        delta = [
+            rewards[b, t] + discount[b, t] * value[i + 1] - value[i] for i, t in enumerate(steps)
+        ]
+        decay = [discount[b, t] * gae_lambda[b, t] for t in steps]
         for i, t in enumerate(steps):
             advantages[b, t] = math.fsum(
-                (discount * gae_lambda) ** (j - i) * delta[j] for j in range(i, len(steps))
+                math.prod(decay[i:j]) * delta[j] for j in range(i, len(steps))
             )
             returns[b, t] = advantages[b, t] + value[i]
     return advantages, returns

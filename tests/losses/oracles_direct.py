@@ -35,25 +35,26 @@ def matmul(hidden, head):
     return out
 
 
-def chunked_token_log_probs(hidden, head, tokens, *, chunk, **keywords):
+def chunked_token_log_probs(hidden, head, tokens, *, chunk=None, **keywords):
     return token_log_probs(matmul(hidden, head), tokens, **keywords)
 
 
-def chunked_next_token_loss(hidden, head, tokens, *, chunk, **keywords):
+def chunked_next_token_loss(hidden, head, tokens, *, chunk=None, **keywords):
     return next_token_loss(matmul(hidden, head), tokens, **keywords)
 
 
-def chunked_cross_entropy_sum(hidden, head, tokens, *, where, chunk, **keywords):
+def chunked_cross_entropy_sum(hidden, head, tokens, *, where, chunk=None, **keywords):
+    tokens = np.where(where, tokens, 0)
     log_probs = token_log_probs(matmul(hidden, head), tokens, **keywords)
     return np.array(-math.fsum(log_probs[where]))
 
 
-def chunked_token_statistics(hidden, head, tokens, *, chunk, temperature=1.0, vocab_size=None):
+def chunked_token_statistics(hidden, head, tokens, *, chunk=None, temperature=1.0, vocab_size=None):
     logits = matmul(hidden, head)
     normalizer, average = np.zeros(tokens.shape), np.zeros(tokens.shape)
     for b, t, row in real_rows(logits, temperature, vocab_size):
         normalizer[b, t] = log_softmax(row)[1]
-        average[b, t] = mean(row)
+        average[b, t] = mean(row) - normalizer[b, t]
     keywords = {"temperature": temperature, "vocab_size": vocab_size}
     return (
         token_log_probs(logits, tokens, **keywords),
@@ -82,12 +83,14 @@ def plackett_luce_loss(scores, ranks, *, where=None):
 def labeler_ranking_loss(scores, ranks, labeler_weights, *, where=None, pair_norm="valid"):
     out = []
     for b in range(len(scores)):
-        total = 0.0
+        total = weight = 0.0
         for j in range(ranks.shape[1]):
             mask = None if where is None else where[b, j][None]
+            if mask is not None and not mask.any():
+                continue
             loss = ranking_loss(scores[b][None], ranks[b, j][None], where=mask, pair_norm=pair_norm)
             total += labeler_weights[b, j] * loss[0]
-        weight = sum(labeler_weights[b])
+            weight += labeler_weights[b, j]
         out.append(total / weight if weight else 0.0)
     return np.array(out)
 
@@ -107,13 +110,6 @@ def diverging_pairwise_loss(chosen, rejected, chosen_tokens, rejected_tokens, *,
 # --- ppo, kl --------------------------------------------------------------------------------------
 
 
-def truncated_importance_weights(log_probs, sampler_log_probs, *, cap=2.0):
-    out = np.zeros(log_probs.shape)
-    for i in np.ndindex(out.shape):
-        out[i] = min(bounded_exp(log_probs[i] - sampler_log_probs[i]), cap)
-    return out
-
-
 def best_of_n_kl(n):
     return np.array([math.log(k) - (k - 1) / k for k in n])
 
@@ -124,10 +120,6 @@ def best_of_n_kl(n):
 def sequence_log_probs(log_probs, where, *, mean=False):
     rows = [valid(x, m) for x, m in zip(log_probs, where, strict=True)]
     return np.array([math.fsum(r) / (max(len(r), 1) if mean else 1) for r in rows])
-
-
-def implicit_rewards(log_probs, ref_log_probs, *, beta=0.1):
-    return by_row(lambda lp, ref: beta * (lp - ref), log_probs, ref_log_probs)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing=0.0):
@@ -310,7 +302,8 @@ def grpo_loss(
 def gspo_loss(log_probs, old_log_probs, advantages, *, where, clip=3e-4, clip_high=4e-4):
     out = []
     for lp, old, advantage, m in zip(log_probs, old_log_probs, advantages, where, strict=True):
-        out.append(surrogate(mean(valid(lp - old, m)), advantage, clip, clip_high))
+        loss = surrogate(mean(valid(lp - old, m)), advantage, clip, clip_high)
+        out.append(loss if m.any() else 0.0)
     return np.array(out)
 
 
@@ -363,7 +356,9 @@ def gold_score(distances, alpha, beta, *, kind):
 
 
 def peak_distance(alpha, beta, *, kind):
-    return np.float64(alpha / (2 * beta) if kind == "bon" else math.exp(alpha / beta - 1))
+    if beta <= 0:
+        return np.float64(0.0 if beta == 0 and alpha <= 0 else math.inf)
+    return np.float64(max(alpha / (2 * beta), 0) if kind == "bon" else math.exp(alpha / beta - 1))
 
 
 def fit_gold_scores(distances, gold, *, kind, where=None):

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from instruct_jax import losses
-from tests.losses import cases, cases_direct
 from tests.losses.case import finite_differences, leaves, weighted_sum
+from tests.losses.table import CASES, FIRST
 
-CASES = [*cases.CASES, *cases_direct.CASES]
-
-FIRST = {case.function_name: case for case in reversed(CASES)}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -16,7 +16,7 @@ from tests.losses.jitted import (
     reinforce_loss,
     reinforce_plus_plus_advantages,
     rloo_advantages,
-    truncated_importance_weights,
+    sampler_mismatch_weights,
 )
 
 
@@ -172,6 +172,6 @@ def test_gspo_clips_whole_responses():
 def test_importance_weights_are_one_for_an_exact_sampler_and_capped_for_a_poor_one():
     trainer = jnp.array([-1.0, -1.0, -1.0])
     sampler = jnp.array([-1.0, -81.0, 79.0])
-    weights = truncated_importance_weights(trainer, sampler)
+    weights = sampler_mismatch_weights(trainer, sampler)
     np.testing.assert_allclose(weights, [1.0, 2.0, 0.0], atol=1e-6)
-    assert not jax.grad(lambda x: truncated_importance_weights(x, sampler).sum())(trainer).any()
+    assert not jax.grad(lambda x: sampler_mismatch_weights(x, sampler).sum())(trainer).any()
