@@ -163,7 +163,7 @@ def best_of_k_loss(
     scores, where = _scores_and_mask(scores, where)
     chex.assert_shape(best, scores.shape[:1])
     picks, known = token_ids(best, scores.shape[1])
-    picked = jnp.arange(scores.shape[1])[None] == picks[:, None]
+    picked = jnp.arange(scores.shape[1], dtype=picks.dtype)[None] == picks[:, None]
     # Relative to the picked one: log(1 + sum_k exp(r_k - r_b)), k the others there.
     chosen = jnp.sum(jnp.where(picked, scores, 0.0), axis=1, keepdims=True)
     exponents = jnp.where(where & ~picked, scores - chosen, -jnp.inf)

@@ -207,6 +207,7 @@ def _of_steps(x: chex.Numeric, rewards: jax.Array) -> jax.Array:
     """A number float[] for all entries float[B, R], or one for each."""
     x = jnp.asarray(x)
     if x.ndim:
+        chex.assert_type(x, float)
         chex.assert_equal_shape([x, rewards])
         return x.astype(rewards.dtype)
     return jnp.broadcast_to(x.astype(rewards.dtype), rewards.shape)

@@ -14,6 +14,7 @@ from instruct_jax.losses import (
     CrossEntropySum,
     TokenStatistics,
     chunked_cross_entropy_sum,
+    chunked_divergence,
     chunked_token_statistics,
 )
 from instruct_jax.models.sharding import HEADS, WHOLE, constrain, row_blocks
@@ -52,6 +53,34 @@ def cross_entropy_sum(
     """`chunked_cross_entropy_sum` of `model`'s own read-out, of the arguments of `token_scores`."""
     of_model = _readout(model, params, len(tokens))
     return chunked_cross_entropy_sum(hidden, tokens=tokens, where=where, hits=hits, **of_model)
+
+
+def divergence(
+    student: Model,
+    params: Params,
+    hidden: jax.Array,
+    teacher: Model,
+    teacher_params: Params,
+    teacher_hidden: jax.Array,
+    *,
+    where: jax.Array,
+) -> jax.Array:
+    """KL from the teacher's next-token distribution to the student's, float32[B, T], of their own
+    read-outs of states [B, T, D]; 0 outside of `where` bool[B, T].
+    """
+    own = _readout(student, params, len(hidden))
+    taught = _readout(teacher, teacher_params, len(hidden))
+    return chunked_divergence(
+        hidden,
+        own["head"],
+        teacher_hidden,
+        taught["head"],
+        where=where,
+        vocab_size=own["vocab_size"],
+        student_softcap=own["softcap"],
+        teacher_softcap=taught["softcap"],
+        row_blocks=own["row_blocks"],
+    )
 
 
 def _readout(model: Model, params: Params, rows: int) -> dict[str, Any]:

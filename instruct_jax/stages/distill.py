@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays, Batches
 from instruct_jax.errors import ConfigError
-from instruct_jax.losses import forward_kl, sum_and_count
-from instruct_jax.losses.chunked import CHUNK_LOGITS
+from instruct_jax.losses import sum_and_count
 from instruct_jax.models.transformer import Model, TransformerConfig, language_model
+from instruct_jax.sampling.scores import divergence
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.stage import FitConfig, fit, trained_form
@@ -58,7 +58,7 @@ def shortened(
 
 def logits_loss(student: Model, teacher: Model, *, dropout: bool = False) -> LossFn:
     """The second loss above on rows of `language_loss`; the teacher's parameters are under
-    "teacher" among the student's. The logits of both are made for a few positions at a time, and
+    "teacher" among the student's. The logits of both are made for a few targets at a time, and
     again for their gradient. Dropout is of the student alone.
     """
 
@@ -69,19 +69,8 @@ def logits_loss(student: Model, teacher: Model, *, dropout: bool = False) -> Los
         drawn = key if dropout else None
         own = student.hidden(params, tokens, mask=mask, dropout_key=drawn)[:, :-1]
         taught = teacher.hidden(params["teacher"], tokens, mask=mask)[:, :-1]
-
-        @jax.checkpoint
-        def divergence(states: tuple[jax.Array, jax.Array]) -> jax.Array:
-            """Of one position of every row, [B, D] twice -> [B]."""
-            logits = student.readout(params, states[0][:, None])
-            wanted = teacher.readout(params["teacher"], states[1][:, None])
-            return forward_kl(logits, wanted, vocab_size=student.config.vocab_size)[:, 0]
-
-        rows, length = targets.shape
-        at_once = max(1, CHUNK_LOGITS // (rows * student.config.vocab_size))
-        by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (own, taught))
-        losses = jax.lax.map(divergence, by_position, batch_size=min(at_once, length))
-        return *sum_and_count(losses.swapaxes(0, 1), where=targets), {}
+        losses = divergence(student, params, own, teacher, params["teacher"], taught, where=targets)
+        return *sum_and_count(losses, where=targets), {}
 
     return loss
 

@@ -45,9 +45,11 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
         log_probs = scores.log_probs
         new, old, advantages, of = _ratio_terms(config, log_probs, batch)
         bounds = {"clip": config.clip, "clip_high": config.clip_high}
-        losses = clipped_policy_loss(new, old, advantages, dual_clip=config.dual_clip, **bounds)
+        losses = clipped_policy_loss(
+            new, old, advantages, where=of, dual_clip=config.dual_clip, **bounds
+        )
         if config.kl_loss_coef:
-            k3 = kl_estimate(log_probs, batch.ref_log_probs, kind="k3")
+            k3 = kl_estimate(log_probs, batch.ref_log_probs, where=where, kind="k3")
             losses += config.kl_loss_coef * k3
         total, count = loss_sum_and_count(
             losses,
@@ -106,7 +108,7 @@ def value_loss(config: PPOConfig, scalar: Model) -> LossFn:
         values = jnp.where(where, values, 0.0)
         assert batch.values is not None, "no value model, no value loss"
         assert batch.returns is not None, "no value model, no value loss"
-        bound = {"clip": config.value_clip}
+        bound = {"where": where, "clip": config.value_clip}
         losses = clipped_value_loss(values, batch.values, batch.returns, **bound)
         clipped = value_clipped(values, batch.values, batch.returns, **bound)
         total, count = sum_and_count(losses, where=where)

@@ -6,7 +6,9 @@ pi the policy's log-probs of whole responses and ref the reference's:
 
     loss(x) = (1/|S|) sum_{(w,l) in S} f(pi_w, pi_l, ref_w, ref_l),  S = pairs without ties
 
-for f in `losses/preference.py`: DPO, cDPO, robust DPO, IPO, ORPO, SimPO, CPO, DPO with an SFT term.
+for f in `losses/preference.py`, `losses/reference_free.py` or the family of
+`losses/preference_family.py`: DPO, cDPO, robust DPO, IPO, hinge, EXO, DiscoPOP, NCA, SPPO, APO,
+under a divergence of choice; ORPO, SimPO, CPO; DPO with an SFT term.
 KTO sees single completions: those that were judged alone have their label; of ranked ones those
 that beat more of their prompt's completions than they lose to are desirable, those that lose to
 more are not, the rest take no part; its reference point comes
@@ -34,10 +36,8 @@ from instruct_jax.data.loader import Arrays
 from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.losses import (
     cpo_loss,
-    dpo_loss,
     dpo_sft_loss,
     implicit_rewards,
-    ipo_loss,
     kto_loss,
     kto_reference_kl,
     masked_mean,
@@ -46,6 +46,8 @@ from instruct_jax.losses import (
     simpo_loss,
     sum_and_count,
 )
+from instruct_jax.losses.preference_family import Form
+from instruct_jax.losses.preference_family import preference_loss as family_loss
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.preference_rows import (
@@ -59,6 +61,8 @@ from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 
 REFERENCE_FREE = ("orpo", "simpo", "cpo")
+# Those of the family in losses/preference_family.py that have another name there.
+FORMS: dict[str, Form] = {"dpo": "logistic", "ipo": "square"}
 # These two read log-probs as means over tokens.
 MEANS = ("orpo", "simpo")
 
@@ -69,17 +73,22 @@ class PreferenceConfig(FitConfig):
     updates and then constant (Adam here, RMSprop there).
     """
 
-    loss: Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "cpo", "dpo_sft"] = setting(
-        "dpo", "what is minimised; all are in losses/preference.py"
-    )
+    loss: Literal[
+        "dpo", "robust_dpo", "ipo", "hinge", "exo", "discopop", "nca", "sppo", "apo_zero",
+        "apo_down", "kto", "orpo", "simpo", "cpo", "dpo_sft",
+    ] = setting("dpo", "what is minimised; all are in losses/preference*.py")  # fmt: skip
     beta: float = setting(
         0.1,
         "how strong the pull to the reference is; of orpo it scales the logged margin",
         above=0.0,
     )
     label_smoothing: float = setting(
-        0.0, "share of pairs believed to be the wrong way round", low=0.0, below=0.5,
-        needs="loss=dpo|cpo",
+        0.0, "share of pairs believed to be the wrong way round; of exo, 0 is its paper's 1e-3",
+        low=0.0, below=0.5, needs="loss=dpo|exo|cpo",
+    )  # fmt: skip
+    divergence: Literal["reverse_kl", "forward_kl", "js"] = setting(
+        "reverse_kl", "what holds the policy to the reference",
+        needs="loss=dpo|ipo|hinge|exo|discopop|nca|sppo|apo_zero|apo_down",
     )  # fmt: skip
     flip_rate: float = setting(
         0.1, "share of pairs known to be the wrong way round", low=0.0, below=0.5,
@@ -109,7 +118,7 @@ class PreferenceConfig(FitConfig):
     reference: Literal["precomputed", "live"] = setting(
         "precomputed",
         "when the reference reads the rows: all at first, or each batch when it is met",
-        needs="loss=dpo|robust_dpo|ipo|kto|dpo_sft",
+        needs="loss=dpo|robust_dpo|ipo|hinge|exo|discopop|nca|sppo|apo_zero|apo_down|kto|dpo_sft",
     )
     epochs: float = 1.0
     batch_size: int = 64
@@ -169,10 +178,11 @@ def pair_losses(
         return jnp.broadcast_to(x[:, None, :], shape).reshape(-1)
 
     chosen, rejected = first(values), second(values)
-    beta = {"beta": config.beta}
+    pairs = ordered_pairs(ranks, where)
+    beta = {"beta": config.beta, "where": pairs.reshape(-1)}
     smoothed = beta | {"label_smoothing": config.label_smoothing}
     if config.loss == "orpo":
-        losses = orpo_loss(chosen, rejected, weight=config.odds_weight)
+        losses = orpo_loss(chosen, rejected, weight=config.odds_weight, where=beta["where"])
     elif config.loss == "simpo":
         losses = simpo_loss(chosen, rejected, gamma=config.margin, **beta)
     elif config.loss == "cpo":
@@ -180,16 +190,18 @@ def pair_losses(
     else:
         assert scores.reference is not None, f"{config.loss} reads the reference"
         four = chosen, rejected, first(scores.reference), second(scores.reference)
-        if config.loss == "dpo":
-            losses = dpo_loss(*four, **smoothed)
-        elif config.loss == "robust_dpo":
+        if config.loss == "robust_dpo":
             losses = robust_dpo_loss(*four, flip_rate=config.flip_rate, **beta)
-        elif config.loss == "ipo":
-            losses = ipo_loss(*four, **beta)
-        else:
+        elif config.loss == "dpo_sft":
             lengths = first(scores.lengths)
             losses = dpo_sft_loss(*four, lengths, sft_weight=config.sft_weight, **beta)
-    return losses.reshape(shape), ordered_pairs(ranks, where)
+        else:
+            form = FORMS.get(config.loss, config.loss)
+            smoothing = {"label_smoothing": config.label_smoothing or None}
+            losses = family_loss(
+                *four, form=form, divergence=config.divergence, **beta, **smoothing
+            )
+    return losses.reshape(shape), pairs
 
 
 def ordered_pairs(ranks: jax.Array, where: jax.Array) -> jax.Array:
@@ -231,6 +243,7 @@ def prompt_losses(
             scores.reference.reshape(-1),
             desirable.reshape(-1),
             kl,
+            where=labelled.reshape(-1),
             beta=config.beta,
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
@@ -259,7 +272,12 @@ def preference_metrics(
     if config.loss in MEANS:
         values = values / jnp.maximum(scores.lengths, 1.0)
     reference = jnp.zeros_like(values) if scores.reference is None else scores.reference
-    rewards = implicit_rewards(values.reshape(-1), reference.reshape(-1), beta=config.beta)
+    rewards = implicit_rewards(
+        values.reshape(-1),
+        reference.reshape(-1),
+        beta=config.beta,
+        divergence=config.divergence,
+    )
     rewards = rewards.reshape(ranks.shape)
     if labels is not None:
         desirable, labelled = thumbs(ranks, where, labels)

@@ -86,7 +86,7 @@ def reward_cases() -> list[Case]:
     d = Draw("reward")
     scores = d.normal(B, K)
     ranks = np.array([[0, 1, 2, 3], [0, 0, 1, 1], [2, 0, 1, 0]], np.int32)
-    where = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]], bool)
+    where = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
     chosen, rejected = d.normal(B), d.normal(B)
     ranking = {"scores": scores, "ranks": ranks}
     pair = {"chosen": chosen, "rejected": rejected}

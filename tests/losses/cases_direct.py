@@ -40,7 +40,7 @@ def reward_cases() -> list[Case]:
     d = Draw("reward_direct")
     scores = d.normal(B, K)
     ranks = np.array([[3, 1, 2, 0], [0, 0, 1, 1], [2, 0, 1, 0]], np.int32)
-    where = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]], bool)
+    where = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
     labelers = d.rng.permuted(np.tile(np.arange(K, dtype=np.int32), (B, 2, 1)), axis=2)
     trust = np.array([[1.0, 2.0], [0.5, 0.0], [0.3, 0.3]])
     tokens = d.tokens(B, T)

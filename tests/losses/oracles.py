@@ -162,8 +162,8 @@ def pairwise_loss(chosen, rejected, *, margin=0.0):
 def best_of_k_loss(scores, best, *, where=None):
     out = []
     for r, pick, present in zip(scores, best, everyone(scores, where), strict=True):
-        _, normalizer = log_softmax([float(v) for v, p in zip(r, present, strict=True) if p])
-        out.append(normalizer - r[pick])
+        scores_there = [float(v) for v, p in zip(r, present, strict=True) if p]
+        out.append(log_softmax(scores_there)[1] - r[pick] if scores_there else 0.0)
     return np.array(out)
 
 

@@ -185,7 +185,7 @@ def test_settings_that_are_arrays_of_another_shape_are_refused():
 @pytest.mark.parametrize("beta", [-0.5, 0.0, 0.5])
 def test_the_peak_is_where_the_curve_is_highest_whatever_its_signs(kind, alpha, beta):
     peak = float(peak_distance(jnp.float32(alpha), jnp.float32(beta), kind=kind))
-    grid = jnp.linspace(0.0, 40.0, 40_001)
+    grid = jnp.linspace(0.0, 400.0, 400_001)
     scores = np.asarray(gold_score(grid, jnp.float32(alpha), jnp.float32(beta), kind=kind))
     if peak == np.inf:
         assert scores.argmax() == len(grid) - 1

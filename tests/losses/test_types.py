@@ -22,7 +22,8 @@ def integers(case):
 
 def with_types(case, floating, integer="int32"):
     types = {"f": floating, "i": integer, "b": bool}
-    return {n: jnp.asarray(x, types[x.dtype.kind]) for n, x in case.inputs.items()}
+    with np.errstate(over="ignore"):  # 1e30 behind a mask is infinite in float16
+        return {n: jnp.asarray(x, types[x.dtype.kind]) for n, x in case.inputs.items()}
 
 
 def positive(case):

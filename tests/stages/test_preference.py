@@ -36,7 +36,8 @@ ONE = make_mesh("data:1")
 CONFIG = PreferenceConfig(
     batch_size=8, learning_rate=1e-3, warmup=0, completions=3, prompt_length=6, response_length=8
 )
-KINDS = ("dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "cpo", "dpo_sft")
+FAMILY = ("hinge", "exo", "discopop", "nca", "sppo", "apo_zero", "apo_down")
+KINDS = ("dpo", "robust_dpo", "ipo", *FAMILY, "kto", "orpo", "simpo", "cpo", "dpo_sft")
 K, WIDTH = 3, 14
 
 
@@ -155,6 +156,7 @@ def test_with_one_pair_a_prompt_the_loss_is_the_published_one(kind):
             "simpo": lambda: losses.simpo_loss(*means, beta=0.1, gamma=1.0),
             "cpo": lambda: losses.cpo_loss(win, lose, beta=0.1, label_smoothing=0.1),
             "dpo_sft": lambda: losses.dpo_sft_loss(*four, win_length, beta=0.1),
+            **{form: lambda: losses.preference_loss(*four, form=kind, beta=0.1) for form in FAMILY},
         }[kind]()
     found, gradient, _ = loss_and_gradient(config, batch)
     np.testing.assert_allclose(found, np.mean(wanted), rtol=1e-5)
