@@ -1,6 +1,7 @@
 """DATA-21: a data set's licence is found where people write it down, and is never made up."""
 
 import json
+import os
 
 import pytest
 
@@ -61,3 +62,24 @@ def test_a_source_names_the_licence_of_every_file(rows):
 def test_real_rows_have_the_licence_of_their_manifest(shared):
     path = shared / "data" / "sft" / "alpaca_52k.jsonl.gz"
     assert "CC BY-NC 4.0" in find_licences(path)[str(path)]
+
+
+def test_what_others_wrote_about_a_file_cannot_stop_its_reading(tmp_path):
+    """Latin-1, a pipe, a folder, names that are no path: nothing is stated, and nothing waits."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    card = tmp_path / "README.md"
+    card.write_bytes(b"---\nlicense: mit\ntitle: caf\xe9\n---\n")
+    assert find_licences(path) == {str(path): "mit"}
+    card.unlink()
+    os.mkfifo(card)
+    (tmp_path / "rows.jsonl.license").mkdir()
+    assert find_licences(path) == {str(path): NOT_STATED}
+    manifest = tmp_path / "MANIFEST.md"
+    manifest.write_bytes(
+        b"| file | licence |\n| --- | --- |\n| a\0b | \xe9 |\n| rows.jsonl | MIT |\n"
+    )
+    assert find_licences(path) == {str(path): "MIT"}
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    assert find_licences(path) == {str(path): NOT_STATED}
