@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from instruct_jax.errors import ConfigError
+from instruct_jax.errors import CheckpointError, ConfigError
 from instruct_jax.models.families import preset
 from instruct_jax.planning import topologies
 from instruct_jax.planning.abstract import abstract_params
@@ -322,3 +322,16 @@ def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsy
     assert "| ppo instructgpt_1p3b_ptx | v5e:8x8 | fsdp:64 |" in (tmp_path / "plans.md").read_text()
     with pytest.raises(ConfigError, match="--policy"):
         plan.main(["--config=configs/sft.py:toyworld", "--policy=gpt3-6b", "--topology=cpu:8"])
+
+
+def test_a_damaged_model_folder_is_told_with_exit_code_4(tmp_path, repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    import plan
+
+    monkeypatch.setattr(plan, "prepare", lambda *_: None)
+    (tmp_path / "model.json").write_text("[]")
+    arguments = [f"--config.init={tmp_path}", "--topology=v5e:8x8", "--estimate_only"]
+    with pytest.raises(CheckpointError, match=r"model\.json") as error:
+        plan.main(["--config=configs/sft.py:toyworld", *arguments])
+    assert error.value.exit_code == 4
