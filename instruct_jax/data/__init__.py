@@ -37,7 +37,16 @@ from instruct_jax.data.formats import (
 from instruct_jax.data.loader import Batches, Mixture
 from instruct_jax.data.pii import find_pii
 from instruct_jax.data.prompts import Prepared, expand_few_shot, prepare_prompts
-from instruct_jax.data.templates import ALPACA, CHAT, HH, PLAIN, Template, template_named
+from instruct_jax.data.rows import PromptText, Segment, plain_text
+from instruct_jax.data.templates import (
+    ALPACA,
+    CHAT,
+    HH,
+    PLAIN,
+    Template,
+    encode_texts,
+    template_named,
+)
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from instruct_jax.data.tokens import TokenRows
 
@@ -57,7 +66,9 @@ __all__ = [
     "Mixture",
     "Prepared",
     "Prompt",
+    "PromptText",
     "Rows",
+    "Segment",
     "Template",
     "Text",
     "TokenRows",
@@ -68,10 +79,12 @@ __all__ = [
     "encode_dialogues",
     "encode_documents",
     "encode_prompts",
+    "encode_texts",
     "expand_few_shot",
     "find_pii",
     "hash_files",
     "load_tokenizer",
+    "plain_text",
     "prepare_prompts",
     "read_comparisons",
     "read_demonstrations",
