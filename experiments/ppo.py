@@ -26,9 +26,9 @@ from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.stages import ppo
 from instruct_jax.stages.ppo import PPOConfig
+from instruct_jax.stages.ppo_models import on_the_policys_trunk
 from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
 from instruct_jax.stages.text import text_rows
-from instruct_jax.stages.trunks import on_the_policys_trunk
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32

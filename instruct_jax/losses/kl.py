@@ -144,7 +144,7 @@ def adaptive_kl_update(
       batch_size: n, episodes since the last update.
 
     Returns:
-      float[].
+      float[]; `kl_coef` itself where `kl` is not finite, which says nothing of where the policy is.
 
     >>> beta = adaptive_kl_update(jnp.float32(.15), jnp.float32(12.), target=6., horizon=1e4,
     ...                           batch_size=512)
@@ -153,4 +153,4 @@ def adaptive_kl_update(
     """
     kl_coef, kl = full_precision(kl_coef, kl, rank=0)
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return kl_coef * (1.0 + error * batch_size / horizon)
+    return jnp.where(jnp.isfinite(kl), kl_coef * (1.0 + error * batch_size / horizon), kl_coef)

@@ -314,11 +314,12 @@ def _cast_matrices(name: str, tree: Params, dtype: str) -> Params:
     # axis more.
     axes = 3 if name == "layers" else 2
 
-    def cast(w: jax.Array) -> jax.Array:
-        whole = w.ndim != axes or not jnp.issubdtype(w.dtype, jnp.floating)
-        return w if whole else w.astype(dtype)
+    def cast(w: Any) -> Any:
+        # A quantised matrix is a tree of its values, which may be floats too (fp8), and its scales.
+        plain = jax.tree_util.all_leaves([w]) and w.ndim == axes
+        return w.astype(dtype) if plain and jnp.issubdtype(w.dtype, jnp.floating) else w
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast, tree, is_leaf=lambda node: not isinstance(node, dict))
 
 
 def _check_width(config: TransformerConfig, length: int) -> None:

@@ -25,10 +25,17 @@ from instruct_jax.planning.costs import Cost
 from instruct_jax.planning.jobs import Job
 from instruct_jax.sampling.sampler import Rollout, generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Experience, Frozen, PPOState
+from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.ppo_models import (
+    Frozen,
+    PPOState,
+    Recipe,
+    frozen_models,
+    initial_state,
+    optimizers,
+)
 from instruct_jax.stages.stage import RULES
-from instruct_jax.stages.trunks import frozen_models, initial_state, optimizers
 from instruct_jax.training.mesh import batch_sharding, replicated
 from instruct_jax.training.state import state_shardings
 
@@ -88,13 +95,13 @@ def _lower(job: Job, mesh: Mesh, frozen: Frozen, state: PPOState, rows: Rows, na
                 "halvings": config.halvings,
             }
             sample = partial(generate, policy, **settings)
-            return jax.jit(sample).lower(frozen.policy_params(state), *rows.prompts)
-        txs = optimizers(config)
-        score, update = ppo.programs(config, policy, scalar, txs, state, eos_id=eos_id, mesh=mesh)
-        if name == "score":
-            return score.lower(state, frozen, rows.rollout)
+            return jax.jit(sample).lower(frozen.models(state).policy, *rows.prompts)
+        recipe = Recipe(config, policy, scalar, *optimizers(config), eos_id)
+        programs: Any = ppo.make_programs(recipe, state, mesh)
+        if name == "score":  # what follows is a few operations a token
+            return programs.read.lower(state, frozen, rows.rollout)
         key = abstract_key(mesh)
-        return update.lower(state, frozen, rows.experience, rows.ptx, rows.kl, key)
+        return programs.update.lower(state, frozen, rows.experience, rows.ptx, rows.kl, key)
 
 
 def _models(job: Job, mesh: Mesh) -> tuple[Frozen, PPOState]:

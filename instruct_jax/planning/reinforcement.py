@@ -1,6 +1,7 @@
 """The programs of PPO at a shape, set up as `ppo.train` does: scoring, updates, an iteration."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +14,13 @@ from instruct_jax.planning.measure import Account, Workload, compiled, seconds_o
 from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Frozen, PPOState
+from instruct_jax.stages.ppo_lag import behind, first_rollout, models_of
 from instruct_jax.stages.ppo_losses import ptx_loss
+from instruct_jax.stages.ppo_models import Recipe, optimizers
 from instruct_jax.stages.pretrain import language_rows
-from instruct_jax.stages.stage import RULES, place_params, with_base
-from instruct_jax.stages.trunks import frozen_models, initial_state, optimizers
-from instruct_jax.training.mesh import batch_sharding, replicated
-from instruct_jax.training.state import accumulate_gradients, shard_state
+from instruct_jax.stages.stage import with_base
+from instruct_jax.training.mesh import batch_sharding
+from instruct_jax.training.state import accumulate_gradients
 
 
 class Reinforcement:
@@ -30,36 +31,22 @@ class Reinforcement:
         self.config = shape.ppo_config()
         self.policy = language_model(shape.policy_config())
         self.scalar = scalar_model(shape.scalar_config())
-        self.txs = optimizers(self.config)
-        frozen = frozen_models(self.config, models.policy, models.reward)
-        self.frozen = Frozen(*(place_params(p, mesh) for p in frozen))
-        state = initial_state(self.config, models.policy, models.reward, self.txs)
-        assert state.value is not None
-        self.state = PPOState(
-            shard_state(state.policy, mesh, RULES),
-            shard_state(state.value, mesh, RULES),
-            jax.device_put(state.kl_coef, replicated(mesh)),
+        self.recipe = Recipe(
+            self.config, self.policy, self.scalar, *optimizers(self.config), rows.eos_id
         )
+        self.frozen, self.state = ppo.placed_models(self.recipe, models.policy, models.reward, mesh)
         self.key = jax.random.key(shape.seed)
 
-    def programs(self) -> tuple[Any, Any]:
-        """The scoring and the update program."""
-        return ppo.programs(
-            self.config,
-            self.policy,
-            self.scalar,
-            self.txs,
-            self.state,
-            eos_id=self.rows.eos_id,
-            mesh=self.mesh,
-        )
+    def programs(self) -> ppo.Programs:
+        """Those between and after rollouts."""
+        return ppo.make_programs(self.recipe, self.state, self.mesh)
 
     def sample(self) -> Any:
         """A rollout of the policy."""
         inputs = first_prompts(self.shape, self.rows, self.mesh)
         return generate(
             self.policy,
-            self.frozen.policy_params(self.state),
+            self.frozen.models(self.state).policy,
             *inputs,
             max_new_tokens=self.shape.response,
             eos_id=self.rows.eos_id,
@@ -107,23 +94,29 @@ def score(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     """Log-probs, rewards, values and advantages of a rollout."""
     work = Reinforcement(shape, rows, models, mesh)
     sampled = work.sample()
-    program = compiled(work.programs()[0], work.state, work.frozen, sampled)
+    programs = work.programs()
+    program = compiled(programs.read, work.state, work.frozen, sampled)
     account = work.account(
         sampled.mask,
         sampled.response_mask,
         lambda p, r: (costs.score(work.policy.config, work.scalar.config, p + r),),
     )
-    run = lambda: program.call(work.state, work.frozen, sampled)  # noqa: E731
+
+    def run() -> Any:
+        readings = program.call(work.state, work.frozen, sampled)
+        return programs.score(work.state.kl_coef, sampled, readings)
+
     return Workload("score", run, lambda _: account, program.seconds, program.memory, shape.dtype)
 
 
 def ppo_update(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     """All updates of an iteration, with the mix where `ptx_ratio` is given."""
     work = Reinforcement(shape, rows, models, mesh)
-    score_program, update = work.programs()
-    experience, metrics = score_program(work.state, work.frozen, work.sample())
+    programs, rollout = work.programs(), work.sample()
+    readings = programs.read(work.state, work.frozen, rollout)
+    experience, metrics = programs.score(work.state.kl_coef, rollout, readings)
     inputs = (work.frozen, experience, work.ptx(), metrics["kl"], work.key)
-    program = compiled(update, work.state, *inputs, donate=(0,))
+    program = compiled(programs.update, work.state, *inputs, donate=(0,))
 
     def run() -> Any:
         work.state, updated = program.call(work.state, *inputs)
@@ -164,29 +157,20 @@ def ptx(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
 def iteration(shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> Workload:
     """Rollout, scoring and all updates, as the training loop calls them."""
     work = Reinforcement(shape, rows, models, mesh)
-    step = ppo.make_iteration(
-        work.config,
-        work.policy,
-        work.scalar,
-        *work.txs,
-        work.frozen,
-        work.state,
-        eos_id=rows.eos_id,
-        mesh=mesh,
-    )
+    step = ppo.make_iteration(work.recipe, work.frozen, work.state, mesh)
     first = {name: x[: shape.rows] for name, x in rows.prompts.items()}
     batch: dict[str, Any] = {"prompts": first["tokens"], "prompt_mask": first["mask"]}
     if (mix := work.ptx()) is not None:
-        batch["ptx"] = mix
+        batch["text"] = mix
     steps, state, run_step = 0, work.state, step
     if shape.rollout_lag:
-        state, run_step = step.start(state, batch, work.key), step.lagging
+        state, run_step = first_rollout(step, state, batch, work.key), partial(behind, step)
 
     def run() -> Any:
         nonlocal steps, state
         key = jax.random.fold_in(work.key, steps)
         state, metrics = run_step(state, batch, key)
-        work.state = ppo.models_of(state)
+        work.state = models_of(state)
         steps += 1
         return metrics
 

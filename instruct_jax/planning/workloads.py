@@ -4,7 +4,7 @@ pretrain, sft, reward_model     one update, as `stage.fit` compiles it
 reward_model_separate           the same with the prompt read once for each completion
 rollout                         one batch of responses in one program, as PPO samples
 engine                          four times as many prompts through the slots of the engine
-score, ppo_update, iteration    the programs of `ppo.programs`, and `ppo.make_iteration`
+score, ppo_update, iteration    the programs of `ppo.make_programs`, and `ppo.make_iteration`
 ptx                             the gradient of the pretraining mix of one update
 """
 

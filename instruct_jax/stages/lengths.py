@@ -1,9 +1,10 @@
-"""Rows of a rollout by length: short responses are not computed as wide as the longest one.
+"""Rows in parts, and by length: short responses are not computed as wide as the longest one.
 
-Arrays have the response last: float[B, R], or float[B, P + R] with its prompt before it. The rows
-of a batch are put in an order in which each of its parts holds rows of about one length; a part is
-then computed at the least of a few widths that has room for its longest response. What is cut off
-is padding behind the last token of every row, which no token sees, so nothing changes but the time.
+Arrays have the response last: float[B, R], or float[B, P + R] with its prompt before it. With
+several widths the rows of a batch are put in an order in which each of its parts holds rows of
+about one length, and a part is computed at the least width that has room for its longest response.
+What is cut off is padding behind the last token of every row, which no token sees, so nothing
+changes but the time. With one width the order is the rows' own, and nothing is cut.
 
 The widths are static and compiled side by side, under one `lax.switch`: no program is compiled
 again, and the host learns no length.
@@ -28,18 +29,16 @@ def response_widths(response: int, buckets: int) -> tuple[int, ...]:
     return tuple(sorted({-(-response * i // buckets) for i in range(1, buckets + 1)}))
 
 
-def by_length(where: jax.Array, parts: int) -> jax.Array:
+def by_length(where: jax.Array, parts: int, *, buckets: int) -> jax.Array:
     """int32[B], the rows of bool[B, R] in an order whose `split_rows` parts go by length."""
+    if buckets == 1:
+        return jnp.arange(len(where), dtype=jnp.int32)
     ranks = jnp.argsort(where.sum(1, dtype=jnp.int32)).astype(jnp.int32)
     return ranks.reshape(parts, -1).T.reshape(-1)
 
 
-def shorter_forms(
-    where_of: Callable[[Any], jax.Array], response: int, buckets: int
-) -> Forms | None:
-    """The widths for `accumulate_gradients`; `where_of(rows)` is bool[B, R]. None for one width."""
-    if buckets == 1:
-        return None
+def shorter_forms(where_of: Callable[[Any], jax.Array], response: int, buckets: int) -> Forms:
+    """The widths for `accumulate_gradients`; `where_of(rows)` is bool[B, R]."""
     widths = response_widths(response, buckets)
 
     def smallest(rows: Any) -> jax.Array:
@@ -49,16 +48,21 @@ def shorter_forms(
     return Forms(smallest, tuple(partial(_cut, columns=response - width) for width in widths))
 
 
-def read_by_length(
-    read: Callable[[Any], Any], rows: Any, forms: Forms | None, *, where: jax.Array, parts: int
+def read_in_parts(
+    read: Callable[[Any], Any],
+    rows: Any,
+    where_of: Callable[[Any], jax.Array],
+    *,
+    parts: int,
+    buckets: int,
 ) -> Any:
-    """`read(rows)`, a tree of float[B] and float[B, R], in `parts` of about one length.
+    """`read(rows)`, a tree of float[B] and float[B, R], one part of the rows after the other.
 
-    Each part is read in the smallest form it fits; what was cut off is 0.
+    Each part is read in the smallest form it fits; what was cut off is 0. A part takes the memory
+    of B / parts rows.
     """
-    if forms is None:
-        return read(rows)
-    order = by_length(where, parts)
+    where = where_of(rows)
+    forms = shorter_forms(where_of, where.shape[1], buckets)
 
     def one_part(part: Any) -> Any:
         def in_form(cut: Callable[[Any], Any], rows: Any) -> Any:
@@ -68,6 +72,11 @@ def read_by_length(
         branches = [partial(in_form, cut) for cut in forms.cuts]
         return jax.lax.switch(forms.smallest(part), branches, part)
 
+    if parts == 1:
+        return one_part(rows)
+    if buckets == 1:  # no row moves, between devices neither
+        return join_rows(jax.lax.map(one_part, split_rows(rows, parts)))
+    order = by_length(where, parts, buckets=buckets)
     done = jax.lax.map(one_part, split_rows(jax.tree.map(lambda x: x[order], rows), parts))
     back = jnp.argsort(order)
     return jax.tree.map(lambda x: x[back], join_rows(done))

@@ -18,238 +18,92 @@ meaning of gamma depends on it: the gradient norms of both terms and their cosin
 after every update.
 Critic-free algorithms (RLOO, GRPO and kin) are the same iteration without the value model; the
 table in ppo_config.py says which fields make which.
-Deviation: old log-probs come from one forward over the whole rollout batch, in fp32 equal to the
-training forward's to 1e-5 (`ratio_error` of the first minibatch is logged), and the sampler's own
-are a diagnostic; with `old_log_probs` "sampler" they take its place, to 1e-5 in the mean.
+Old log-probs come from a forward over the rollout in parts of as many rows as a micro-batch of the
+update has, so in the same shapes (NUM-5; `ratio_error` of the first minibatch is logged), and the
+sampler's own are a diagnostic; with `old_log_probs` "sampler" they take its place, to 1e-5 in the
+mean. Off the paper's path is `rollout_lag` (ppo_lag.py).
 
-Off the paper's path is `rollout_lag` 1: iteration i samples and scores the batch of iteration i + 1
-with the models as they are, before it updates them on the batch that iteration i - 1 left in the
-state (`Lagging`). A batch is answered, its old log-probs and values read, and its penalty weighed,
-by one and the same state, so the ratio is what PPO takes it for; only it is not 1 at first: the
-policy has moved by the updates of one iteration, which `ratio_error` then measures. The first two
-batches are of the same policy. No rollout waits for an update then, but on one set of devices the
-programs still run in turn, and an iteration takes as long as before: it is a study of off-policy
-data, and what a sampler with devices of its own would need.
+The step is read here, then in experience.py, ppo_update.py, ppo_losses.py, losses/ppo.py and
+training/state.py; what the four models are stands in ppo_models.py.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.losses import adaptive_kl_update, masked_whiten
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
-from instruct_jax.sampling.sampler import generate
-from instruct_jax.stages.experience import (
-    Experience,
-    Frozen,
-    Lagging,
-    PPOState,
-    Scored,
-    score_rollout,
-)
-from instruct_jax.stages.lengths import by_length, shorter_forms
+from instruct_jax.sampling.sampler import Rollout, generate
+from instruct_jax.stages.experience import Experience, Scored, make_experience, read_rollout
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss, value_loss
-from instruct_jax.stages.pretrain import language_rows
-from instruct_jax.stages.stage import (
-    RULES,
-    Adapter,
-    place_params,
-    save_adapter,
-    trunk_fingerprint,
-    with_base,
-)
-from instruct_jax.stages.trunks import (
-    Optimizers,
+from instruct_jax.stages.ppo_lag import Lagging, behind, first_rollout, models_of
+from instruct_jax.stages.ppo_models import (
+    Frozen,
+    PPOState,
+    Readings,
+    Recipe,
     frozen_models,
     initial_state,
     merged,
     optimizers,
 )
+from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
+from instruct_jax.stages.pretrain import language_rows
+from instruct_jax.stages.stage import RULES, Adapter, place_params, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.state import (
-    accumulate_gradients,
-    apply_gradients,
-    global_norm,
-    shard_state,
-)
+from instruct_jax.training.state import shard_state
+
+Metrics = dict[str, jax.Array]
 
 # On the progress line; everything else is in the metrics file.
 SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
 
-# Where rollouts lag, the first is drawn before iteration 0: in -1, as `fold_in` counts.
-BEFORE = 2**32 - 1
+
+class Programs(NamedTuple):
+    """What an iteration compiles, besides the sampler."""
+
+    read: Callable[[PPOState, Frozen, Rollout], Readings]
+    """all forward passes over a rollout"""
+    score: Callable[[jax.Array, Rollout, Readings], Scored]
+    """(kl_coef, rollout, readings) -> rewards, advantages and logs"""
+    update: Callable[..., tuple[PPOState, Metrics]]
+    """(state, frozen, experience, text, kl, key) -> (state, metrics); the state is donated"""
 
 
-def minibatch_update(
-    config: PPOConfig,
-    policy: Model,
-    scalar: Model,
-    policy_tx: optax.GradientTransformation,
-    value_tx: optax.GradientTransformation,
-    frozen: Frozen,
-    state: PPOState,
-    batch: Experience,
-    ptx: dict[str, jax.Array] | None,
-    key: jax.Array,
-) -> tuple[PPOState, dict[str, jax.Array]]:
-    """One update of the policy, and one of the value model where there is one.
+def make_programs(recipe: Recipe, state: PPOState, mesh: Mesh) -> Programs:
+    """The programs of `recipe` on `mesh`; `state` is read for its shardings alone."""
+    rows, whole = batch_sharding(mesh), replicated(mesh)
 
-    With pretraining rows the policy's gradient is dL_pg + ptx_coef * dL_ptx, given to Adam once.
-    """
-    if config.whiten_advantages == "minibatch":
-        batch = batch._replace(advantages=masked_whiten(batch.advantages, where=batch.where))
-    forms = shorter_forms(lambda b: b.where, config.response_length, config.length_buckets)
-    accumulate = partial(
-        accumulate_gradients, key=key, micro_batches=config.micro_batches, forms=forms
-    )
-    base = frozen.reference
-    pg = accumulate(with_base(base, policy_loss(config, policy)), state.policy.params, batch)
-    metrics = {
-        "policy_loss": pg.loss,
-        **pg.metrics,
-        "grad_norm_pg": global_norm(pg.grads),
-    }
-    grads = pg.grads
-    if ptx is not None:
-        mix = accumulate_gradients(
-            with_base(base, ptx_loss(config, policy)),
-            state.policy.params,
-            ptx,
-            key,
-            micro_batches=config.ptx_parts,
-        )
-        scaled = jax.tree.map(lambda g: config.ptx_coef * g, mix.grads)
-        dot = jnp.asarray(optax.tree.vdot(pg.grads, scaled))
-        norms = metrics["grad_norm_pg"] * global_norm(scaled)
-        metrics |= {
-            **mix.metrics,
-            "grad_norm_ptx": global_norm(scaled),
-            "grad_cosine": dot / jnp.maximum(norms, 1e-30),
-        }
-        grads = jax.tree.map(jnp.add, pg.grads, scaled)
-    limit = math.inf if config.skip_above is None else config.skip_above
-    new_policy, applied = apply_gradients(
-        state.policy,
-        grads,
-        policy_tx,
-        loss=pg.loss,
-        ema_decay=config.ema_decay,
-        skip_above=limit,
-    )
-    metrics["grad_norm"] = applied["grad_norm"]
-    new_value = None
-    if state.value is not None:
-        loss = with_base(frozen.reward_params(), value_loss(config, scalar))
-        vf = accumulate(loss, state.value.params, batch)
-        new_value, applied = apply_gradients(
-            state.value, vf.grads, value_tx, loss=vf.loss, skip_above=limit
-        )
-        metrics |= {
-            "value_loss": vf.loss,
-            **vf.metrics,
-            "grad_norm_value": applied["grad_norm"],
-        }
-    return PPOState(new_policy, new_value, state.kl_coef), metrics
+    def read(state: PPOState, frozen: Frozen, rollout: Rollout) -> Readings:
+        return read_rollout(recipe, frozen.models(state), rollout)
 
+    def update(
+        state: PPOState,
+        frozen: Frozen,
+        experience: Experience,
+        text: dict[str, jax.Array] | None,
+        kl: jax.Array,
+        key: jax.Array,
+    ) -> tuple[PPOState, Metrics]:
+        one = partial(minibatch_update, recipe, frozen)
+        return update_on_rollout(recipe.config, one, rows, state, experience, text, kl, key)
 
-def update(
-    config: PPOConfig,
-    minibatch_step: Callable[..., tuple[PPOState, dict[str, jax.Array]]],
-    rows: NamedSharding,
-    state: PPOState,
-    experience: Experience,
-    ptx: dict[str, jax.Array] | None,
-    kl: jax.Array,
-    key: jax.Array,
-) -> tuple[PPOState, dict[str, jax.Array]]:
-    """All updates of one iteration, in one `lax.scan` over the minibatches of fresh permutations.
-
-    `ptx` holds [updates, rows, T] arrays. Every episode is in exactly one minibatch of an inner
-    epoch.
-    """
-    epochs = jax.random.split(jax.random.fold_in(key, 0), config.inner_epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, config.rollout_batch))(epochs)
-    order = order.reshape(config.updates, config.minibatch)
-
-    def body(
-        state: PPOState, inputs: tuple[jax.Array, dict[str, jax.Array] | None, jax.Array]
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
-        index, ptx_rows, step_key = inputs
-        if config.length_buckets > 1:
-            index = index[by_length(experience.where[index], config.micro_batches)]
-        batch = jax.tree.map(lambda x: x[index], experience)
-        batch = jax.lax.with_sharding_constraint(batch, rows)
-        return minibatch_step(state, batch, ptx_rows, step_key)
-
-    step_keys = jax.random.split(jax.random.fold_in(key, 1), config.updates)
-    state, history = jax.lax.scan(body, state, (order, ptx, step_keys))
-    metrics = {name: values.mean() for name, values in history.items()}
-    metrics["ratio_max"] = history["ratio_max"].max()
-    metrics["ratio_min"] = -history["ratio_min_negated"].max()
-    del metrics["ratio_min_negated"]
-    metrics["ratio_var"] = metrics.pop("ratio_square") - jnp.square(metrics["ratio"])
-    # Where the policy has not moved yet the ratio is 1; a drift here is a bug or a precision loss
-    # (T1), or the updates that a lagging rollout has not seen.
-    metrics["ratio_error"] = history["ratio_error"][0]
-    trained = [model for model in (state.policy, state.value) if model is not None]
-    skipped = jnp.stack([model.skipped for model in trained]).sum()
-    in_a_row = jnp.stack([model.skipped_in_a_row for model in trained]).max()
-    metrics["skipped"] = skipped.astype(jnp.float32)
-    metrics["skipped_in_a_row"] = in_a_row.astype(jnp.float32)
-    if config.kl_target is not None:
-        kl_coef = adaptive_kl_update(
-            state.kl_coef,
-            kl,
-            target=config.kl_target,
-            horizon=config.kl_horizon,
-            batch_size=config.rollout_batch,
-        )
-        state = PPOState(state.policy, state.value, kl_coef)
-    return state, metrics
-
-
-def programs(
-    config: PPOConfig,
-    policy: Model,
-    scalar: Model,
-    txs: Optimizers,
-    state: PPOState,
-    *,
-    eos_id: int,
-    mesh: Mesh,
-) -> tuple[Any, Any]:
-    """The scoring and the update program, jitted; `state` is read for its shardings alone.
-
-    score(state, frozen, rollout) -> Scored, and
-    update(state, frozen, experience, ptx, kl, key) -> (state, metrics), which donates the state.
-    """
-    rows = batch_sharding(mesh)
-
-    def all_updates(state: PPOState, frozen: Frozen, *inputs: Any) -> Any:
-        step = partial(minibatch_update, config, policy, scalar, *txs, frozen)
-        return update(config, step, rows, state, *inputs)
-
-    score = jax.jit(
-        partial(score_rollout, config, policy, scalar, eos_id=eos_id),
-        out_shardings=Scored(rows, replicated(mesh)),
-    )
     kept = jax.tree.map(lambda x: x.sharding, state)
-    return score, jax.jit(all_updates, donate_argnums=0, out_shardings=(kept, replicated(mesh)))
+    return Programs(
+        jax.jit(read, out_shardings=rows),
+        jax.jit(partial(make_experience, recipe), out_shardings=Scored(rows, whole)),
+        jax.jit(update, donate_argnums=0, out_shardings=(kept, whole)),
+    )
 
 
 class Iteration(NamedTuple):
@@ -257,89 +111,69 @@ class Iteration(NamedTuple):
 
     `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
     `samples_per_prompt` times in a row, `prompt_mask`, and with a pretraining mix
-    `ptx`, rows of `language_loss` as [updates, rows, T].
+    `text`, rows of `language_loss` as [updates, rows, T].
     """
 
-    sample: Callable[[PPOState, dict[str, Any], jax.Array], Scored]
-    """(state, batch, key) -> a rollout of the prompts by the policy as it is, scored"""
-    learn: Callable[..., tuple[PPOState, dict[str, jax.Array]]]
-    """(state, scored, batch, key) -> (state, metrics), all updates on a rollout and the mix"""
+    recipe: Recipe
+    programs: Programs
+    frozen: Frozen
+    mesh: Mesh
 
     def __call__(
         self, state: PPOState, batch: dict[str, Any], key: jax.Array
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
-        """Samples and learns from it."""
+    ) -> tuple[PPOState, Metrics]:
+        """Samples, scores and learns (PPO-15)."""
         rollout_key, update_key = jax.random.split(key)
-        return self.learn(state, self.sample(state, batch, rollout_key), batch, update_key)
+        return self.learn(state, self.gather(state, batch, rollout_key), batch, update_key)
 
-    def start(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Lagging:
-        """What a run whose rollouts lag begins with: a rollout, drawn before iteration 0, whose key
-        is `key` and -1."""
-        return Lagging(state, self.sample(state, batch, jax.random.fold_in(key, BEFORE)))
+    def gather(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Scored:
+        """Experience of the models as they are: a response to every prompt, read and scored."""
+        rollout = self.sample(state, batch, key)
+        readings = self.programs.read(state, self.frozen, rollout)
+        return self.programs.score(state.kl_coef, rollout, readings)
 
-    def lagging(
-        self, state: Lagging, batch: dict[str, Any], key: jax.Array
-    ) -> tuple[Lagging, dict[str, jax.Array]]:
-        """Samples, for the next iteration, and learns from what the one before sampled."""
-        rollout_key, update_key = jax.random.split(key)
-        # First, since learning donates the models.
-        sampled = self.sample(state.models, batch, rollout_key)
-        models, metrics = self.learn(state.models, state.due, batch, update_key)
-        return Lagging(models, sampled), metrics
-
-
-def make_iteration(
-    config: PPOConfig,
-    policy: Model,
-    scalar: Model,
-    policy_tx: optax.GradientTransformation,
-    value_tx: optax.GradientTransformation,
-    frozen: Frozen,
-    state: PPOState,
-    *,
-    eos_id: int,
-    mesh: Mesh,
-) -> Iteration:
-    """The iteration of three compiled programs: rollout, scoring, update; the state is donated to
-    the last and stays sharded as the `state` given here.
-    """
-    rows = batch_sharding(mesh)
-    txs = (policy_tx, value_tx)
-    score, run_updates = programs(config, policy, scalar, txs, state, eos_id=eos_id, mesh=mesh)
-    ptx_rows = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
-
-    def sample(state: PPOState, batch: dict[str, Any], key: jax.Array) -> Scored:
-        rollout = generate(
-            policy,
-            frozen.policy_params(state),
+    def sample(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Rollout:
+        """Responses of the policy to the prompts of `batch`."""
+        config, rows = self.recipe.config, batch_sharding(self.mesh)
+        return generate(
+            self.recipe.policy,
+            self.frozen.models(state).policy,
             hosts.spread(batch["prompts"], rows),
             hosts.spread(batch["prompt_mask"], rows),
             hosts.spread(jax.random.split(key, config.rollout_batch), rows),
             max_new_tokens=config.response_length,
-            eos_id=eos_id,
+            eos_id=self.recipe.eos_id,
             temperature=config.temperature,
             halvings=config.halvings,
         )
-        return score(state, frozen, rollout)
 
     def learn(
-        state: PPOState, scored: Scored, batch: dict[str, Any], key: jax.Array
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
-        experience, metrics = scored
-        ptx = hosts.spread(batch["ptx"], ptx_rows) if "ptx" in batch else None
-        state, updated = run_updates(state, frozen, experience, ptx, metrics["kl"], key)
-        return state, metrics | updated
+        self, state: PPOState, scored: Scored, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[PPOState, Metrics]:
+        """All updates on what was gathered, and on the text of `batch`."""
+        text = None
+        if "text" in batch:
+            by_row = PartitionSpec(None, *batch_sharding(self.mesh).spec)
+            text = hosts.spread(batch["text"], NamedSharding(self.mesh, by_row))
+        experience, logs = scored
+        state, metrics = self.programs.update(state, self.frozen, experience, text, logs["kl"], key)
+        return state, logs | metrics
 
-    return Iteration(sample, learn)
+
+def make_iteration(recipe: Recipe, frozen: Frozen, state: PPOState, mesh: Mesh) -> Iteration:
+    """The iteration of four compiled programs; the state is donated to the last and stays sharded
+    as the `state` given here.
+    """
+    return Iteration(recipe, make_programs(recipe, state, mesh), frozen, mesh)
 
 
-class Batches(NamedTuple):
+class IterationBatches(NamedTuple):
     """Of iteration i: the prompts that it answers, those of i + `lag`, and for PPO-ptx its
     pretraining rows; a pure function of i.
     """
 
     prompts: Callable[[int], dict[str, np.ndarray]]
-    ptx: Callable[[int], dict[str, np.ndarray]] | None
+    text: Callable[[int], dict[str, np.ndarray]] | None
     updates: int
     lag: int = 0
 
@@ -351,10 +185,10 @@ class Batches(NamedTuple):
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
         batch = self.answered(step)
-        if self.ptx is not None:
-            tokens = self.ptx(step)["tokens"]
+        if self.text is not None:
+            tokens = self.text(step)["tokens"]
             shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
-            batch["ptx"] = language_rows(shaped)
+            batch["text"] = language_rows(shaped)
         return batch
 
 
@@ -365,11 +199,6 @@ def check_batches(config: PPOConfig, mesh: Mesh) -> None:
     if config.ptx_coef > 0:
         text = config.minibatch * config.ptx_ratio
         check_batch_size(text, mesh, micro_batches=config.ptx_parts)
-
-
-def models_of(state: PPOState | Lagging) -> PPOState:
-    """What is trained, without what waits to be learnt from."""
-    return state.models if isinstance(state, Lagging) else state
 
 
 def train(
@@ -402,46 +231,32 @@ def train(
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
     check_batches(config, mesh)
-    txs = optimizers(config)
-    # The update donates its state, so the frozen models hold buffers of their own (JAX-8).
-    frozen = Frozen(
-        *(place_params(p, mesh) for p in frozen_models(config, policy_params, reward_params))
+    recipe = Recipe(
+        config, adapt(policy, config.lora), adapt(scalar, config.lora), *optimizers(config), eos_id
     )
-    state = initial_state(config, policy_params, reward_params, txs)
-    state = PPOState(
-        shard_state(state.policy, mesh, RULES),
-        None if state.value is None else shard_state(state.value, mesh, RULES),
-        hosts.place(state.kl_coef, replicated(mesh)),
-    )
-    iteration = make_iteration(
-        config,
-        adapt(policy, config.lora),
-        adapt(scalar, config.lora),
-        *txs,
-        frozen,
-        state,
-        eos_id=eos_id,
-        mesh=mesh,
-    )
+    frozen, state = placed_models(recipe, policy_params, reward_params, mesh)
+    iteration = make_iteration(recipe, frozen, state, mesh)
+    text = ptx if config.ptx_coef > 0 else None
+    batch_at = IterationBatches(prompts, text, config.updates, config.rollout_lag)
+    key = jax.random.key(config.seed)
 
     def shown(step: int, state: PPOState | Lagging) -> dict[str, float]:
         assert evaluate is not None
         return evaluate(step, merged(config, frozen, models_of(state)))
 
-    mix = ptx if config.ptx_coef > 0 else None
-    batch_at = Batches(prompts, mix, config.updates, config.rollout_lag)
-    key = jax.random.key(config.seed)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):
         start: PPOState | Lagging = state
+        step: Callable[..., Any] = iteration
         if config.rollout_lag:
             # Also in a run that is taken up: it reads the shapes of its own rollout off this one.
-            start = iteration.start(state, batch_at.answered(-1), key)
+            start = first_rollout(iteration, state, batch_at.answered(-1), key)
+            step = partial(behind, iteration)
         end = run_loop(
-            iteration.lagging if config.rollout_lag else iteration,
+            step,
             start,
             batch_at=batch_at,
             steps=config.iterations,
@@ -459,3 +274,21 @@ def train(
     base = trunk_fingerprint(policy_params)
     save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
     return merged(config, frozen, state)
+
+
+def placed_models(
+    recipe: Recipe, policy_params: Any, reward_params: Any, mesh: Mesh
+) -> tuple[Frozen, PPOState]:
+    """The frozen models and the first state, on `mesh` and in buffers of their own: the update
+    donates its state (JAX-8).
+    """
+    config = recipe.config
+    frozen = frozen_models(config, policy_params, reward_params)
+    txs = recipe.policy_tx, recipe.value_tx
+    state = initial_state(config, policy_params, reward_params, txs)
+    value = None if state.value is None else shard_state(state.value, mesh, RULES)
+    return Frozen(*(place_params(params, mesh) for params in frozen)), PPOState(
+        shard_state(state.policy, mesh, RULES),
+        value,
+        hosts.place(state.kl_coef, replicated(mesh)),
+    )

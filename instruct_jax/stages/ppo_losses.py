@@ -57,21 +57,42 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
             reduction=config.loss_reduction,
             length=config.response_length if config.ratio == "token" else 1,
         )
-        diff = new - old
-        ratio = jnp.exp(diff)
         clipped = policy_clipped(new, old, advantages, **bounds)
-        metrics = {
-            "ratio": sum_and_count(ratio, where=of),
-            "ratio_square": sum_and_count(jnp.square(ratio), where=of),
-            "ratio_error": sum_and_count(jnp.abs(ratio - 1.0), where=of),
-            "ratio_max": jnp.where(of, ratio, -jnp.inf).max(),
-            "ratio_min_negated": jnp.where(of, -ratio, -jnp.inf).max(),
-            "approx_kl": sum_and_count(0.5 * jnp.square(diff), where=of),
-            "clip_fraction": sum_and_count(clipped, where=of),
-        }
+        metrics = {**_ratio_sums(new - old, of), "clip_fraction": sum_and_count(clipped, where=of)}
         return total, count, metrics
 
     return loss
+
+
+def _ratio_sums(log_ratio: jax.Array, of: jax.Array) -> dict[str, Any]:
+    """Of rho - 1, not of rho: at the paper's learning rates its variance is 1e-12, and a difference
+    of two sums near 1 is rounding. `ratio_logs` makes of it what is logged.
+    """
+    excess = jnp.expm1(log_ratio)
+    return {
+        "ratio_excess": sum_and_count(excess, where=of),
+        "ratio_excess_square": sum_and_count(jnp.square(excess), where=of),
+        "ratio_error": sum_and_count(jnp.abs(excess), where=of),
+        "ratio_max": jnp.where(of, 1.0 + excess, -jnp.inf).max(),
+        "ratio_min_negated": jnp.where(of, -1.0 - excess, -jnp.inf).max(),
+        "approx_kl": sum_and_count(0.5 * jnp.square(log_ratio), where=of),
+    }
+
+
+def ratio_logs(history: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Mean, variance, bounds and first error of the ratio over the minibatches of an iteration,
+    from the metrics of `policy_loss`, float32[updates] each.
+    """
+    excess = history["ratio_excess"].mean()
+    return {
+        "ratio": 1.0 + excess,
+        "ratio_var": history["ratio_excess_square"].mean() - jnp.square(excess),
+        "ratio_max": history["ratio_max"].max(),
+        "ratio_min": -history["ratio_min_negated"].max(),
+        # Where the policy has not moved yet the ratio is 1; a drift here is a bug or a precision
+        # loss (T1), or the updates that a lagging rollout has not seen.
+        "ratio_error": history["ratio_error"][0],
+    }
 
 
 def _ratio_terms(

@@ -55,8 +55,8 @@ from instruct_jax.stages.preference_rows import (
     branch_log_probs,
     with_mismatched,
 )
+from instruct_jax.stages.rankings import by_prompt, refuse_labels, tree_batches
 from instruct_jax.stages.stage import FitConfig, fit, trained_form
-from instruct_jax.stages.trees import by_prompt, refuse_labels, tree_batches
 from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 

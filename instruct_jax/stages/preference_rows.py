@@ -18,8 +18,8 @@ from instruct_jax.data.trees import completion_sizes
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.scores import token_scores
+from instruct_jax.stages.rankings import TREE
 from instruct_jax.stages.stage import place_params
-from instruct_jax.stages.trees import TREE
 from instruct_jax.training.mesh import shard_batch
 from instruct_jax.training.state import join_rows, split_rows
 

@@ -33,8 +33,8 @@ from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.sharding import WHOLE, constrain
 from instruct_jax.models.transformer import Model, final_scores, scalar_model
 from instruct_jax.settings import setting
+from instruct_jax.stages.rankings import TREE, by_prompt, refuse_labels, tree_batches
 from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches, trained_form
-from instruct_jax.stages.trees import TREE, by_prompt, refuse_labels, tree_batches
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]

@@ -63,8 +63,9 @@ from instruct_jax.training.state import (
 
 RULES = adapter_rules(PARTITION_RULES)
 READ_OUTS = ("unembedding", "head")
-# The role of the key that an adapter is drawn with.
-ADAPTER = 0x10A
+# The role of the key that an adapter is drawn with. Steps count up from 0 and what is drawn once
+# counts down from the top of `fold_in`'s numbers, so that no two meet (ppo_lag.py has the first).
+ADAPTER = 2**32 - 2
 
 
 @dataclass(frozen=True)

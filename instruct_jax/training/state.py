@@ -88,6 +88,9 @@ class Forms(NamedTuple):
     """rows -> rows, each to a shape of its own"""
 
 
+WHOLE = Forms(lambda rows: jnp.int32(0), (lambda rows: rows,))
+
+
 def accumulate_gradients(
     loss_fn: LossFn,
     params: Any,
@@ -95,7 +98,7 @@ def accumulate_gradients(
     key: Array,
     *,
     micro_batches: int = 1,
-    forms: Forms | None = None,
+    forms: Forms = WHOLE,
 ) -> Gradients:
     """The gradient of the mean loss over a tree of [micro_batches * B, ...] arrays.
 
@@ -110,8 +113,6 @@ def accumulate_gradients(
         return total, (count, metrics)
 
     def sums(rows: Any, index: Array) -> Any:
-        if forms is None:
-            return sums_of(rows, index)
         # A branch has its gradient within: were the switch differentiated, each branch would keep
         # what the backward pass of the others needs.
         branches = [lambda rows, i, cut=cut: sums_of(cut(rows), i) for cut in forms.cuts]

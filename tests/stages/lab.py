@@ -19,9 +19,10 @@ from instruct_jax.models.transformer import (
     scalar_model,
 )
 from instruct_jax.sampling.sampler import Rollout, generate
-from instruct_jax.stages.experience import Experience, Frozen, PPOState, score_rollout
-from instruct_jax.stages.ppo import minibatch_update
+from instruct_jax.stages.experience import Experience, Scored, make_experience, read_rollout
 from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.ppo_models import Frozen, PPOState, Recipe
+from instruct_jax.stages.ppo_update import minibatch_update
 from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.reward_model import sequence_scores
 from instruct_jax.training.state import init_state
@@ -66,6 +67,10 @@ class Lab(NamedTuple):
     state: PPOState
     frozen: Frozen
     txs: tuple[optax.GradientTransformation, optax.GradientTransformation]
+
+    def recipe(self, *, eos_id: int = EOS) -> Recipe:
+        """What its programs are made of."""
+        return Recipe(self.config, self.policy, self.scalar, *self.txs, eos_id)
 
 
 def policy_params(seed: int = 0) -> Any:
@@ -165,29 +170,34 @@ def scores_of(lab: Lab, rollout: Rollout) -> np.ndarray:
     return np.asarray(_score_of(lab.scalar)(lab.frozen.reward, rollout.tokens, rollout.mask))
 
 
+def scoring(recipe: Recipe, state: PPOState, frozen: Frozen, rollout: Rollout) -> Scored:
+    """Both programs between a rollout and its updates."""
+    readings = read_rollout(recipe, frozen.models(state), rollout)
+    return make_experience(recipe, state.kl_coef, rollout, readings)
+
+
 @functools.cache
-def _scoring(config: PPOConfig, policy: Model, scalar: Model, eos_id: int) -> Any:
-    return jax.jit(partial(score_rollout, config, policy, scalar, eos_id=eos_id))
+def _scoring(recipe: Recipe) -> Any:
+    return jax.jit(partial(scoring, recipe))
 
 
 def score(
     lab: Lab, rollout: Rollout, *, eos_id: int = EOS
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """`score_rollout`, compiled once for a configuration."""
-    return _scoring(lab.config, lab.policy, lab.scalar, eos_id)(lab.state, lab.frozen, rollout)
+    """`scoring`, compiled once for a configuration."""
+    return _scoring(lab.recipe(eos_id=eos_id))(lab.state, lab.frozen, rollout)
 
 
 @functools.cache
-def _stepping(config: PPOConfig, policy: Model, scalar: Model, *txs: Any) -> Any:
-    return jax.jit(partial(minibatch_update, config, policy, scalar, *txs))
+def _stepping(recipe: Recipe) -> Any:
+    return jax.jit(partial(minibatch_update, recipe))
 
 
 def step(
     lab: Lab, batch: Experience, ptx: Any = None, *, key: jax.Array = KEY
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """`minibatch_update`, compiled once for a configuration; the state of the lab stays."""
-    program = _stepping(lab.config, lab.policy, lab.scalar, *lab.txs)
-    return program(lab.frozen, lab.state, batch, ptx, key)
+    return _stepping(lab.recipe())(lab.frozen, lab.state, batch, ptx, key)
 
 
 def first(batch: Any, rows: int = MINIBATCH) -> Any:

@@ -13,8 +13,8 @@ import numpy as np
 
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import PPOState
 from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.ppo_models import PPOState
 from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab as labs
 

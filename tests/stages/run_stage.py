@@ -255,15 +255,14 @@ def arm(phase: str, nth: int) -> None:
     elif phase == "rollout":
         ppo.generate = dying(ppo.generate, nth, after=True)
     elif phase in ("score", "update"):
-        programs = ppo.programs
+        make_programs = ppo.make_programs
 
-        def armed(*args: Any, **kwargs: Any) -> Any:
-            score, update = programs(*args, **kwargs)
-            if phase == "score":
-                return dying(score, nth, after=True), update
-            return score, dying(update, nth, after=True)
+        def armed(*args: Any, **kwargs: Any) -> ppo.Programs:
+            programs = make_programs(*args, **kwargs)
+            program = dying(getattr(programs, phase), nth, after=True)
+            return programs._replace(**{phase: program})
 
-        ppo.programs = armed
+        ppo.make_programs = armed
     else:
         raise ValueError(phase)
 

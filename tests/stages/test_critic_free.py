@@ -98,7 +98,7 @@ def test_samples_of_a_prompt_share_it_and_differ():
     copies of it.
     """
     lab = labs.make_lab(RLOO)
-    batch = ppo.Batches(lambda step: labs.prompt_rows(step, rows=ROWS // K), None, 1)(0)
+    batch = ppo.IterationBatches(lambda step: labs.prompt_rows(step, rows=ROWS // K), None, 1)(0)
     keys = jax.random.split(KEY, ROWS)
 
     def sample(copies):

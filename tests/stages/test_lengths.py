@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.stages import ppo
 from instruct_jax.stages.lengths import by_length, response_widths, shorter_forms
+from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
 from instruct_jax.training.state import Forms, accumulate_gradients, split_rows
 from tests.stages import lab as labs
 from tests.stages.lab import CONFIG, KEY, PROMPT, RESPONSE, ROWS
@@ -43,7 +43,7 @@ def skewed():
 def test_parts_go_by_length_and_lose_no_row():
     lengths = np.array([3, 9, 1, 7, 5, 2, 8, 4])
     where = jnp.arange(9)[None] < lengths[:, None]
-    order = by_length(where, 4)
+    order = by_length(where, 4, buckets=2)
     assert sorted(order.tolist()) == list(range(8))
     parts = split_rows(jnp.asarray(lengths)[order], 4)
     assert parts.tolist() == [[1, 2], [3, 4], [5, 7], [8, 9]]
@@ -81,9 +81,9 @@ def test_an_iterations_updates_are_those_of_whole_rows(skewed, reduction):
         config = dataclasses.replace(config, loss_reduction=reduction)
         lab = labs.make_lab(config, reference=1)
         experience, _ = labs.score(lab, skewed)
-        step = partial(ppo.minibatch_update, config, lab.policy, lab.scalar, *lab.txs, lab.frozen)
+        step = partial(minibatch_update, lab.recipe(), lab.frozen)
         rows = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        run = jax.jit(partial(ppo.update, config, step, rows))
+        run = jax.jit(partial(update_on_rollout, config, step, rows))
         states.append(run(lab.state, experience, None, jnp.float32(0.0), KEY)[0])
     assert labs.distance(states[0].policy.params, states[1].policy.params) <= 1e-5
     assert labs.distance(states[0].value.params, states[1].value.params) <= 1e-5

@@ -23,6 +23,13 @@ from instruct_jax.sampling.sampler import Rollout
 from instruct_jax.stages import distill, ppo
 from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.ppo_models import (
+    Recipe,
+    frozen_models,
+    initial_state,
+    on_the_policys_trunk,
+    optimizers,
+)
 from instruct_jax.stages.pretrain import language_loss, language_rows
 from instruct_jax.stages.stage import (
     Adapter,
@@ -31,12 +38,6 @@ from instruct_jax.stages.stage import (
     fit,
     load_adapter,
     trunk_fingerprint,
-)
-from instruct_jax.stages.trunks import (
-    frozen_models,
-    initial_state,
-    on_the_policys_trunk,
-    optimizers,
 )
 from instruct_jax.training.checkpoint import load_model
 from instruct_jax.training.mesh import make_mesh, replicated
@@ -198,7 +199,8 @@ def test_on_one_trunk_the_reward_is_that_of_the_whole_model():
     whole = merge({**labs.policy_params(), "head": reward["head"]}, reward, LORA)
     tokens = labs.prompt_rows()["tokens"]
     plain, adapted = scalar_model(labs.SHAPE), adapt(scalar_model(labs.SHAPE), LORA)
-    for params in (frozen.reward_params(), frozen.value_params(state.value)):
+    models = frozen.models(state)
+    for params in (models.reward, models.value):
         np.testing.assert_allclose(
             adapted.apply(params, tokens), plain.apply(whole, tokens), atol=1e-4
         )
@@ -239,7 +241,7 @@ def abstract_memory(config, shape, *, one_trunk):
         )
 
     frozen, state = placed(jax.eval_shape(models, jax.random.key(0)))
-    score, update = ppo.programs(config, policy, scalar, txs, state, eos_id=0, mesh=mesh)
+    programs = ppo.make_programs(Recipe(config, policy, scalar, *txs, 0), state, mesh)
     b, p, r = config.rollout_batch, config.prompt_length, config.response_length
 
     def array(dtype, *size):
@@ -250,8 +252,8 @@ def abstract_memory(config, shape, *, one_trunk):
     rollout = Rollout(tokens, mask, where, column)
     experience = Experience(tokens, mask, where, *[column] * 5)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    inputs = [(score, (state, frozen, rollout))]
-    inputs += [(update, (state, frozen, experience, None, array(jnp.float32), key))]
+    inputs = [(programs.read, (state, frozen, rollout))]
+    inputs += [(programs.update, (state, frozen, experience, None, array(jnp.float32), key))]
     sizes = []
     with jax.set_mesh(mesh):
         for program, arguments in inputs:

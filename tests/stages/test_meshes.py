@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from instruct_jax.data.trees import RowShape, pack_trees
 from instruct_jax.models.transformer import PARTITION_RULES, language_model, scalar_model
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Experience, Frozen, PPOState
+from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.pretrain import language_loss, language_rows
 from instruct_jax.stages.reward_model import reward_loss
-from instruct_jax.stages.stage import FitConfig, make_step, place_params
+from instruct_jax.stages.stage import FitConfig, make_step
 from instruct_jax.training.mesh import batch_sharding, make_mesh, replicated, shard_batch
 from instruct_jax.training.state import compile_step, init_state, shard_state
 from tests.stages import lab as labs
@@ -107,22 +107,17 @@ def fit_history(stage, mesh, steps):
 def ppo_state(mesh):
     """A lab, and its state and frozen models on `mesh`."""
     lab = labs.make_lab(PPO_PTX, shape=GPT, reference=1, tx=DESCENT)
-    frozen = Frozen(*(place_params(params, mesh) for params in lab.frozen))
-    state = PPOState(
-        shard_state(lab.state.policy, mesh, PARTITION_RULES),
-        shard_state(lab.state.value, mesh, PARTITION_RULES),
-        jax.device_put(lab.state.kl_coef, replicated(mesh)),
-    )
-    return lab, frozen, state
+    frozen, state = ppo.placed_models(lab.recipe(), lab.frozen.reference, lab.frozen.reward, mesh)
+    # The reference is not where the policy starts.
+    policy = shard_state(lab.state.policy, mesh, PARTITION_RULES)
+    return lab, frozen, dataclasses.replace(state, policy=policy)
 
 
 def ppo_history(mesh, steps):
     """The metrics of as many iterations as make `steps` updates: rollouts, scores, updates."""
     lab, frozen, state = ppo_state(mesh)
-    run = ppo.make_iteration(
-        PPO_PTX, lab.policy, lab.scalar, *lab.txs, frozen, state, eos_id=labs.EOS, mesh=mesh
-    )
-    batches = ppo.Batches(labs.prompt_rows, labs.text_rows, PPO_PTX.updates)
+    run = ppo.make_iteration(lab.recipe(), frozen, state, mesh)
+    batches = ppo.IterationBatches(labs.prompt_rows, labs.text_rows, PPO_PTX.updates)
     history = []
     with jax.set_mesh(mesh):
         for i in range(steps // PPO_PTX.updates):

@@ -142,7 +142,7 @@ def test_one_temperature_left_out_is_seen_in_the_kl(monkeypatch, forgetful):
 
     original = experiences.response_scores
     monkeypatch.setattr(experiences, "response_scores", response_scores)
-    program = partial(experiences.score_rollout, COOL, lab.policy, lab.scalar, eos_id=EOS)
+    program = partial(labs.scoring, lab.recipe())
     _, metrics = jax.jit(program)(lab.state, lab.frozen, rollout)
     assert calls == ["policy", "reference"]
     assert abs(metrics["kl"]) / metrics["response_length"] > 1e-2

@@ -12,10 +12,10 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Frozen, Lagging
-from instruct_jax.stages.trunks import frozen_models, initial_state, optimizers
+from instruct_jax.stages.ppo_lag import BEFORE, Lagging
+from instruct_jax.stages.ppo_models import Recipe, optimizers
 from instruct_jax.training.checkpoint import Checkpointer
-from instruct_jax.training.mesh import make_mesh, replicated
+from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab as labs
 from tests.stages.run_ppo import CONFIG, Killed, fingerprint, run
 
@@ -40,16 +40,14 @@ def defined(config, iterations):
     first ones, and is sampled when its iteration comes.
     """
     policy, scalar = language_model(labs.SHAPE), scalar_model(labs.SHAPE)
-    given = labs.policy_params(), labs.reward_params()
-    mesh, txs, key = make_mesh("data:1"), optimizers(config), jax.random.key(config.seed)
+    recipe = Recipe(config, policy, scalar, *optimizers(config), labs.EOS)
+    mesh, key = make_mesh("data:1"), jax.random.key(config.seed)
     with jax.set_mesh(mesh):
-        frozen = Frozen(*frozen_models(config, *given))
-        states = [jax.device_put(initial_state(config, *given, txs), replicated(mesh))]
-        score, update = ppo.programs(
-            config, policy, scalar, txs, states[0], eos_id=labs.EOS, mesh=mesh
-        )
+        given = labs.policy_params(), labs.reward_params()
+        frozen, state = ppo.placed_models(recipe, *given, mesh)
+        states, programs = [state], ppo.make_programs(recipe, state, mesh)
         for i in range(iterations):
-            behind, rollout_key = states[0], jax.random.fold_in(key, ppo.BEFORE)
+            behind, rollout_key = states[0], jax.random.fold_in(key, BEFORE)
             if i > 0:
                 behind = states[i - 1]
                 rollout_key, _ = jax.random.split(jax.random.fold_in(key, i - 1))
@@ -63,11 +61,13 @@ def defined(config, iterations):
                 max_new_tokens=labs.RESPONSE,
                 eos_id=labs.EOS,
             )
-            experience, metrics = score(behind, frozen, rollout)
-            text = ppo.Batches(labs.prompt_rows, labs.text_rows, config.updates)(i)["ptx"]
+            readings = programs.read(behind, frozen, rollout)
+            experience, metrics = programs.score(behind.kl_coef, rollout, readings)
+            batches = ppo.IterationBatches(labs.prompt_rows, labs.text_rows, config.updates)
+            text = batches(i)["text"]
             _, update_key = jax.random.split(jax.random.fold_in(key, i))
             kept = jax.tree.map(jnp.copy, states[-1])  # the update takes its buffers
-            state, _ = update(kept, frozen, experience, text, metrics["kl"], update_key)
+            state, _ = programs.update(kept, frozen, experience, text, metrics["kl"], update_key)
             states.append(state)
     return states[-1]
 

@@ -61,11 +61,9 @@ def beginning(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_iteration = ppo.make_iteration
 
-        def noted(config, policy, scalar, policy_tx, value_tx, frozen, state, **options):
+        def noted(recipe, frozen, state, mesh):
             seen["frozen"] = frozen
-            return make_iteration(
-                config, policy, scalar, policy_tx, value_tx, frozen, state, **options
-            )
+            return make_iteration(recipe, frozen, state, mesh)
 
         patch.setattr(ppo, "make_iteration", noted)
         patch.setattr(ppo, "run_loop", lambda step, state, **options: state)

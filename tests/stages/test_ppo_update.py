@@ -11,10 +11,12 @@ import pytest
 
 from instruct_jax.models.transformer import PARTITION_RULES
 from instruct_jax.stages import ppo
-from instruct_jax.stages.experience import Experience, Frozen, PPOState
+from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.stages.stage import place_params
-from instruct_jax.training.mesh import batch_sharding, make_mesh, replicated
+from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss
+from instruct_jax.stages.ppo_models import PPOState
+from instruct_jax.stages.ppo_update import update_on_rollout
+from instruct_jax.training.mesh import batch_sharding, make_mesh
 from instruct_jax.training.state import accumulate_gradients, init_state, shard_state
 from tests.stages import lab as labs
 from tests.stages.lab import CONFIG, KEY, MINIBATCH
@@ -52,8 +54,8 @@ def ledger(config, key, *, kl=0.0, kl_coef=0.02):
         policy = dataclasses.replace(
             policy, params={"rows": rows}, step=policy.step + 1, skipped=policy.skipped + 1
         )
-        names = ("ratio", "ratio_square", "ratio_error", "ratio_max", "ratio_min_negated")
-        metrics = dict.fromkeys(names, policy.step.astype(jnp.float32))
+        names = ("excess", "excess_square", "error", "max", "min_negated")
+        metrics = {f"ratio_{name}": policy.step.astype(jnp.float32) for name in names}
         return PPOState(policy, state.value, state.kl_coef), metrics
 
     mesh = make_mesh("data:1")
@@ -63,7 +65,7 @@ def ledger(config, key, *, kl=0.0, kl_coef=0.02):
     column = jnp.zeros((config.rollout_batch, 1))
     numbers = jnp.arange(config.rollout_batch, dtype=jnp.int32)[:, None]
     experience = Experience(numbers, column == 0, column == 0, *[column] * 5)
-    update = partial(ppo.update, config, note, batch_sharding(mesh))
+    update = partial(update_on_rollout, config, note, batch_sharding(mesh))
     state, metrics = jax.jit(update)(state, experience, None, jnp.float32(kl), key)
     return np.asarray(state.policy.params["rows"]), state, metrics
 
@@ -145,8 +147,8 @@ def gradients(lab, batch, text):
 
     @jax.jit
     def both(params):
-        pg = accumulate_gradients(ppo.policy_loss(lab.config, lab.policy), params, batch, KEY)
-        mix = accumulate_gradients(ppo.ptx_loss(lab.config, lab.policy), params, text, KEY)
+        pg = accumulate_gradients(policy_loss(lab.config, lab.policy), params, batch, KEY)
+        mix = accumulate_gradients(ptx_loss(lab.config, lab.policy), params, text, KEY)
         return (pg.grads, mix.grads), (pg.loss, mix.loss)
 
     return both(lab.state.policy.params)
@@ -194,8 +196,8 @@ def test_the_mix_gives_eight_rows_an_episode_without_mask_or_padding():
     assert rows == 512
     assert config.iterations * config.updates * rows == 2_048_000
     text = labs.text_rows(rows=config.updates * rows, length=3)
-    batches = ppo.Batches(lambda step: labs.prompt_rows(step), lambda step: text, config.updates)
-    ptx = batches(0)["ptx"]
+    batches = ppo.IterationBatches(labs.prompt_rows, lambda step: text, config.updates)
+    ptx = batches(0)["text"]
     assert set(ptx) == {"tokens", "mask", "loss_mask"}
     assert ptx["tokens"].shape == (8, 512, 3)
     assert np.array_equal(ptx["tokens"].reshape(-1, 3), text["tokens"])
@@ -218,7 +220,7 @@ def test_without_a_coefficient_there_is_no_mix_at_all(tmp_path, monkeypatch, coe
         mesh=make_mesh("data:1"),
         workdir=tmp_path,
     )
-    assert set(batch) == {"prompts", "prompt_mask"} | ({"ptx"} if coefficient else set())
+    assert set(batch) == {"prompts", "prompt_mask"} | ({"text"} if coefficient else set())
 
 
 def test_the_two_reductions_of_the_mix_differ_by_the_tokens_of_a_row(batch):
@@ -247,16 +249,13 @@ def iterate(mesh, micro_batches, ptx_micro_batches=None):
     # At rate 0.1, so that the parameters stay near 1 and 1e-6 is within fp32.
     lab = labs.make_lab(config, reference=1, tx=optax.sgd(0.1))
     mesh = make_mesh(mesh)
-    frozen = Frozen(*(place_params(params, mesh) for params in lab.frozen))
-    state = PPOState(
-        shard_state(lab.state.policy, mesh, PARTITION_RULES),
-        shard_state(lab.state.value, mesh, PARTITION_RULES),
-        jax.device_put(lab.state.kl_coef, replicated(mesh)),
-    )
-    run = ppo.make_iteration(
-        config, lab.policy, lab.scalar, *lab.txs, frozen, state, eos_id=labs.EOS, mesh=mesh
-    )
-    batches = ppo.Batches(labs.prompt_rows, labs.text_rows, config.updates)
+    given = lab.frozen.reference, lab.frozen.reward
+    frozen, state = ppo.placed_models(lab.recipe(), *given, mesh)
+    # The reference is not where the policy starts.
+    policy = shard_state(lab.state.policy, mesh, PARTITION_RULES)
+    state = dataclasses.replace(state, policy=policy)
+    run = ppo.make_iteration(lab.recipe(), frozen, state, mesh)
+    batches = ppo.IterationBatches(labs.prompt_rows, labs.text_rows, config.updates)
     with jax.set_mesh(mesh):
         return jax.device_get(run(state, batches(0), KEY))
 
