@@ -54,7 +54,11 @@ def run(
         return labs.prompt_rows(step, rows=config.prompts)
 
     return ppo.train(
-        dataclasses.replace(config, episodes=iterations * config.rollout_batch),
+        dataclasses.replace(
+            config,
+            episodes=iterations * config.rollout_batch,
+            warmup_iterations=min(config.warmup_iterations, iterations),
+        ),
         language_model(labs.SHAPE),
         scalar_model(labs.SHAPE),
         labs.policy_params(),

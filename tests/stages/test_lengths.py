@@ -109,5 +109,5 @@ def test_a_short_part_is_not_computed_wide():
 
 @pytest.mark.parametrize("buckets", [0, RESPONSE + 1])
 def test_buckets_that_make_no_sense_are_refused(buckets):
-    with pytest.raises(ConfigError, match=r"length_buckets .* is not between 1 and"):
+    with pytest.raises(ConfigError, match=r"length_buckets.*(not between 1 and|1 or more)"):
         dataclasses.replace(CONFIG, length_buckets=buckets)

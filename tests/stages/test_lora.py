@@ -122,7 +122,9 @@ def test_an_adapter_learns_over_quantised_weights(tmp_path):
 
 
 def ppo_run(workdir, config, reward_params):
-    config = dataclasses.replace(config, episodes=2 * config.rollout_batch, eval_every=1)
+    config = dataclasses.replace(
+        config, episodes=2 * config.rollout_batch, eval_every=1, warmup_iterations=2
+    )
     seen = []
 
     def evaluate(step, state):

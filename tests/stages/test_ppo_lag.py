@@ -125,7 +125,7 @@ def test_an_evaluation_sees_the_models_and_a_longer_run_begins_with_what_waits(t
         seen.append((step, isinstance(state, Lagging), fingerprint(state.policy.params)))
         return {"seen": float(step)}
 
-    config = dataclasses.replace(LAGGING, eval_every=1)
+    config = dataclasses.replace(LAGGING, eval_every=1, warmup_iterations=1)
     run(tmp_path / "a", 2, config=config, evaluate=evaluate)
     run(tmp_path / "a", 3, config=config, evaluate=evaluate)
     run(tmp_path / "b", 3, config=config, evaluate=evaluate)
@@ -140,7 +140,7 @@ def test_the_command_line_takes_a_lag_of_one_and_no_other():
 
     for text in ("0", "1"):
         values = load_config("configs/ppo.py:debug")
-        config = resolve(Config, values, {"ppo.rollout_lag": text, "ppo.ptx_micro_batches": "2"})
-        assert (config.ppo.rollout_lag, config.ppo.ptx_micro_batches) == (int(text), 2)
+        config = resolve(Config, values, {"ppo.rollout_lag": text, "ppo.micro_batches": "2"})
+        assert (config.ppo.rollout_lag, config.ppo.micro_batches) == (int(text), 2)
     with pytest.raises(ConfigError, match=r"ppo.rollout_lag=2: expected one of 0, 1"):
         resolve(Config, load_config("configs/ppo.py:debug"), {"ppo.rollout_lag": "2"})
