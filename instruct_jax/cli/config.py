@@ -168,7 +168,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
-def _group(hint: Any) -> Any:
+def group_of(hint: Any) -> Any:
     """The dataclass that `hint` is, or that it may be beside None."""
     return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
 
@@ -181,7 +181,7 @@ def fields(config_class: type) -> dict[str, Any]:
 
 def _field_names(config_class: type) -> Iterable[str]:
     for name, hint in fields(config_class).items():
-        group = _group(hint)
+        group = group_of(hint)
         if group is None:
             yield name
         else:
@@ -198,7 +198,7 @@ def _hint_of(config_class: type, name: str) -> Any:
     """The type of the field "a.b"."""
     hint: Any = config_class
     for part in name.split("."):
-        group = _group(hint)
+        group = group_of(hint)
         if group is None or part not in fields(group):
             raise ConfigError(
                 f"unknown key config.{name}{suggest_field(name, known(config_class))}"
@@ -308,7 +308,7 @@ def _first_that_fits(reader: Any, hint: Any, value: Any, path: str, is_none: boo
     options = [option for option in _options(hint) if option is not types.NoneType]
     if is_none and len(options) < len(_options(hint)):
         return None
-    if len(options) == 1 and _group(hint) is not None:
+    if len(options) == 1 and group_of(hint) is not None:
         return reader(options[0], value, path)  # whose errors are more exact
     for option in options:
         try:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from instruct_jax.cli.config import conditions, default_of, fields, name_of
+from instruct_jax.cli.config import conditions, default_of, fields, group_of, name_of
 from instruct_jax.settings import NEVER, About, about
 
 
@@ -76,6 +76,9 @@ def _described(
             continue
         own = " and ".join(dict.fromkeys(filter(None, met)))
         inner = getattr(default, name, dataclasses.MISSING)
+        group = group_of(fields(kind)[name])
+        if group is not None and value is None:
+            value = default_of(group)  # there is none until a field of it is set
         if dataclasses.is_dataclass(value):
             groups.append(_described(root, value, f"{path}.", default=inner, condition=own))
         else:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 # What users of TRL, OpenRLHF, veRL, Axolotl, LLaMA-Factory and the 2019 code type -> the fields of
-# ours that it may mean, the likeliest first, by their last word, or a flag.
+# ours that it may mean, the likeliest first, by their last words, or a flag.
 _ELSEWHERE = {
     "actor_learning_rate actor_lr": "learning_rate",
     "adam_beta1 beta1": "b1",
@@ -36,7 +36,7 @@ _ELSEWHERE = {
     "lora_r lora_rank r": "rank",
     "lora_target_modules lora_target target_modules": "targets",
     "lr_scheduler lr_scheduler_type lr_schedule min_lr min_lr_ratio lr_decay": "final_fraction",
-    "max_grad_norm grad_clip gradient_clipping clip_grad clip_grad_norm": "clip",
+    "max_grad_norm grad_clip gradient_clipping clip_grad clip_grad_norm": "adam.clip",
     "max_samples max_train_samples num_samples": "limit",
     "max_steps num_steps total_steps": "epochs episodes",
     "mini_batch_size ppo_mini_batch_size num_mini_batches": "minibatch batch_size",
@@ -95,11 +95,16 @@ def suggest_field(name: str, known: Sequence[str]) -> str:
             alike = 0.9
         elif set(word.split("_")) & set(words):
             alike = max(alike, 0.7)
-        if field in meant:
-            alike = 2.0 - 0.1 * meant.index(field)
+        for rank, ours in enumerate(meant):
+            if f".{candidate}".endswith(f".{ours}"):
+                return 2.0 - 0.1 * rank
         return alike + 0.05 * (owner == group)  # the right field in the wrong group also counts
 
-    best = max(known, key=likeness)
+    def order(field: str) -> tuple[float, int, bool]:
+        """By likeness; of equals the one that is not in a group within, and is not the data's."""
+        return likeness(field), -field.count("."), not field.startswith("data.")
+
+    best = max(known, key=order)
     if likeness(best) >= 0.7:
         return f"; did you mean config.{best}?"
     siblings = [field for field in known if field.rpartition(".")[0] == group] or known
