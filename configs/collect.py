@@ -1,6 +1,6 @@
-"""Comparison data from simulated labelers, for experiments/collect.py.
+r"""Comparison data from simulated labelers, for experiments/collect.py.
 
-    python experiments/collect.py --config=configs/collect.py:toyworld \\
+    python experiments/collect.py --config=configs/collect.py:toyworld \
         --config.policy=runs/sft/model --workdir=runs/collect
 
 toyworld    four answers to each prompt of the embedded world, ranked by one of 40 labelers

@@ -1,7 +1,7 @@
-"""Compression reports, for experiments/compress.py.
+r"""Compression reports, for experiments/compress.py.
 
-    python experiments/compress.py --config=configs/compress.py:toyworld \\
-        --config.model=runs/ppo_ptx/model --config.reward_model=runs/reward_model/model \\
+    python experiments/compress.py --config=configs/compress.py:toyworld \
+        --config.model=runs/ppo_ptx/model --config.reward_model=runs/reward_model/model \
         --workdir=runs/compress
 
 toyworld       every variant, 400 prompts, gold judge

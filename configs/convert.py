@@ -1,8 +1,8 @@
-"""Hugging Face folders in and out, for experiments/convert.py.
+r"""Hugging Face folders in and out, for experiments/convert.py.
 
-    python experiments/convert.py --config=configs/convert.py:from_hf --workdir=runs/pythia \\
+    python experiments/convert.py --config=configs/convert.py:from_hf --workdir=runs/pythia \
         --config.source=EleutherAI/pythia-160m
-    python experiments/convert.py --config=configs/convert.py:to_hf --workdir=runs/exported \\
+    python experiments/convert.py --config=configs/convert.py:to_hf --workdir=runs/exported \
         --config.source=runs/sft/model
 
 from_hf    a folder or hub id -> WORKDIR/model, which every stage starts from; where tokens were

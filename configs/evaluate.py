@@ -1,6 +1,6 @@
-"""Comparisons of models, for experiments/evaluate.py.
+r"""Comparisons of models, for experiments/evaluate.py.
 
-    python experiments/evaluate.py --config=configs/evaluate.py:toyworld --workdir=runs/evaluate \\
+    python experiments/evaluate.py --config=configs/evaluate.py:toyworld --workdir=runs/evaluate \
         --config.models="('gpt=runs/pretrain/model', 'sft=runs/sft/model', 'ppo=runs/ppo/model')"
 
 toyworld       400 prompts, gold judge, few-shot tasks

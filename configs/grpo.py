@@ -1,7 +1,7 @@
-"""GRPO and its kin, critic-free runs of experiments/ppo.py.
+r"""GRPO and its kin, critic-free runs of experiments/ppo.py.
 
-    python experiments/ppo.py --config=configs/grpo.py:toyworld \\
-        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+    python experiments/ppo.py --config=configs/grpo.py:toyworld \
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \
         --workdir=runs/grpo
 
 The reward of a sample is measured against the other samples of its prompt; there is no value model.

@@ -1,7 +1,7 @@
-"""PPO and PPO-ptx runs (M5, M6), for experiments/ppo.py.
+r"""PPO and PPO-ptx runs (M5, M6), for experiments/ppo.py.
 
-    python experiments/ppo.py --config=configs/ppo.py:toyworld_ptx \\
-        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+    python experiments/ppo.py --config=configs/ppo.py:toyworld_ptx \
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \
         --workdir=runs/ppo_ptx
 
 NAME is PPO; NAME_ptx mixes pretraining text in.

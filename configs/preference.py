@@ -1,6 +1,6 @@
-"""Direct preference runs, for experiments/preference.py.
+r"""Direct preference runs, for experiments/preference.py.
 
-    python experiments/preference.py --config=configs/preference.py:toyworld \\
+    python experiments/preference.py --config=configs/preference.py:toyworld \
         --config.init=runs/sft/model --workdir=runs/dpo
 
 toyworld       DPO on the collected rankings of the embedded world, all pairs of a prompt at once

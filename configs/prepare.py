@@ -1,6 +1,6 @@
-"""Prompt preparation (spec DATA-4 to DATA-8), for experiments/prepare.py.
+r"""Prompt preparation (spec DATA-4 to DATA-8), for experiments/prepare.py.
 
-    python experiments/prepare.py --config=configs/prepare.py:paper --workdir=runs/prompts \\
+    python experiments/prepare.py --config=configs/prepare.py:paper --workdir=runs/prompts \
         --config.files="('data/prompts.jsonl',)"
 
 paper          200 prompts an organisation, at most 1,000 tokens; name your files

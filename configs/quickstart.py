@@ -1,6 +1,6 @@
-"""The whole pipeline on the embedded world, for experiments/quickstart.py.
+r"""The whole pipeline on the embedded world, for experiments/quickstart.py.
 
-    python experiments/quickstart.py --config=configs/quickstart.py:toyworld \\
+    python experiments/quickstart.py --config=configs/quickstart.py:toyworld \
         --workdir=runs/quickstart
 
 toyworld    minutes on two cores

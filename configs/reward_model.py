@@ -1,6 +1,6 @@
-"""Reward-model runs (M2), for experiments/reward_model.py.
+r"""Reward-model runs (M2), for experiments/reward_model.py.
 
-    python experiments/reward_model.py --config=configs/reward_model.py:toyworld \\
+    python experiments/reward_model.py --config=configs/reward_model.py:toyworld \
         --config.init=runs/sft/model --workdir=runs/reward_model
 
 toyworld                   collected rankings of the embedded world

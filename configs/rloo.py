@@ -1,7 +1,7 @@
-"""RLOO and REINFORCE++, critic-free runs of experiments/ppo.py.
+r"""RLOO and REINFORCE++, critic-free runs of experiments/ppo.py.
 
-    python experiments/ppo.py --config=configs/rloo.py:toyworld \\
-        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \\
+    python experiments/ppo.py --config=configs/rloo.py:toyworld \
+        --config.init=runs/rlhf_init/model --config.reward_model=runs/reward_model/model \
         --workdir=runs/rloo
 
 The baseline of a sample is the mean reward of the other samples of its prompt (Ahmadian et al.

@@ -1,6 +1,6 @@
-"""The choice of the SFT epoch by reward-model score (spec SFT-4), for experiments/select_sft.py.
+r"""The choice of the SFT epoch by reward-model score (spec SFT-4), for experiments/select_sft.py.
 
-    python experiments/select_sft.py --config=configs/select_sft.py:toyworld \\
+    python experiments/select_sft.py --config=configs/select_sft.py:toyworld \
         --workdir=runs/select_sft
 
 toyworld    256 validation prompts

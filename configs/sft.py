@@ -1,6 +1,6 @@
-"""Fine-tuning runs (M1, and M3 where PPO starts), for experiments/sft.py.
+r"""Fine-tuning runs (M1, and M3 where PPO starts), for experiments/sft.py.
 
-    python experiments/sft.py --config=configs/sft.py:toyworld --config.init=runs/pretrain/model \\
+    python experiments/sft.py --config=configs/sft.py:toyworld --config.init=runs/pretrain/model \
         --workdir=runs/sft
 
 toyworld, toyworld_rlhf_init        the embedded world: M1, and M3 with a tenth of pretraining rows

@@ -437,3 +437,9 @@ def test_intervals_may_change_and_a_run_may_be_made_longer():
         assert all(said[f"{name}_every"].may_change is True for name in ("log", "eval", "save"))
         assert said["episodes" if script == "ppo" else "epochs"].may_change == "more"
         assert not said["learning_rate"].may_change and not said["seed"].may_change
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_the_command_at_the_head_of_a_config_file_can_be_pasted(path):
+    head = path.read_text().partition('"""')[2].partition('"""')[0]
+    assert "python experiments/" in head and "\\\\" not in head
