@@ -85,7 +85,7 @@ def wrong_values(hint: Any, said: About) -> Iterator[tuple[str, str]]:
             yield "high", str(hint(said.below))
     if hint is int:
         yield "type", "1.5"
-    if hint is float:
+    if hint is float and said.text:
         yield from (("not finite", text) for text in ("nan", "inf", "-inf"))
     if typing.get_origin(hint) is tuple:
         yield "tuple", "('a'"
