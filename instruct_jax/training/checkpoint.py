@@ -22,12 +22,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from instruct_jax.errors import CheckpointError, ConfigError, StorageError
 from instruct_jax.files import unfit_path
-from instruct_jax.training import hosts
+from instruct_jax.training import hosts, ocp
 from instruct_jax.training.integrity import UNFINISHED, write_manifest
 from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
 from instruct_jax.training.signals import hold_signals

@@ -10,9 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-import orbax.checkpoint.experimental.v1 as ocp
-
 from instruct_jax.errors import CheckpointError
+from instruct_jax.training import ocp
 from instruct_jax.training.integrity import MANIFEST, UNFINISHED, find_damage
 
 PINS = "pinned.json"

@@ -105,7 +105,11 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused(tmp_path, capsys, inputs
     ("script", "override", "reason"),
     [
         ("sft", "--config.init={tmp}/nowhere", "neither model.json nor config.json here"),
-        ("sft", "--config.data.source=flies", "neither 'toyworld' nor 'files'"),
+        (
+            "sft",
+            "--config.data.source=flies",
+            "config.data.source=flies: expected one of toyworld, files",
+        ),
         ("sft", "--mesh=data:9", "needs 9 devices"),
         ("pretrain", "--config.model.preset=minni", "did you mean mini"),
         ("pretrain", "--config.tokenizer={tmp}/nowhere", "no such file or folder"),

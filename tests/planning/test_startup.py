@@ -21,7 +21,7 @@ def note(name, seconds=0.0):
 note("imported")
 workdir.mkdir()
 (workdir / "flags.json").write_text(json.dumps(flags))
-line = {"event": "start", "name": stage, "time": time.time()}
+line = {"event": "start", "name": stage, "step": 0, "lost": 0, "time": time.time()}
 (workdir / "ledger.log").write_text(json.dumps(line) + chr(10))
 slow = 0.1 if cache.exists() else 2.0
 cache.mkdir(exist_ok=True)
