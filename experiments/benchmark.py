@@ -26,12 +26,14 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from instruct_jax import cli
 from instruct_jax.data.encoding import (
@@ -63,7 +65,9 @@ from instruct_jax.planning.measure import (
 )
 from instruct_jax.planning.shapes import Rows, Shape, random_models, synthetic_rows
 from instruct_jax.planning.startup import StartupConfig, make_inputs, measure_startup
-from instruct_jax.planning.workloads import BUILDERS, PHASES
+from instruct_jax.planning.workloads import BUILDERS, PHASES, check_phases
+from instruct_jax.settings import Settings, setting
+from instruct_jax.stages.inputs import data_acts
 from instruct_jax.training.mesh import make_mesh
 
 STARTUP_SCRIPT = "benchmark_startup.py"
@@ -76,38 +80,45 @@ WRITES = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """`data` with a `tokenizer` gives real rows to the phases that have any; else random tokens.
 
     `sweep` is a list of (field of the shape, its values), each measured with the rest as it is.
     With `startup` the start of stages is measured, and no phase.
     """
 
+    acts_if: ClassVar[Mapping[str, str]] = data_acts(
+        "documents", "demonstrations", "comparisons", "prompts"
+    )
+
     shape: Shape = Shape()
-    phases: tuple[str, ...] = PHASES
-    repeats: int = 5
-    data: DataConfig | None = None
-    tokenizer: str | None = None
-    sweep: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    startup: StartupConfig | None = None
-    profile: bool = False
-    peer: Literal["none", "trl", "tunix"] = "none"
-    # The interpreter that has the peer; None is this one.
-    peer_python: str | None = None
+    phases: tuple[str, ...] = setting(PHASES, "what is measured, in this order")
+    repeats: int = setting(5, "measurements, of which the median counts", low=1)
+    data: DataConfig | None = setting(None, "real rows; none draws random tokens")
+    tokenizer: str | None = setting(None, "a tokenizer.json or folder, for real rows")
+    sweep: tuple[tuple[str, tuple[int, ...]], ...] = setting((), "fields of the shape, with values")
+    startup: StartupConfig | None = setting(None, "the stages whose start is measured instead")
+    profile: bool = setting(False, "whether a trace of each phase is left in WORKDIR/profile")
+    peer: Literal["none", "trl", "tunix"] = setting("none", "what the same work is compared with")
+    peer_python: str | None = setting(
+        None, "interpreter that has the peer; none is this one", needs="peer"
+    )
 
     def __post_init__(self) -> None:
         """ConfigError for an unknown phase, or half of what real rows need."""
+        super().__post_init__()
         for phase in self.phases:
             if phase not in BUILDERS:
-                raise ConfigError(f"config.phases: no phase {phase!r}; there are {PHASES}")
+                raise ConfigError(f"phases: no phase {phase!r}; there are {', '.join(BUILDERS)}")
         if (self.data is None) != (self.tokenizer is None):
-            raise ConfigError("real rows need both config.data and config.tokenizer")
+            raise ConfigError("tokenizer: real rows need both config.data and config.tokenizer")
         fields = {field.name for field in dataclasses.fields(Shape)}
         for field, _ in self.sweep:
             if field not in fields:
-                raise ConfigError(f"config.sweep: the shape has no field {field!r}")
-        if self.repeats < 1:
-            raise ConfigError(f"config.repeats={self.repeats}: expected 1 or more")
+                raise ConfigError(f"sweep: the shape has no field {field!r}")
+        if self.peer != "none":
+            for phase in self.phases:
+                peers.check_phase(phase, peers.LIBRARIES[self.peer])
 
 
 def main(config: Config, run: cli.Run) -> Path:
@@ -134,6 +145,7 @@ def main(config: Config, run: cli.Run) -> Path:
 
 def compare(config: Config, run: cli.Run, report: dict[str, Any]) -> str:
     """Puts phases, a sweep or a peer's into `report`, with this machine's limits; their table."""
+    check(config, make_mesh(run.mesh))
     machine = measure_machine((config.shape.dtype,))
     report["machine"] = describe_machine(machine)
     flops, bandwidth = machine.flops[config.shape.dtype], machine.bandwidth
@@ -150,6 +162,17 @@ def compare(config: Config, run: cli.Run, report: dict[str, Any]) -> str:
     picture = run.workdir / "roofline.png"
     write_roofline(picture, report["phases"], flops=flops, bandwidth=bandwidth, title=title)
     return phase_table(report["phases"])
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """ConfigError where there are too few rows for a phase, or `mesh` does not divide them."""
+    grown = [config.shape.grown(field, v) for field, values in config.sweep for v in values]
+    for shape in grown or [config.shape]:
+        rows, _ = load_rows(config, shape)
+        packed = None
+        if config.peer != "none" and "sft" in config.phases and shape.pack_length is not None:
+            _, packed = peers.packed_alike(shape, rows)
+        check_phases(config.phases, shape, rows, mesh, packed=packed)
 
 
 def run_startup(config: Config, startup: StartupConfig, run: cli.Run) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from instruct_jax import cli
 from instruct_jax.data.rows import write_rows
 from instruct_jax.data.sources import DataConfig, ToySource, open_source
 from instruct_jax.errors import ConfigError
+from instruct_jax.evaluation.markup import percent
 from instruct_jax.feedback.labelers import (
     accuracy,
     agreement,
@@ -29,7 +30,8 @@ from instruct_jax.feedback.labelers import (
 )
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
-from instruct_jax.settings import NEVER
+from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.stage import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
@@ -37,21 +39,39 @@ WRITES = ("comparisons.jsonl", "comparisons.jsonl.sha256", "labelers.json")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`policy` answers every prompt of the training split `completions` times."""
+class Config(Settings):
+    """What is answered, and how it is ranked."""
 
-    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("prompts"),
+        # Of the embedded world alone, and nothing is trained.
+        **dict.fromkeys(
+            [
+                "data.prompts",
+                "data.valid",
+                "data.test",
+                "data.valid_fraction",
+                "data.test_fraction",
+                "data.toy_valid",
+                "data.template",
+                "data.limit",
+                "data.on_bad_row",
+                "model.remat",
+            ],
+            NEVER,
+        ),
+    }
 
-    policy: str = "runs/sft/model"
+    policy: str = setting("runs/sft/model", "model folder of the policy that answers")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
-    completions: int = 4
-    prompt_length: int = 56
-    response_length: int = 24
-    temperature: float = 1.0
-    batch_size: int = 128
-    labelers: int = 40
-    seed: int = 0
+    completions: int = setting(4, "answers to every prompt of the training split", low=2)
+    prompt_length: int = setting(56, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(24, "of the longest answer", low=1, unit="tokens")
+    temperature: float = setting(1.0, "of sampling", above=0.0)
+    batch_size: int = setting(128, "answers that are sampled together", low=1)
+    labelers: int = setting(40, "simulated labelers, each with a taste of its own", low=1)
+    seed: int = setting(0, "of all that is drawn", low=0, high=2**32 - 1)
 
 
 def main(config: Config, run: cli.Run) -> Path:
@@ -62,13 +82,16 @@ def main(config: Config, run: cli.Run) -> Path:
     source = open_source(config.data)
     if not isinstance(source, ToySource):
         raise ConfigError("data.source must be 'toyworld': simulated labelers need its gold judge")
-    run.record_data(source.provenance(), source.licences())
     tokenizer = policy.tokenizer
-    prompts = [
-        row
-        for row in source.prompts("train")
-        if len(tokenizer.encode(row.text)) <= config.prompt_length
-    ]
+    rows = source.prompts("train")
+    counts = prompt_tokens(rows, tokenizer)
+    prompts = [row for row, n in zip(rows, counts, strict=True) if n <= config.prompt_length]
+    if not prompts:
+        raise ConfigError(
+            f"config.prompt_length={config.prompt_length}: each of the {len(rows):,} prompts is "
+            f"longer; the longest has {counts.max(initial=0)} tokens"
+        )
+    run.record_data(source.provenance(), source.licences())
     answers = complete(
         policy.model,
         policy.params,
@@ -86,10 +109,12 @@ def main(config: Config, run: cli.Run) -> Path:
         [answer for answer in answers[i : i + k] if readable(answer.text)]
         for i in range(0, len(answers), k)
     ]
-    prompts, groups = zip(
-        *((row, group) for row, group in zip(prompts, groups, strict=True) if len(group) > 1),
-        strict=True,
-    )
+    both = [(row, group) for row, group in zip(prompts, groups, strict=True) if len(group) > 1]
+    if not both:
+        raise ConfigError(
+            f"{config.policy}: no prompt has two answers that can be read; train it for longer"
+        )
+    prompts, groups = zip(*both, strict=True)
     texts = [[answer.text for answer in group] for group in groups]
     ended = [[answer.ended for answer in group] for group in groups]
     judge = source.world.judge
@@ -115,6 +140,12 @@ def main(config: Config, run: cli.Run) -> Path:
     path = run.workdir / "comparisons.jsonl"
     write_rows(path, rankings)
     (run.workdir / "labelers.json").write_text(json.dumps(report, indent=2) + "\n")
+    for name, value, error in (
+        ("two labelers agree", agree.rate, agree.standard_error),
+        ("the gold judge agrees", ceiling.rate, ceiling.standard_error),
+    ):
+        run.say(f"{name + ' on':<24}{percent(value)} ± {percent(1.96 * error)} of pairs")
+    run.say(f"comparisons: {path} ({len(rankings):,} prompts, {k} answers each)")
     return path
 
 

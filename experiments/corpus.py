@@ -15,11 +15,11 @@ before the data is there.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from instruct_jax import cli
 from instruct_jax.data.loader import Batches
@@ -27,8 +27,10 @@ from instruct_jax.data.rows import Document, write_rows
 from instruct_jax.data.sources import DataConfig, Source, open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.data.tokens import TokenRows
+from instruct_jax.settings import Settings, setting
+from instruct_jax.stages.inputs import data_acts
 from instruct_jax.stages.pretrain import language_rows
-from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.text import held_out_text, text_rows
 
 SHARD_BYTES = 250_000_000
 
@@ -38,20 +40,23 @@ WRITES = ("corpus.json", "text/#.jsonl", "text/#.jsonl.sha256")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`tokenizer` is a tokenizer.json or folder; None trains a byte-level BPE of `vocab_size`
-    entries, as experiments/pretrain.py does. `batches` of `batch_size` rows of `length` tokens are
-    read to measure the speed.
-    """
+class Config(Settings):
+    """What is tokenised, and how many batches are then read."""
+
+    acts_if: ClassVar[Mapping[str, str]] = data_acts("documents", demonstrations="tokenizer=None")
 
     data: DataConfig = DataConfig()
-    tokenizer: str | None = None
-    vocab_size: int = 8191
-    length: int = 2048
-    batch_size: int = 64
-    batches: int = 500
-    seed: int = 0
-    synthetic_bytes: int = 0
+    tokenizer: str | None = setting(None, "a tokenizer.json or folder; none trains a BPE")
+    vocab_size: int = setting(
+        8191, "of the BPE that is trained", low=257, unit="tokens", needs="tokenizer=None"
+    )
+    length: int = setting(2048, "of a row", low=2, unit="tokens")
+    batch_size: int = setting(64, "rows of a batch", low=1)
+    batches: int = setting(500, "batches that are read to measure the speed", low=1)
+    seed: int = setting(0, "of the order of the rows", low=0, high=2**32 - 1)
+    synthetic_bytes: int = setting(
+        0, "of text to make of the documents' paragraphs; 0 takes the documents", low=0
+    )
 
 
 def main(config: Config, run: cli.Run) -> dict[str, Any]:
@@ -67,13 +72,17 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         data = replace(data, source="files", documents=tuple(map(str, paths)))
         source = open_source(data)
     report: dict[str, Any] = {"memory_mb": {"at start": peak_memory()}}
+    kept = {"length": config.length, "folder": data.token_folder(run.workdir)}
     for split in ("valid", "train"):
         began = time.monotonic()
-        folder = data.token_folder(run.workdir)
-        rows = text_rows(source, split, tokenizer, length=config.length, folder=folder)
+        if split == "train":
+            rows = text_rows(source, split, tokenizer, **kept)
+            count = len(rows)
+        else:
+            count = len(held_out_text(data, source, tokenizer, **kept))
         report[split] = {
-            "tokens": rows.shape[0] * config.length,
-            "rows": rows.shape[0],
+            "tokens": count * config.length,
+            "rows": count,
             "seconds": round(time.monotonic() - began, 1),
         }
         report["memory_mb"][f"{split} tokenised"] = peak_memory()
@@ -83,7 +92,8 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     report["memory_mb"]["batches read"] = peak_memory()
     if run.writes:
         (run.workdir / "corpus.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report, indent=2))
+    run.say(json.dumps(report, indent=2))
+    run.say(f"tokens: {kept['folder']} (train {report['train']['tokens']:,})")
     return report
 
 

@@ -8,6 +8,7 @@ Prompts are of contributors that no training row comes from (EVAL-1); each model
 once, at temperature 1; the baseline answers a second time, to be compared with.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,47 +19,77 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.rows import Prompt
-from instruct_jax.data.sources import DataConfig, ToySource, open_source
+from instruct_jax.data.rows import Prompt, plain_text
+from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import Question, held_out_loss, task_accuracy
+from instruct_jax.evaluation.report import evaluation_table
 from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
-from instruct_jax.settings import NEVER
+from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.stages.inputs import data_acts, measured, prompt_tokens
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
-from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.text import held_out_text
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("evaluation.json", "samples.jsonl")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`models` are "name=folder"; those in `prompted` are also tried with a few-shot prefix: the
-    one whose answers to `prefix_prompts` validation prompts the reward model likes best (SFT-7).
-    """
+class Config(Settings):
+    """What is compared, and on what."""
 
-    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("prompts", "documents"),
+        "model.remat": NEVER,  # nothing is trained
+    }
 
-    models: tuple[str, ...] = ("sft=runs/sft/model",)
-    baseline: str = "sft"
-    prompted: tuple[str, ...] = ()
-    reward_model: str | None = None
+    models: tuple[str, ...] = setting(
+        ("sft=runs/sft/model",), "what is compared, each as NAME=FOLDER of a language model"
+    )
+    baseline: str = setting("sft", "the name that the others are compared with")
+    prompted: tuple[str, ...] = setting(
+        (),
+        "names also tried behind a few-shot prefix, the one whose answers the reward model likes "
+        "best (SFT-7)",
+        needs="data.source=toyworld",
+    )
+    reward_model: str | None = setting(None, "model folder of a reward model that scores answers")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
-    prompts: int = 512
-    prefix_prompts: int = 64
-    tasks: int = 256
-    document_length: int = 96
-    prompt_length: int = 56
-    response_length: int = 24
-    temperature: float = 1.0
-    batch_size: int = 128
-    seed: int = 0
+    prompts: int = setting(512, "held-out prompts that are answered, at most", low=1)
+    prefix_prompts: int = setting(
+        64, "prompts on which a few-shot prefix is chosen", low=1, needs="prompted"
+    )
+    tasks: int = setting(256, "few-shot questions", low=1, needs="data.source=toyworld")
+    document_length: int = setting(96, "of a row of held-out text", low=2, unit="tokens")
+    prompt_length: int = setting(56, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(24, "of the longest answer", low=1, unit="tokens")
+    temperature: float = setting(1.0, "of sampling; 0 takes the likeliest token", low=0.0)
+    batch_size: int = setting(128, "answers that are sampled together", low=1)
+    seed: int = setting(0, "of all that is drawn", low=0, high=2**32 - 1)
+    measure_lengths: bool = setting(
+        False, "whether prompt_length is cut to what the held-out prompts need"
+    )
+
+    def __post_init__(self) -> None:
+        """ConfigError also for a model without name or folder, and for a name that is none."""
+        super().__post_init__()
+        names = [entry.partition("=")[0] for entry in self.models]
+        for entry, name in zip(self.models, names, strict=True):
+            if not name or not entry.partition("=")[2]:
+                raise ConfigError(f"models: {entry!r} is not NAME=FOLDER")
+            if names.count(name) > 1:
+                raise ConfigError(f"models: two are called {name!r}")
+        if self.baseline not in names:
+            raise ConfigError(f"baseline {self.baseline!r} is none of the models {sorted(names)}")
+        for name in self.prompted:
+            if name not in names:
+                raise ConfigError(f"prompted: {name!r} is none of the models {sorted(names)}")
 
 
 def main(config: Config, run: cli.Run) -> dict[str, Any]:
@@ -68,35 +99,33 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         name, _, folder = entry.partition("=")
         models[name] = load_trained(folder, kind="language", compute=config.model)
         check_length(models[name].config, config.document_length, field="config.document_length")
-        _check_answers(config, models[name], name)
-    if config.baseline not in models:
-        raise ConfigError(f"baseline {config.baseline!r} is none of the models {sorted(models)}")
     reward = None
     if config.reward_model:
         reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
-        _check_answers(config, reward, "config.reward_model")
-    source = open_source(config.data)
+    template, folder = template_of(models)
+    source = open_source(config.data, template=template, model=folder)
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
-    prompts = [
-        row
-        for row in source.prompts("test")
-        if len(tokenizer.encode(row.text)) <= config.prompt_length
-    ][: config.prompts]
+    readers = [*models.values(), reward] if reward else list(models.values())
+    config, prompts = read_prompts(config, run, source, readers)
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
-    documents = text_rows(source, "valid", tokenizer, **kept)[:]
+    documents = held_out_text(config.data, source, tokenizer, split="test", **kept)
     run.record_data(source.provenance(), source.licences())
+    if not len(documents):
+        run.note("no documents are held out: it compares no loss of text")
 
     answers = {"baseline": _answers(config, models[config.baseline], prompts, draw=0)}
     results: dict[str, dict[str, Any]] = {}
     for draw, (name, trained) in enumerate(models.items(), start=1):
         answers[name] = _answers(config, trained, prompts, draw=draw)
-        results[name] = {"pretrain_loss": held_out_loss(trained.model, trained.params, documents)}
+        results[name] = {}
+        # Of another tokenizer's tokens a loss would say nothing.
+        if len(documents) and trained.tokenizer.fingerprint == tokenizer.fingerprint:
+            loss = held_out_loss(trained.model, trained.params, documents)
+            results[name]["pretrain_loss"] = loss
         if world is not None:
             results[name]["task_accuracy"] = _task_accuracy(config, trained, world)
-    for name in config.prompted:
-        if world is None:
-            raise ConfigError("prompted models need the embedded world's few-shot prefix")
+    for name in config.prompted if world is not None else ():
         choice = _choose_prefix(config, models[name], reward, world)
         answers[f"{name}_prompted"] = _prompted_answers(
             config, models[name], prompts, world, prefix=choice["chosen"]
@@ -116,14 +145,58 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         "models": results,
     }
     (run.workdir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    run.say(f"{evaluation_table(report)}\n")
+    run.say(f"figures: {run.workdir / 'evaluation.json'} (of {len(prompts):,} held-out prompts)")
+    run.say(f"every answer: {run.workdir / 'samples.jsonl'}")
     return report
 
 
-def _check_answers(config: Config, trained: TrainedModel, name: str) -> None:
+def template_of(models: Mapping[str, TrainedModel]) -> tuple[str | None, str]:
+    """The template that prompts are put into, and the model that says so. ConfigError for two."""
+    found = {trained.template: name for name, trained in models.items() if trained.template}
+    if len(found) > 1:
+        said = ", ".join(f"{name} with {template!r}" for template, name in found.items())
+        raise ConfigError(f"config.models: {said}: answers to prompts of two forms compare nothing")
+    return next(iter(found.items()), (None, ""))
+
+
+def read_prompts(
+    config: Config, run: cli.Run, source: Source, models: Sequence[TrainedModel]
+) -> tuple[Config, list[Prompt]]:
+    """The held-out prompts that every model can read, and the configuration with the lengths
+    measured on them where it is to be so. Raises ConfigError where there is none.
+    """
+    rows = source.prompts("test")
+    if not rows:
+        raise ConfigError(
+            "no prompts are held out for evaluation: raise config.data.test_fraction, or name "
+            "files of their own, config.data.test.prompts"
+        )
+    tokenizers = {trained.tokenizer.fingerprint: trained.tokenizer for trained in models}
+    counts = [prompt_tokens(rows, tokenizer) for tokenizer in tokenizers.values()]
+    lengths, shortest = np.max(counts, axis=0), np.min(counts, axis=0)
+    if config.measure_lengths:
+        limit = min(trained.config.max_length for trained in models)
+        response = min(config.response_length, limit // 2)
+        room = min(config.prompt_length, limit - response)
+        config = dataclasses.replace(config, prompt_length=room, response_length=response)
+        config, words = measured(config, lengths, np.array([response]), limit=limit)
+        run.note(words)
     longest = config.prompt_length + config.response_length
-    check_length(
-        trained.config, longest, field=f"config.prompt_length + response_length, of {name}"
+    for trained in models:
+        field = f"config.prompt_length + response_length, of a {trained.kind} model"
+        check_length(trained.config, longest, field=field)
+    fits = (lengths <= config.prompt_length) & (shortest > 0)
+    fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    left = (
+        f"{len(rows) - len(fitting):,} of {len(rows):,} held-out prompts are longer than "
+        f"config.prompt_length={config.prompt_length} tokens"
     )
+    if not fitting:
+        raise ConfigError(f"{left}: raise it, or start from --config=configs/evaluate.py:files")
+    if len(fitting) < len(rows):
+        run.note(f"{left} and left out")
+    return config, fitting[: config.prompts]
 
 
 def _answers(
@@ -251,7 +324,7 @@ def _write_samples(
 ) -> None:
     with path.open("w") as file:
         for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"prompt": prompt.text}
+            row: dict[str, Any] = {"prompt": plain_text(prompt.text)}
             if "family" in prompt.meta:
                 row |= {name: prompt.meta[name] for name in ("family", "kind", "use_case")}
             for name, given in answers.items():

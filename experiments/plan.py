@@ -8,9 +8,11 @@
     python experiments/plan.py --config=configs/pretrain.py:instructgpt_1p3b --scaling=8,64,512
 
 The file of --config says which stage it is: pretrain, sft, reward_model, preference, or ppo (grpo,
-rloo). The sizes of the models are those of the folders that the configuration names, where they are
-there; else the preset's name says them (1p3b, 6b, 175b; InstructGPT's reward model is 6B beside all
-of them); else --policy and --reward do, with the names of models/families.py.
+rloo). The sizes of the models are those of --policy and --reward, by the names of
+models/families.py; else those of the folders that --config.init and --config.reward_model name on
+the command line; else the preset's name says them (1p3b, 6b, 175b; InstructGPT's reward model is 6B
+beside all of them); else the folders that the preset names. A plan says which it took, and from
+where.
 
 First comes an estimate by formula, in seconds. Then the stage's own programs are lowered and
 compiled for the topology: a TPU slice (v4, v5e, v5p, v6e; extra `plan`), cards (h100:1x4x8 is
@@ -123,7 +125,8 @@ def main(argv: list[str]) -> None:
         results = {"plans": [plan(flags, job, topology, flags.mesh)]}
     if flags.json is not None:
         words = [word for word in argv if not word.startswith("--json")]
-        results = {"command": shlex.join(["python", "experiments/plan.py", *words]), **results}
+        command = shlex.join(["python", "experiments/plan.py", *words])
+        results = {"command": command, "models": job.origins, **results}
         flags.json.parent.mkdir(parents=True, exist_ok=True)
         flags.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -10,25 +10,38 @@ Writes WORKDIR/model (the exponential moving average of the policy, which is the
 metrics.jsonl, checkpoints and samples.jsonl. Run again, it resumes.
 """
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.encoding import encode_prompts
+from instruct_jax.data.encoding import Encoded, encode_prompts
 from instruct_jax.data.loader import Batches
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.rows import PromptText, plain_text
+from instruct_jax.data.sources import DataConfig, Source, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import ppo
+from instruct_jax.stages.inputs import (
+    check_batch,
+    data_acts,
+    measured,
+    no_held_out,
+    prompt_tokens,
+)
 from instruct_jax.stages.ppo import PPOConfig
 from instruct_jax.stages.ppo_models import on_the_policys_trunk
 from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
-from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.text import held_out_text, text_rows
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32
@@ -39,59 +52,61 @@ WRITES = ("ppo.jsonl", "samples.jsonl")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`init` is the policy's start and KL reference, `reward_model` a scalar model folder."""
+class Config(Settings):
+    """A run from the policy in `init`, which is the KL reference too."""
 
-    init: str = "runs/rlhf_init/model"
-    reward_model: str = "runs/reward_model/model"
-    # The reward model's `adapter` folder, where it was trained on `init` with a LoRA rank: then the
-    # policy's trunk serves the reference, the reward model and the value model too.
-    reward_adapter: str | None = None
+    # Documents are the text of PPO-ptx, and without the mix that of the held-out loss.
+    acts_if: ClassVar[Mapping[str, str]] = data_acts("prompts", "documents")
+
+    init: str = setting("runs/rlhf_init/model", "model folder that the policy starts from")
+    reward_model: str = setting("runs/reward_model/model", "model folder of the reward model")
+    reward_adapter: str | None = setting(
+        None,
+        "the reward model's adapter folder, where it was trained on init with a LoRA rank: one "
+        "trunk then serves policy, reference, reward and value model",
+        needs="ppo.lora.rank",
+    )
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
-    ptx_length: int = 96
+    ptx_length: int = setting(96, "of a row of documents", low=2, unit="tokens")
     ppo: PPOConfig = PPOConfig()
+    measure_lengths: bool = setting(
+        False, "whether prompt_length is cut to what the training prompts need"
+    )
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
     start = load_trained(config.init, kind="language", compute=config.model)
-    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
-    check_lengths(config, start, reward)
-    if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
-        raise ConfigError(
-            f"{config.reward_model} and {config.init} have different tokenizers; "
-            "the reward model must read the policy's tokens"
-        )
-    reward_params = reward.params
-    if config.reward_adapter is not None:
-        adapter = load_adapter(config.reward_adapter)
-        reward_params = on_the_policys_trunk(
-            config.ppo, start, reward, adapter, config.reward_adapter
-        )
-    source = open_source(config.data)
-    prompts = encode_prompts(
-        source.prompts("train"), start.tokenizer, prompt_length=config.ppo.prompt_length
-    )
-    ptx = None
+    reward, reward_params = load_reward(config, start)
     mesh = make_mesh(run.mesh)
+    ppo.check_batches(config.ppo, mesh)
+    source = open_source(config.data, template=start.template, model=config.init)
+    stage, prompts = read_prompts(config, run, source, start, reward)
+    ptx = None
+    check_length(start.config, config.ptx_length, field="config.ptx_length")
     text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
-    held_out = text_rows(source, "valid", start.tokenizer, **text)[:]
-    if config.ppo.ptx_coef > 0:
+    if stage.ptx_coef > 0:
         rows = text_rows(source, "train", start.tokenizer, **text)
-        size = config.ppo.updates * config.ppo.minibatch * config.ppo.ptx_ratio
-        ptx = Batches({"tokens": rows}, size, seed=config.ppo.seed + 1)
-
-    policy = start.model
-    held_out_prompts = source.prompts("valid")
+        update = stage.minibatch * stage.ptx_ratio
+        kind = f"rows of {config.ptx_length} tokens of text"
+        check_batch(len(rows), update, kind=kind, field="ppo.minibatch x ptx_ratio")
+        ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1)
+    held_out = held_out_text(config.data, source, start.tokenizer, **text)
+    probes = read_probes(stage, source, start)
     run.record_data(source.provenance(), source.licences())
-    fitting = encode_prompts(
-        held_out_prompts, start.tokenizer, prompt_length=config.ppo.prompt_length
-    )["index"]
-    probes = [held_out_prompts[i].text for i in fitting[:PROBES]]
+    if not len(held_out):
+        run.note(no_held_out("documents"))
+    policy = start.model
+
+    def judge(params: Any) -> dict[str, float]:
+        """Held-out pretraining loss, where there is such text."""
+        if not len(held_out):
+            return {}
+        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out, mesh=mesh)}
 
     def evaluate(step: int, state: ppo.PPOState) -> dict[str, float]:
-        """Held-out pretraining loss, and a fixed set of prompts answered, for people to read."""
+        """That, and a fixed set of prompts answered, for people to read."""
         params = state.policy.ema
         answers = complete(
             policy,
@@ -99,42 +114,90 @@ def main(config: Config, run: cli.Run) -> Path:
             start.tokenizer,
             probes,
             key=jax.random.key(0),
-            max_new_tokens=config.ppo.response_length,
-            prompt_length=config.ppo.prompt_length,
+            max_new_tokens=stage.response_length,
+            prompt_length=stage.prompt_length,
             batch_size=PROBES,
             mesh=mesh,
         )
-        if run.writes:
+        if run.writes and probes:
             with (run.workdir / "samples.jsonl").open("a") as file:
                 for prompt, answer in zip(probes, answers, strict=True):
-                    row = {"step": step, "prompt": prompt, "response": answer.text}
+                    row = {"step": step, "prompt": plain_text(prompt), "response": answer.text}
                     file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
-        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out, mesh=mesh)}
+        return judge(params)
 
     state = ppo.train(
-        config.ppo,
+        stage,
         policy,
         reward.model,
         start.params,
         reward_params,
-        Batches(prompts, config.ppo.prompts, seed=config.ppo.seed),
+        Batches(prompts, stage.prompts, seed=stage.seed),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate,
+        evaluate=evaluate if probes or len(held_out) else None,
     )
     trained = start._replace(params=state.policy.ema, stage="ppo")
-    return save_trained(run.workdir / "model", trained)
+    notes = judge(state.policy.ema)
+    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    figure = ""
+    if notes:
+        loss = notes["valid_pretrain_loss"]
+        figure = f" (held-out text loss {loss:.3f} on {len(held_out):,} rows)"
+    run.say(f"model: {folder}{figure}")
+    if (run.workdir / "samples.jsonl").exists():
+        run.say(f"answers to held-out prompts on the way: {run.workdir / 'samples.jsonl'}")
+    return folder
 
 
-def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> None:
-    """ConfigError where a row has positions that a model has not."""
-    longest = config.ppo.prompt_length + config.ppo.response_length
+def load_reward(config: Config, start: TrainedModel) -> tuple[TrainedModel, Any]:
+    """The reward model, and the parameters that PPO scores with. Raises ConfigError."""
+    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
+        raise ConfigError(
+            f"{config.reward_model} and {config.init} have different tokenizers; "
+            "the reward model must read the policy's tokens"
+        )
+    if config.reward_adapter is None:
+        return reward, reward.params
+    adapter = load_adapter(config.reward_adapter)
+    return reward, on_the_policys_trunk(config.ppo, start, reward, adapter, config.reward_adapter)
+
+
+def read_prompts(
+    config: Config, run: cli.Run, source: Source, start: TrainedModel, reward: TrainedModel
+) -> tuple[PPOConfig, Encoded]:
+    """The training prompts, and the stage with lengths measured on them where it is to be so."""
+    rows, stage = source.prompts("train"), config.ppo
+    if config.measure_lengths:
+        # A response may be as long as is said, or half of what the models read; a prompt has the
+        # rest of that.
+        limit = min(start.config.max_length, reward.config.max_length)
+        response = min(stage.response_length, limit // 2)
+        room = min(stage.prompt_length, limit - response)
+        stage = dataclasses.replace(stage, prompt_length=room, response_length=response)
+        counts = prompt_tokens(rows, start.tokenizer)
+        stage, words = measured(stage, counts, np.array([response]), limit=limit)
+        run.note(words)
+    longest = stage.prompt_length + stage.response_length
     for name, trained in (("init", start), ("reward_model", reward)):
         field = f"config.ppo.prompt_length + response_length, of config.{name}"
         check_length(trained.config, longest, field=field)
-    check_length(start.config, config.ptx_length, field="config.ptx_length")
+    form = {"prompt_length": stage.prompt_length, "group": "config.ppo"}
+    prompts = encode_prompts(rows, start.tokenizer, **form)
+    field = "ppo.rollout_batch / samples_per_prompt"
+    check_batch(len(prompts["tokens"]), stage.prompts, kind="prompts", field=field)
+    return stage, prompts
+
+
+def read_probes(stage: PPOConfig, source: Source, start: TrainedModel) -> list[PromptText]:
+    """A few held-out prompts, answered again and again on the way."""
+    held_out = source.prompts("valid")
+    form = {"prompt_length": stage.prompt_length, "required": False}
+    fitting = encode_prompts(held_out, start.tokenizer, **form)["index"]
+    return [held_out[i].text for i in fitting[:PROBES]]
 
 
 if __name__ == "__main__":

@@ -8,20 +8,32 @@ Writes WORKDIR/model and WORKDIR/preference.json: loss, accuracy and margin of t
 on held-out comparisons. Run again, it resumes.
 """
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from instruct_jax import cli
 from instruct_jax.data.encoding import encode_comparisons
 from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.evaluation.markup import percent
 from instruct_jax.models.config import ComputeConfig, check_length
-from instruct_jax.models.transformer import language_model
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import preference
+from instruct_jax.stages.inputs import (
+    UNLIMITED,
+    check_batch,
+    check_pairs,
+    data_acts,
+    lengths_of,
+    measured,
+    no_held_out,
+    paired,
+)
 from instruct_jax.stages.preference import PreferenceConfig
 from instruct_jax.stages.stage import load_trained, save_trained
-from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
 # Beside what every run writes; --overwrite replaces these.
@@ -29,59 +41,77 @@ WRITES = ("preference.jsonl", "preference.json")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`init` is the model folder to start from; it is the reference too."""
+class Config(Settings):
+    """A run from the model in `init`, which is the reference too."""
 
-    init: str = "runs/sft/model"
+    acts_if: ClassVar[Mapping[str, str]] = data_acts("comparisons")
+
+    init: str = setting("runs/sft/model", "model folder to start from, and the reference")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    measure_lengths: bool = setting(
+        False, "whether prompt_length and response_length are cut to what the training rows need"
+    )
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language", compute=config.model)
-    stage = config.preference
-    longest, field = stage.prompt_length + stage.response_length, "prompt_length + response_length"
-    check_length(start.config, longest, field=f"config.preference.{field}")
-    source = open_source(config.data)
-    train_rows, valid_rows = (
-        encode_comparisons(
-            source.comparisons(split),
-            start.tokenizer,
-            completions=stage.completions,
-            prompt_length=stage.prompt_length,
-            response_length=stage.response_length,
-        )
-        for split in ("train", "valid")
-    )
+    stage, mesh = config.preference, make_mesh(run.mesh)
+    check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    source = open_source(config.data, template=start.template, model=config.init)
+    comparisons, held_out = (source.comparisons(split) for split in ("train", "valid"))
+    form = {"completions": stage.completions, "group": "config.preference"}
+    if config.measure_lengths:
+        lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
+        stage, words = measured(stage, *lengths, limit=start.config.max_length)
+        run.note(words)
+    longest = stage.prompt_length + stage.response_length
+    check_length(start.config, longest, field="config.preference.prompt_length + response_length")
+    form |= {name: getattr(stage, name) for name in UNLIMITED}
+    rows = encode_comparisons(comparisons, start.tokenizer, **form)
+    valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)
+    field = "preference.batch_size"
+    check_batch(len(rows["tokens"]), stage.batch_size, kind="comparisons", field=field)
+    check_pairs(rows, labels=stage.loss == "kto")
+    # KTO gives every prompt a completion of another.
+    kto = stage.loss == "kto"
+    judged = paired(valid, labels=kto) > kto
     run.record_data(source.provenance(), source.licences())
-    model = language_model(
-        dataclasses.replace(start.config, residual_dropout=stage.residual_dropout)
-    )
-    mesh = make_mesh(run.mesh)
+    if not judged:
+        run.note(no_held_out("comparisons"))
+    model = start.model
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         """Metrics of the held-out comparisons."""
-        judged = preference.judge_preferences(
-            stage, model, state.params, start.params, valid_rows, mesh=mesh
+        metrics = preference.judge_preferences(
+            stage, model, state.params, start.params, valid, mesh=mesh
         )
-        return {f"valid_{name}": value for name, value in judged.items()}
+        return {f"valid_{name}": value for name, value in metrics.items()}
 
     params = preference.train(
         stage,
         model,
         start.params,
-        train_rows,
+        rows,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate,
+        evaluate=evaluate if judged else None,
     )
-    report = preference.judge_preferences(stage, model, params, start.params, valid_rows, mesh=mesh)
-    if run.writes:
-        (run.workdir / "preference.json").write_text(json.dumps(report, indent=2) + "\n")
-    trained = start._replace(config=model.config, params=params, stage="preference")
-    return save_trained(run.workdir / "model", trained, notes=report)
+    report, figure = {}, ""
+    if judged:
+        report = preference.judge_preferences(stage, model, params, start.params, valid, mesh=mesh)
+        if run.writes:
+            (run.workdir / "preference.json").write_text(json.dumps(report, indent=2) + "\n")
+        figure = (
+            f" (held-out accuracy {percent(report['accuracy'])}, loss {report['loss']:.3f} "
+            f"on {len(valid['tokens']):,} comparisons)"
+        )
+    trained = start._replace(params=params, stage="preference")
+    folder = save_trained(run.workdir / "model", trained, notes=report)
+    run.say(f"model: {folder}{figure}")
+    return folder
 
 
 if __name__ == "__main__":

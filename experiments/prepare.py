@@ -22,6 +22,7 @@ from instruct_jax.data.prompts import prepare_prompts, prompt_text
 from instruct_jax.data.rows import write_rows
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.errors import ConfigError
+from instruct_jax.settings import Settings, setting
 
 READERS = {
     "prompts": read_prompts,
@@ -42,34 +43,46 @@ WRITES = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """`files` are paths, globs or hub ids; lengths are counted by `tokenizer` (None: a BPE of
-    these).
-    """
+class Config(Settings):
+    """What is prepared, and how."""
 
-    files: tuple[str, ...] = ()
-    kind: Literal["prompts", "demonstrations", "comparisons"] = "prompts"
-    template: str | None = None
-    on_bad_row: Literal["error", "skip"] = "error"
-    tokenizer: str | None = None
-    cap_key: str = "org_id"
-    cap: int = 200
-    min_prefix: int = 64
-    min_share: float = 0.5
-    max_tokens: int = 1000
-    train: float = 0.8
-    valid: float = 0.1
-    test: float = 0.1
-    salt: str = ""
+    files: tuple[str, ...] = setting((), "paths, globs or hub ids")
+    kind: Literal["prompts", "demonstrations", "comparisons"] = setting(
+        "prompts", "what the rows are read as"
+    )
+    template: str | None = setting(None, "of the prompts' text; none takes that of the format")
+    on_bad_row: Literal["error", "skip"] = setting("error", "what becomes of an unusable row")
+    tokenizer: str | None = setting(
+        None, "a tokenizer.json or folder that lengths are counted with; none trains a BPE on these"
+    )
+    cap_key: str = setting("org_id", "the field of a row's meta that names its contributor")
+    cap: int = setting(200, "rows of a contributor, at most", low=1)
+    min_prefix: int = setting(64, "shared by two prompts that are one", low=1, unit="tokens")
+    min_share: float = setting(0.5, "of the shorter one, that they share", above=0.0, high=1.0)
+    max_tokens: int = setting(1000, "of the longest prompt", low=1)
+    train: float = setting(0.8, "share of the contributors", low=0.0, high=1.0)
+    valid: float = setting(0.1, "share of the contributors", low=0.0, high=1.0)
+    test: float = setting(0.1, "share of the contributors", low=0.0, high=1.0)
+    salt: str = setting("", "another word draws other splits")
+
+    def __post_init__(self) -> None:
+        """ConfigError also where the shares are not of one whole."""
+        super().__post_init__()
+        if abs(sum(self.fractions.values()) - 1) > 1e-9:
+            raise ConfigError(
+                f"train, valid and test are shares of one whole, not {self.fractions}"
+            )
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of each split."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Writes the splits and returns their folder."""
     if not config.files:
         raise ConfigError("config.files is empty; name the files (or hub ids) to prepare")
-    fractions = {"train": config.train, "valid": config.valid, "test": config.test}
-    if abs(sum(fractions.values()) - 1) > 1e-9:
-        raise ConfigError(f"config.train, valid and test are shares of one whole, not {fractions}")
     rows = []
     for source in config.files:
         read = READERS[config.kind]
@@ -88,14 +101,16 @@ def main(config: Config, run: cli.Run) -> Path:
         cap=config.cap,
         min_prefix=config.min_prefix,
         min_share=config.min_share,
-        fractions=fractions,
+        fractions=config.fractions,
         salt=config.salt,
         max_tokens=config.max_tokens,
     )
     for name, split in prepared.splits.items():
         write_rows(run.workdir / f"{name}.jsonl", split)
     (run.workdir / "statistics.txt").write_text(f"{prepared}\n")
-    print(prepared)
+    run.say(str(prepared))
+    counts = ", ".join(f"{name} {len(rows):,}" for name, rows in prepared.splits.items())
+    run.say(f"rows: {run.workdir}/{{train,valid,test}}.jsonl ({counts})")
     return run.workdir
 
 

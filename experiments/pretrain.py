@@ -7,8 +7,10 @@ Writes WORKDIR/model (a model folder), metrics.jsonl, checkpoints and config.jso
 resumes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 
@@ -18,10 +20,12 @@ from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import check_length
 from instruct_jax.models.transformer import language_model
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import pretrain
+from instruct_jax.stages.inputs import check_batch, data_acts, held_out_loss_of, no_held_out
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
-from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.text import held_out_text, text_rows
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
@@ -30,14 +34,18 @@ WRITES = ("pretrain.jsonl",)
 
 
 @dataclass(frozen=True)
-class Config:
-    """`tokenizer` is a tokenizer.json or folder; None trains a byte-level BPE of `vocab_size`
-    entries.
-    """
+class Config(Settings):
+    """A run from random weights; its tokenizer is trained on the rows, or given."""
+
+    acts_if: ClassVar[Mapping[str, str]] = data_acts("documents", demonstrations="tokenizer=None")
 
     data: DataConfig = DataConfig()
-    tokenizer: str | None = None
-    vocab_size: int = 512
+    tokenizer: str | None = setting(
+        None, "a tokenizer.json or folder; none trains a byte-level BPE"
+    )
+    vocab_size: int = setting(
+        512, "of the BPE that is trained", low=257, unit="tokens", needs="tokenizer=None"
+    )
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
 
@@ -55,17 +63,24 @@ def main(config: Config, run: cli.Run) -> Path:
     check_length(model_config, fit.length, field="config.pretrain.length")
     model = language_model(model_config)
     # All that can be wrong beside the text is found before the work of tokenising it.
-    folder = config.data.token_folder(run.workdir)
-    rows, valid_rows = (
-        text_rows(source, split, tokenizer, length=fit.length, folder=folder)
-        for split in ("train", "valid")
-    )
-    valid_rows = valid_rows[:]
+    text = {"length": fit.length, "folder": config.data.token_folder(run.workdir)}
+    rows = text_rows(source, "train", tokenizer, **text)
+    valid = held_out_text(config.data, source, tokenizer, **text)
+    kind = f"rows of {fit.length} tokens"
+    check_batch(len(rows), fit.batch_size, kind=kind, field="pretrain.batch_size")
     run.record_data(source.provenance(), source.licences())
+    if not len(valid):
+        run.note(no_held_out(kind))
+
+    def judge(params: Any) -> dict[str, float]:
+        """The loss of the rows that are held out, where there are any."""
+        if not len(valid):
+            return {}
+        return {"valid_loss": held_out_loss(model, params, valid, mesh=mesh)}
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
-        """The loss of the rows that are held out."""
-        return {"valid_loss": held_out_loss(model, state.params, valid_rows, mesh=mesh)}
+        """As metrics of a step."""
+        return judge(state.params)
 
     params = pretrain.train(
         fit,
@@ -74,11 +89,13 @@ def main(config: Config, run: cli.Run) -> Path:
         rows,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate,
+        evaluate=evaluate if len(valid) else None,
     )
     trained = TrainedModel("language", model_config, params, tokenizer, "pretrain")
-    notes = {"valid_loss": held_out_loss(model, params, valid_rows, mesh=mesh)}
-    return save_trained(run.workdir / "model", trained, notes=notes)
+    notes = judge(params)
+    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    run.say(f"model: {folder}{held_out_loss_of(notes, len(valid))}")
+    return folder
 
 
 if __name__ == "__main__":

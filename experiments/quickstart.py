@@ -15,7 +15,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import collect
 import evaluate
@@ -29,6 +29,7 @@ import sft
 from instruct_jax import cli
 from instruct_jax.evaluation.report import summary_table, write_report
 from instruct_jax.files import read_lines, read_object, write_json
+from instruct_jax.settings import Settings, setting
 
 MODELS = {"gpt": "pretrain", "sft": "select_sft", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
 PARTS = (
@@ -45,11 +46,13 @@ WRITES = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """`preset` names the size in the configs of all stages: "toyworld", or "debug" for seconds."""
+class Config(Settings):
+    """The size of every part, and its seed."""
 
-    preset: str = "toyworld"
-    seed: int = 0
+    preset: Literal["toyworld", "debug"] = setting(
+        "toyworld", "size in the configs of all stages: minutes, or seconds for debug"
+    )
+    seed: int = setting(0, "of every part", low=0, high=2**32 - 1)
 
 
 def main(config: Config, run: cli.Run) -> Path:

@@ -9,20 +9,22 @@ policies, beside a predictor that sees only the answers' lengths; calibration. R
 resumes.
 """
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
-from instruct_jax.data.rows import Comparison
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.encoding import Encoded, encode_comparisons, encode_demonstrations
+from instruct_jax.data.rows import Comparison, DataError
+from instruct_jax.data.sources import DataConfig, Source, open_source
+from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.errors import ConfigError
+from instruct_jax.evaluation.markup import percent
 from instruct_jax.evaluation.reward_model import (
     evaluate_rewards,
     fit_length_baseline,
@@ -30,79 +32,141 @@ from instruct_jax.evaluation.reward_model import (
 )
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import reward_model
+from instruct_jax.stages.inputs import (
+    UNLIMITED,
+    check_batch,
+    check_pairs,
+    data_acts,
+    lengths_of,
+    measured,
+    no_held_out,
+    paired,
+)
 from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
-from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.mesh import check_batch_size, make_mesh
+from instruct_jax.training.state import TrainState
+
+Rows = dict[str, np.ndarray]
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("reward_model.jsonl", "accuracy.json")
 
 
 @dataclass(frozen=True)
-class Config:
-    """`init` is the language model whose trunk the reward model starts from."""
+class Config(Settings):
+    """A run from the trunk of the language model in `init`."""
 
-    init: str = "runs/sft/model"
+    acts_if: ClassVar[Mapping[str, str]] = data_acts(
+        "comparisons", demonstrations="reward_model.normalisation"
+    )
+
+    init: str = setting("runs/sft/model", "model folder of a language model, whose trunk it is")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
+    measure_lengths: bool = setting(
+        False, "whether prompt_length and response_length are cut to what the training rows need"
+    )
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language", compute=config.model)
-    longest = config.reward_model.prompt_length + config.reward_model.response_length
+    stage, mesh = config.reward_model, make_mesh(run.mesh)
+    check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    source = open_source(config.data, template=start.template, model=config.init)
+    comparisons, held_out = (source.comparisons(split) for split in ("train", "valid"))
+    form = {"completions": stage.completions, "group": "config.reward_model"}
+    if config.measure_lengths:
+        lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
+        stage, words = measured(stage, *lengths, limit=start.config.max_length)
+        run.note(words)
+    longest = stage.prompt_length + stage.response_length
     field = "config.reward_model.prompt_length + response_length"
     check_length(start.config, longest, field=field)
-    source = open_source(config.data)
-    lengths = {
-        "prompt_length": config.reward_model.prompt_length,
-        "response_length": config.reward_model.response_length,
-    }
-    encode = {"completions": config.reward_model.completions, **lengths}
-    train_rows = encode_comparisons(source.comparisons("train"), start.tokenizer, **encode)
-    comparisons = source.comparisons("valid")
-    valid_rows = encode_comparisons(comparisons, start.tokenizer, **encode)
-    standard = encode_demonstrations(source.demonstrations("train"), start.tokenizer, **lengths)
+    form |= {name: getattr(stage, name) for name in UNLIMITED}
+    rows = encode_comparisons(comparisons, start.tokenizer, **form)
+    valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)
+    field = "reward_model.batch_size"
+    check_batch(len(rows["tokens"]), stage.batch_size, kind="comparisons", field=field)
+    check_pairs(rows)
+    judged = paired(valid) > 0
+    standard = read_standard(stage, source, start.tokenizer)
     run.record_data(source.provenance(), source.licences())
+    if not judged:
+        run.note(no_held_out("comparisons"))
 
-    model_config = dataclasses.replace(
-        start.config, residual_dropout=config.reward_model.residual_dropout
-    )
-    model = scalar_model(model_config)
-    key = jax.random.key(config.reward_model.seed)
+    model = scalar_model(start.config)
+
+    def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        """How the held-out rankings are ordered so far."""
+        scores = score_comparisons(model, state.params, valid, batch_size=16)
+        metrics = evaluate_rewards(scores, valid["ranks"], where=valid["where"]).metrics
+        return {"valid_accuracy": metrics.accuracy.mean, "valid_loss": metrics.log_loss}
+
     params = reward_model.train(
-        config.reward_model,
+        stage,
         model,
-        scalar_from_language(start.params, key, model_config),
-        train_rows,
+        scalar_from_language(start.params, jax.random.key(stage.seed), start.config),
+        rows,
         standard=standard,
-        mesh=make_mesh(run.mesh),
+        mesh=mesh,
         workdir=run.workdir,
+        evaluate=evaluate if judged else None,
     )
-    trained = start._replace(
-        kind="scalar", config=model_config, params=params, stage="reward_model"
-    )
-    report = judge_reward_model(trained, train_rows, valid_rows, standard, comparisons)
-    if run.writes:
-        (run.workdir / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
-    notes = {"accuracy": report["accuracy"], "length_only": report["length_only"]}
-    return save_trained(run.workdir / "model", trained, notes=notes)
+    trained = start._replace(kind="scalar", params=params, stage="reward_model")
+    notes, figure = {}, ""
+    if judged:
+        report = judge_reward_model(trained, rows, valid, standard, held_out)
+        if run.writes:
+            (run.workdir / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
+        notes = {"accuracy": report["accuracy"], "length_only": report["length_only"]}
+        right, by_length = (notes[name]["mean"] for name in notes)
+        figure = (
+            f" (held-out accuracy {percent(right)} on {report['pairs']:,} pairs, "
+            f"by length alone {percent(by_length)})"
+        )
+    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    run.say(f"model: {folder}{figure}")
+    return folder
+
+
+def read_standard(stage: RewardModelConfig, source: Source, tokenizer: Tokenizer) -> Encoded | None:
+    """The demonstrations that fix the scale of the score; None where it is left as it is."""
+    if stage.normalisation == "none":
+        return None
+    try:
+        return encode_demonstrations(
+            source.demonstrations("train"),
+            tokenizer,
+            prompt_length=stage.prompt_length,
+            response_length=stage.response_length,
+            group="config.reward_model",
+        )
+    except DataError as error:
+        raise ConfigError(
+            f"config.reward_model.normalisation={stage.normalisation} needs demonstrations: "
+            f"{error}; or normalise by none"
+        ) from error
 
 
 def judge_reward_model(
     trained: TrainedModel,
-    train_rows: dict[str, np.ndarray],
-    valid_rows: dict[str, np.ndarray],
-    demonstrations: dict[str, np.ndarray],
+    train_rows: Encoded,
+    valid_rows: Encoded,
+    demonstrations: Encoded | None,
     comparisons: Sequence[Comparison],
 ) -> dict[str, Any]:
     """RM-6 on the validation rankings, beside a predictor that sees the answers' lengths only."""
     scores = score_comparisons(trained.model, trained.params, valid_rows, batch_size=16)
-    standard = score_rows(
-        trained.model, trained.params, demonstrations["tokens"], demonstrations["mask"]
-    )
+    standard = None
+    if demonstrations is not None:
+        standard = score_rows(
+            trained.model, trained.params, demonstrations["tokens"], demonstrations["mask"]
+        )
     train_lengths, lengths = (rows["mask"].sum(-1) for rows in (train_rows, valid_rows))
     kept = [comparisons[i] for i in valid_rows["index"]]
     k = scores.shape[1]

@@ -21,7 +21,8 @@ from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
-from instruct_jax.settings import NEVER
+from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
@@ -32,20 +33,25 @@ WRITES = ("selection.json",)
 
 
 @dataclass(frozen=True)
-class Config:
-    """`epochs` holds one model folder an epoch, as `--config.keep_epochs=True` of sft.py wrote."""
+class Config(Settings):
+    """What is chosen from, and by whom."""
 
-    acts_if: ClassVar[Mapping[str, str]] = {"model.remat": NEVER}  # nothing is trained
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("prompts"),
+        **dict.fromkeys(["data.toy_prompts", "data.toy_offset", "model.remat"], NEVER),
+    }
 
-    epochs: str = "runs/sft/epochs"
-    reward_model: str = "runs/reward_model/model"
+    epochs: str = setting(
+        "runs/sft/epochs", "folder of a model an epoch, as keep_epochs of sft.py leaves it"
+    )
+    reward_model: str = setting("runs/reward_model/model", "model folder of the reward model")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
-    prompts: int = 256
-    prompt_length: int = 56
-    response_length: int = 24
-    batch_size: int = 128
-    seed: int = 0
+    prompts: int = setting(256, "validation prompts that are answered, at most", low=1)
+    prompt_length: int = setting(56, "of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(24, "of the longest answer", low=1, unit="tokens")
+    batch_size: int = setting(128, "answers that are sampled together", low=1)
+    seed: int = setting(0, "of all that is drawn", low=0, high=2**32 - 1)
 
 
 def main(config: Config, run: cli.Run) -> Path:
@@ -57,11 +63,20 @@ def main(config: Config, run: cli.Run) -> Path:
     field = "config.prompt_length + response_length"
     reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
     check_length(reward.config, longest, field=f"{field}, of config.reward_model")
+    source = open_source(config.data, template=reward.template, model=config.reward_model)
+    rows = source.prompts("valid")
+    counts = prompt_tokens(rows, reward.tokenizer)
     prompts = [
-        row.text
-        for row in open_source(config.data).prompts("valid")
-        if len(reward.tokenizer.encode(row.text)) <= config.prompt_length
-    ][: config.prompts]
+        row.text for row, n in zip(rows, counts, strict=True) if 0 < n <= config.prompt_length
+    ]
+    prompts = prompts[: config.prompts]
+    if not prompts:
+        longest = f", of at most {config.prompt_length} tokens (config.prompt_length)"
+        raise ConfigError(
+            f"no prompts are held out to choose by{longest * bool(rows)}: raise "
+            f"config.{'prompt_length' if rows else 'data.valid_fraction'}"
+        )
+    run.record_data(source.provenance(), source.licences())
     scores, losses = {}, {}
     for epoch, folder in sorted(folders.items()):
         trained = load_trained(folder, kind="language", compute=config.model)
@@ -85,9 +100,14 @@ def main(config: Config, run: cli.Run) -> Path:
             response_length=config.response_length,
         )
         scores[epoch] = float(scored.mean())
-        losses[epoch] = read_record(folder).notes["valid_loss"]
+        losses[epoch] = read_record(folder).notes.get("valid_loss")
     best = select_epoch(scores, losses=losses, path=run.workdir / "selection.json")
-    return Path(shutil.copytree(folders[best], run.workdir / "model", dirs_exist_ok=True))
+    shutil.copytree(folders[best], run.workdir / "model", dirs_exist_ok=True)
+    run.say(
+        f"model: {run.workdir / 'model'} (epoch {best} of {max(folders)}, mean reward "
+        f"{scores[best]:.3f} on {len(prompts):,} held-out prompts)"
+    )
+    return run.workdir / "model"
 
 
 if __name__ == "__main__":

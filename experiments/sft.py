@@ -9,117 +9,192 @@ Writes WORKDIR/model and, with `--config.keep_epochs=True`, WORKDIR/epochs/N, fr
 `experiments/select_sft.py` picks by reward-model score (SFT-4). Run again, it resumes.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, ClassVar, NamedTuple
 
 from instruct_jax import cli
 from instruct_jax.cli.replacing import model_files
-from instruct_jax.data.encoding import encode_demonstrations, encode_dialogues
+from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_dialogues
 from instruct_jax.data.packing import pack
+from instruct_jax.data.ragged import concatenate
+from instruct_jax.data.rows import Demonstration, Dialogue
 from instruct_jax.data.sources import DataConfig, Source, Split, open_source
+from instruct_jax.data.templates import CHAT, Template
 from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import ComputeConfig, check_length
-from instruct_jax.models.transformer import TransformerConfig, language_model
+from instruct_jax.models.transformer import TransformerConfig
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import sft
+from instruct_jax.stages.inputs import (
+    UNLIMITED,
+    check_batch,
+    data_acts,
+    held_out_loss_of,
+    lengths_of,
+    measured,
+    no_held_out,
+)
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.stages.text import text_rows
-from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.mesh import check_batch_size, make_mesh
+from instruct_jax.training.state import TrainState
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("sft.jsonl", *model_files("epochs/#"))
 
 
 @dataclass(frozen=True)
-class Config:
-    """`init` is the model folder to start from."""
+class Config(Settings):
+    """A run from the model in `init`."""
 
-    init: str = "runs/pretrain/model"
+    acts_if: ClassVar[Mapping[str, str]] = data_acts(
+        "demonstrations", "dialogues", documents="sft.pretrain_fraction"
+    )
+
+    init: str = setting("runs/pretrain/model", "model folder to start from")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     sft: SFTConfig = SFTConfig()
-    keep_epochs: bool = False
+    measure_lengths: bool = setting(
+        False, "whether prompt_length and response_length are cut to what the training rows need"
+    )
+    keep_epochs: bool = setting(False, "whether every epoch's model is kept, in WORKDIR/epochs")
+
+
+class Chats(NamedTuple):
+    """What is read for a split: demonstrations, and dialogues where there are any; their form."""
+
+    demonstrations: Sequence[Demonstration]
+    dialogues: Sequence[Dialogue]
+    template: Template
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     start = load_trained(config.init, kind="language", compute=config.model)
-    check_lengths(config, start.config)
-    source = open_source(config.data)
-    mesh = make_mesh(run.mesh)
-    rows, valid = (encode(config, source, start.tokenizer, split) for split in ("train", "valid"))
-    if config.sft.pack_length is not None:
-        rows = pack(rows, length=config.sft.pack_length, pad_id=start.tokenizer.pad_id)
+    stage, mesh = config.sft, make_mesh(run.mesh)
+    check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    source = open_source(config.data, template=start.template, model=config.init)
+    chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
+    if config.measure_lengths:
+        lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))
+        stage, words = measured(stage, *lengths, limit=start.config.max_length)
+        run.note(words)
+    check_lengths(stage, start.config)
+    options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
+    rows = encode(chats, start.tokenizer, **options)
+    valid = encode(held_out, start.tokenizer, required=False, **options)
+    rows = batched(stage, rows, pad_id=start.tokenizer.pad_id)
     pretraining = None
-    if config.sft.pretrain_fraction > 0:
+    if stage.pretrain_fraction > 0:
         folder, width = config.data.token_folder(run.workdir), rows["tokens"].shape[1]
         pretraining = text_rows(source, "train", start.tokenizer, length=width, folder=folder)
+        kind = f"rows of {width} tokens of text"
+        check_batch(len(pretraining), stage.mixed, kind=kind, field="sft.pretrain_fraction")
     run.record_data(source.provenance(), source.licences())
+    count = len(valid["tokens"])
+    if not count:
+        run.note(no_held_out("demonstrations"))
 
-    model_config = dataclasses.replace(start.config, residual_dropout=config.sft.residual_dropout)
-    model = language_model(model_config)
-    losses: dict[int, float] = {}
+    model, template, seen = start.model, chats.template.name, Judged()
+
+    def judge(params: Any) -> dict[str, float]:
+        """The loss of the rows that are held out, where there are any."""
+        if count and seen.params is not params:
+            seen.params = params
+            seen.figures = {"valid_loss": held_out_loss(model, params, **valid, mesh=mesh)}
+        return seen.figures
 
     def keep(epoch: int, params: Any) -> None:
         """SFT-4: every epoch's model, with its validation loss, for the choice by reward-model
         score.
         """
-        losses[epoch] = held_out_loss(model, params, **valid, mesh=mesh)
-        if config.keep_epochs:
-            kept = start._replace(config=model_config, params=params, stage="sft")
-            notes = {"epoch": epoch, "valid_loss": losses[epoch]}
-            save_trained(run.workdir / "epochs" / str(epoch), kept, notes=notes)
+        kept = start._replace(params=params, stage="sft", template=template)
+        folder = run.workdir / "epochs" / str(epoch)
+        save_trained(folder, kept, notes={"epoch": epoch, **judge(params)})
+
+    def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        """As metrics of a step."""
+        return judge(state.params)
 
     params = sft.train(
-        config.sft,
+        stage,
         model,
         start.params,
         rows,
         pretraining=pretraining,
         mesh=mesh,
         workdir=run.workdir,
-        on_epoch=keep,
+        evaluate=evaluate if count else None,
+        on_epoch=keep if config.keep_epochs else None,
     )
-    trained = start._replace(config=model_config, params=params, stage="sft")
-    # A run resumed at its end has met no epoch.
-    last = losses[max(losses)] if losses else held_out_loss(model, params, **valid, mesh=mesh)
-    notes = {"valid_loss": last}
-    return save_trained(run.workdir / "model", trained, notes=notes)
+    notes = judge(params)
+    trained = start._replace(params=params, stage="sft", template=template)
+    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    run.say(f"model: {folder}{held_out_loss_of(notes, count)}")
+    if config.keep_epochs:
+        run.say(f"every epoch's model: {run.workdir / 'epochs'}")
+    return folder
 
 
-def check_lengths(config: Config, model: TransformerConfig) -> None:
+@dataclass
+class Judged:
+    """The parameters that were judged last, and what came of it: an epoch's are judged once."""
+
+    params: Any = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def read(data: DataConfig, source: Source, split: Split) -> Chats:
+    """Demonstrations, and dialogues where the configuration names any."""
+    dialogues = source.dialogues(split) if data.dialogues else []
+    other = not data.dialogues or data.demonstrations
+    demonstrations = source.demonstrations(split) if other else []
+    return Chats(demonstrations, dialogues, source.template or CHAT)
+
+
+def check_lengths(stage: SFTConfig, model: TransformerConfig) -> None:
     """ConfigError where a row has positions that the model has not."""
-    stage = config.sft
-    text, field = stage.prompt_length + stage.response_length, "prompt_length + response_length"
-    check_length(model, text, field=f"config.sft.{field}")
+    text = stage.prompt_length + stage.response_length
+    check_length(model, text, field="config.sft.prompt_length + response_length")
     if stage.pack_length is not None and stage.pretrain_fraction > 0:
         # Demonstrations in a row begin anew, the text beside them fills one.
         check_length(model, stage.pack_length, field="config.sft.pack_length of pretraining text")
 
 
 def encode(
-    config: Config, source: Source, tokenizer: Tokenizer, split: Split
-) -> dict[str, np.ndarray]:
-    """Demonstrations, and dialogues where there are any, as rows of one width."""
-    lengths = {
-        "prompt_length": config.sft.prompt_length,
-        "response_length": config.sft.response_length,
-    }
+    chats: Chats, tokenizer: Tokenizer, *, all_turns: bool = False, **options: Any
+) -> Encoded:
+    """All of them as rows of one width."""
+    options |= {"group": "config.sft"}
     parts = []
-    if config.data.dialogues:
-        parts.append(
-            encode_dialogues(
-                source.dialogues(split), tokenizer, all_turns=config.sft.all_turns, **lengths
+    if chats.dialogues:
+        form = {"template": chats.template, "all_turns": all_turns}
+        parts.append(encode_dialogues(chats.dialogues, tokenizer, **form, **options))
+    if chats.demonstrations or not parts:
+        parts.append(encode_demonstrations(chats.demonstrations, tokenizer, **options))
+    return {name: concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def batched(stage: SFTConfig, rows: Encoded, *, pad_id: int) -> Encoded:
+    """The rows, packed where the stage says so. ConfigError where they do not fill a batch."""
+    kind, own = "demonstrations", stage.batch_size - stage.mixed
+    if stage.pack_length is not None:
+        longest = int(rows["mask"].sum(1).max())
+        if longest > stage.pack_length:
+            raise ConfigError(
+                f"config.sft.pack_length={stage.pack_length}: the longest demonstration has "
+                f"{longest} tokens; give as many or more"
             )
-        )
-    if config.data.demonstrations or not parts:
-        parts.append(encode_demonstrations(source.demonstrations(split), tokenizer, **lengths))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows = dict(pack(rows, length=stage.pack_length, pad_id=pad_id))
+        kind = f"packed rows of {stage.pack_length} tokens"
+    check_batch(len(rows["tokens"]), own, kind=kind, field="sft.batch_size")
+    return rows
 
 
 if __name__ == "__main__":

@@ -48,6 +48,16 @@ class Run:
         """Whether this is the process that writes the files of the run: the only or first one."""
         return processes.index() == 0
 
+    def say(self, text: str) -> None:
+        """One line of what a script has to show at its end, from the process that writes."""
+        if self.writes:
+            print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """One line, on stderr, of what the run decided for its user."""
+        if self.writes:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
     def record(self, **facts: Any) -> None:
         """Adds JSON values, such as the hashes of the data, to workdir/config.json."""
         if not self.writes:

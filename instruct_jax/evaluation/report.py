@@ -34,7 +34,7 @@ filled in; a number that is not finite is null.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,28 @@ def summary_table(report: Report) -> str:
     if timings := report.get("timings"):
         lines.append(f"total time {sum(timings.values()) / 60:.1f} min")
     return "\n".join(lines)
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> str:
+    """What experiments/evaluate.py writes, as a table of plain text; no column without a figure."""
+    models = evaluation["models"]
+
+    def one(key: str, show: Callable[[Any], str]) -> dict[str, str]:
+        return {name: show(row[key]) for name, row in models.items() if key in row}
+
+    columns = {
+        f"win rate vs {evaluation['baseline']}": one("win_rate", _interval),
+        "gold grade": one("gold", lambda gold: number(gold["overall"]["mean"])),
+        "reward": one("reward", lambda r: f"{r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"),
+        "held-out text loss": one("pretrain_loss", lambda loss: number(loss, 4)),
+        "few-shot accuracy": one("task_accuracy", lambda task: percent(task["mean"])),
+        "tokens of an answer": one("response_length", number),
+        "answers that end": one("eos_rate", percent),
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    rows = [["", *columns]]
+    rows += [[name, *(cells.get(name, "") for cells in columns.values())] for name in models]
+    return "\n".join(_aligned(rows))
 
 
 def model_names(report: Report) -> list[str]:

@@ -44,8 +44,8 @@ class Bin(NamedTuple):
     low: float
     high: float
     pairs: int
-    predicted: float  # mean predicted probability, NaN in an empty bin
-    observed: float  # share that came true, NaN in an empty bin
+    predicted: float | None  # mean predicted probability, None in an empty bin
+    observed: float | None  # share that came true, None in an empty bin
 
 
 class PairMetrics(NamedTuple):
@@ -237,8 +237,8 @@ def _bins(predicted: np.ndarray, true: np.ndarray, edges: np.ndarray) -> tuple[B
                 low=float(low),
                 high=float(high),
                 pairs=int(inside.sum()),
-                predicted=float(predicted[inside].mean()) if inside.any() else np.nan,
-                observed=float(true[inside].mean()) if inside.any() else np.nan,
+                predicted=float(predicted[inside].mean()) if inside.any() else None,
+                observed=float(true[inside].mean()) if inside.any() else None,
             )
         )
     return tuple(bins)
@@ -246,7 +246,8 @@ def _bins(predicted: np.ndarray, true: np.ndarray, edges: np.ndarray) -> tuple[B
 
 def _expected_error(bins: Sequence[Bin]) -> float:
     total = sum(b.pairs for b in bins)
-    return sum(b.pairs * abs(b.predicted - b.observed) for b in bins if b.pairs) / total
+    errors = (b.pairs * abs(b.predicted - b.observed) for b in bins if b.predicted is not None)
+    return sum(errors) / total
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

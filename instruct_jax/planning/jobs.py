@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import Attention, Remat
 from instruct_jax.models.families import preset
+from instruct_jax.models.hf import inspect_pretrained
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.preference import PreferenceConfig
@@ -36,6 +37,8 @@ class Job:
     ptx_length: int = 0
     # Steps (iterations of PPO) in the run.
     steps: int = 1
+    # In words, what the model is and where that was said; then the same of `scalar`.
+    origins: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -96,6 +99,13 @@ INSTRUCTGPT_REWARD = "gpt3-6.7b"
 LARGE = 256  # a wider model computes in bfloat16 and recomputes its activations
 
 
+class _Sized(NamedTuple):
+    """A model's configuration, and in words where it is from."""
+
+    config: TransformerConfig
+    origin: str
+
+
 def job_of(
     spec: str,
     overrides: Mapping[str, str],
@@ -107,8 +117,10 @@ def job_of(
 ) -> Job:
     """The job of "FILE:NAME" with overrides; `schemas` are the configurations of the scripts.
 
-    `policy` and `reward` name sizes, `rows` is the number of examples in the data. ConfigError
-    where the stage or a size cannot be told.
+    `policy` and `reward` name sizes, `rows` is the number of examples in the data. A folder that
+    the overrides name says the size of its model; one that only the preset names does so where its
+    name tells none, since it may hold anything. ConfigError where the stage or a size cannot be
+    told.
     """
     values = load_config(spec)
     found = [stage for stage in schemas if isinstance(values.get(stage), dict)]
@@ -121,39 +133,93 @@ def job_of(
     if stage == "pretrain":
         model = _pretrained(config, policy)
     else:
-        model = config.model.on(_model(name, policy, config.init, "--policy"))
+        model = _model(name, policy, "init", config, overrides, "--policy")
     if stage == "ppo":
-        if reward is None and name.startswith("instructgpt"):
-            reward = INSTRUCTGPT_REWARD
-        scalar = _model(name, reward or policy, config.reward_model, "--reward")
-        scalar = config.model.on(scalar)
+        paper, flag = name.startswith("instructgpt"), "--reward"
+        if reward is None and not paper and "reward_model" not in overrides:
+            reward, flag = policy, "--policy" if policy else flag
+        scalar = _model(name, reward, "reward_model", config, overrides, flag, paper=paper)
         ptx_length, steps = config.ptx_length, inner.iterations
     else:
         steps = max(1, round(inner.epochs * rows / inner.batch_size))
-    return Job(stage, inner, model, scalar, ptx_length=ptx_length, steps=steps)
+    if stage != "pretrain":
+        model = model._replace(config=config.model.on(model.config))
+    if scalar is not None:
+        scalar = scalar._replace(config=config.model.on(scalar.config))
+    return Job(
+        stage,
+        inner,
+        model.config,
+        None if scalar is None else scalar.config,
+        ptx_length=ptx_length,
+        steps=steps,
+        origins=tuple(sized.origin for sized in (model, scalar) if sized is not None),
+    )
 
 
-def _pretrained(config: Any, policy: str | None) -> TransformerConfig:
+def _pretrained(config: Any, policy: str | None) -> _Sized:
     """The model that pretraining makes, whose vocabulary is the tokenizer's."""
     given = config.model
-    model = _named(policy or given.preset, "--policy")
+    size = policy or given.preset
+    model = _named(size, "--policy")
     if config.tokenizer is None:
         model = dataclasses.replace(model, vocab_size=config.vocab_size)
     length = given.max_length or model.max_length
-    return given.on(dataclasses.replace(model, max_length=length))
+    model = given.on(dataclasses.replace(model, max_length=length))
+    return _Sized(model, f"{size}, by {'--policy' if policy else 'config.model.preset'}")
 
 
-def _model(name: str, size: str | None, folder: str, flag: str) -> TransformerConfig:
-    if size is None and folder and (Path(folder) / RECORD).is_file():
-        return read_record(Path(folder)).config
-    if size is None:
-        words = re.split(r"[_\-.]", name)
-        size = next((SIZES[word] for word in words if word in SIZES), None)
-        if size is None and words[0] in TOY:
-            return dataclasses.replace(preset("mini"), vocab_size=767)
-    if size is None:
-        raise ConfigError(f"config {name}: the size of its model is not known here; {flag}=SIZE")
-    config = _named(size, flag)
+def _model(
+    name: str,
+    size: str | None,
+    field: str,
+    config: Any,
+    overrides: Mapping[str, str],
+    flag: str,
+    *,
+    paper: bool = False,
+) -> _Sized:
+    """What a flag says; else the folder that the command line names in config.`field`; else the
+    preset's name; else the folder of the preset.
+    """
+    folder = getattr(config, field)
+    if size is not None:
+        return _Sized(_large(_named(size, flag)), f"{size}, by {flag}")
+    if field in overrides:
+        return _in_folder(folder, f"config.{field}={folder}")
+    if paper:
+        size, by = INSTRUCTGPT_REWARD, "one reward model serves all policies of the paper"
+        return _Sized(_large(_named(size, flag)), f"{size}, {by}")
+    words = re.split(r"[_\-.]", name)
+    size = next((SIZES[word] for word in words if word in SIZES), None)
+    if size is not None:
+        return _Sized(_large(_named(size, flag)), f"{size}, by the name of the preset, {name}")
+    if words[0] in TOY:
+        toy = dataclasses.replace(preset("mini"), vocab_size=767)
+        return _Sized(toy, f"mini with 767 tokens, as the presets {name} of all stages have it")
+    if folder and (Path(folder) / RECORD).is_file():
+        return _in_folder(folder, f"the preset's config.{field}={folder}")
+    raise ConfigError(
+        f"config {name}: the size of its model is not known here; {flag}=SIZE, or name a model "
+        f"folder: --config.{field}=DIR"
+    )
+
+
+def _in_folder(folder: str, said: str) -> _Sized:
+    path = Path(folder)
+    if folder and (path / RECORD).is_file():
+        config = read_record(path).config
+    elif folder and (path / "config.json").is_file():
+        config = inspect_pretrained(path).config
+    else:
+        raise ConfigError(
+            f"{said}: neither model.json nor config.json here, so nothing says how large it is"
+        )
+    shape = f"{config.num_layers} layers, {config.d_model} wide, {config.vocab_size:,} tokens"
+    return _Sized(config, f"{shape}, by {said}")
+
+
+def _large(config: TransformerConfig) -> TransformerConfig:
     large = config.d_model > LARGE
     dtype = "bfloat16" if large else config.dtype
     return dataclasses.replace(config, dtype=dtype, remat="full" if large else config.remat)

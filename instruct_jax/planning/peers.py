@@ -205,14 +205,19 @@ def write_inputs(
     )
 
 
+def check_phase(phase: str, library: Library) -> None:
+    """ConfigError for a phase that the peer has not."""
+    if phase not in library.phases:
+        raise ConfigError(
+            f"phases: the peer has no {phase!r}; there are {', '.join(library.phases)}"
+        )
+
+
 def cases(
     phase: str, library: Library, shape: Shape, rows: Rows, models: Models, mesh: Mesh
 ) -> list[Case]:
     """The comparisons of a phase. Raises ConfigError for a phase that the peer has not."""
-    if phase not in library.phases:
-        raise ConfigError(
-            f"config.phases: the peer has no {phase!r}; there are {', '.join(library.phases)}"
-        )
+    check_phase(phase, library)
     makers = {"rollout": _rollout, "sft": _sft, "reward_model": _reward, "iteration": _iteration}
     spec = {
         "phase": phase,
@@ -272,17 +277,24 @@ def _rollout(
     return [Case("rollout", "", "tokens", ours, spec)]
 
 
+def packed_alike(shape: Shape, rows: Rows) -> tuple[dict[str, np.ndarray], int]:
+    """All demonstrations in packed rows, and how many of these hold about `rows` of them."""
+    assert shape.pack_length is not None
+    pad_id = shape.policy_config().pad_id
+    packed = pack(rows.demonstrations, length=shape.pack_length, pad_id=pad_id)
+    of, count = len(rows.demonstrations["tokens"]), len(packed["tokens"])
+    return packed, min(max(1, round(count * shape.rows / of)), count)
+
+
 def _sft(spec: dict[str, Any], shape: Shape, rows: Rows, models: Models, mesh: Mesh) -> list[Case]:
     """As many demonstrations an update on either side, against padded rows and against packed."""
     config = shape.policy_config()
     if shape.pack_length is None:
         raise ConfigError("config.shape.pack_length: packed rows are what is compared")
-    packed = pack(rows.demonstrations, length=shape.pack_length, pad_id=config.pad_id)
-    alike = max(1, round(len(packed["tokens"]) * shape.rows / len(rows.demonstrations["tokens"])))
+    packed, alike = packed_alike(shape, rows)
     loss = language_loss(language_model(config))
 
     def case(variant: str, count: int, **more: Any) -> Case:
-        count = min(count, len(packed["tokens"]))
         batches = Batches(packed, count, seed=shape.seed)
         step = Training(SFTConfig(), loss, models.policy, batches(0), mesh=mesh)
         ours = _updates(step, batches, lambda batch: batch["mask"].sum())

@@ -219,7 +219,10 @@ def render(plan: Plan, job: Job, *, price: float | None = None) -> str:
     head = f"{plan.job} on {plan.topology}, mesh {plan.mesh}, micro_batches {plan.micro_batches}"
     if plan.ptx_micro_batches is not None:
         head += f", of the text {plan.ptx_micro_batches}"
-    lines = [f"{head}, remat {plan.remat}", ""]
+    lines = [f"{head}, remat {plan.remat}"]
+    names = ("policy", "reward and value model") if job.scalar else ("model",)
+    lines += [f"{name}: {said}" for name, said in zip(names, job.origins, strict=False)]
+    lines.append("")
     for part in plan.parts:
         roles = ", ".join(
             f"{role} {size / GIB:.2f}" for role, size in part.estimated.items() if size > 1e6

@@ -8,7 +8,7 @@ score, ppo_update, iteration    the programs of `ppo.make_programs`, and `ppo.ma
 ptx                             the gradient of the pretraining mix of one update
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from instruct_jax.data.packing import pack
 from instruct_jax.data.trees import TreeBatches, completion_sizes
+from instruct_jax.errors import ConfigError
 from instruct_jax.losses import ranking_loss
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.planning import costs, reinforcement
@@ -26,11 +27,12 @@ from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.choose import Sampling
 from instruct_jax.sampling.engine import Engine
 from instruct_jax.sampling.sampler import generate
+from instruct_jax.stages.ppo import check_batches
 from instruct_jax.stages.pretrain import PretrainConfig, language_loss, language_rows
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss, sequence_scores
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import RULES, FitConfig, make_optimizer, make_step, place_params
-from instruct_jax.training.mesh import BATCH_AXES, axes_size, batch_sharding
+from instruct_jax.training.mesh import BATCH_AXES, axes_size, batch_sharding, check_batch_size
 from instruct_jax.training.state import LossFn, compile_step, init_state, shard_state
 
 PHASES = (
@@ -140,6 +142,52 @@ def reward_model_separate(shape: Shape, rows: Rows, models: Models, mesh: Mesh) 
     real = int(lengths.sum())
     account = Account((cost,), real, len(lengths), real, batch["tokens"].size)
     return _training("reward_model_separate", step, account, config.dtype)
+
+
+def check_phases(
+    phases: Sequence[str],
+    shape: Shape,
+    rows: Rows,
+    mesh: Mesh,
+    *,
+    packed: int | None = None,
+) -> None:
+    """ConfigError, before anything is compiled, where there are fewer rows than a phase reads at
+    once, or `mesh` and the micro-batches do not divide them. `packed` demonstrations make a batch,
+    by default those of the shape.
+    """
+    demonstrations, comparisons, prompts = (
+        len(kind["tokens"]) for kind in (rows.demonstrations, rows.comparisons, rows.prompts)
+    )
+    for phase in phases:
+        parts = shape.micro_batches
+        if phase == "pretrain":
+            _check(phase, "text_rows", shape.text_rows, len(rows.text), mesh, parts)
+        elif phase == "sft":
+            _check(phase, "rows", shape.rows, demonstrations)
+            pad_id = shape.policy_config().pad_id
+            batch = sft_batch(shape, rows.demonstrations, shape.rows, pad_id=pad_id)["tokens"]
+            count = len(batch) if packed is None else packed
+            _check(phase, "rows or config.shape.pack_length", count, count, mesh, parts)
+        elif phase.startswith("reward_model"):
+            parts = parts if phase == "reward_model" else 1
+            _check(phase, "ranked", shape.ranked, comparisons, mesh, parts)
+        else:
+            _check(phase, "rows", shape.rows, prompts, mesh)
+        if phase in ("score", "ppo_update", "ptx", "iteration"):
+            check_batches(shape.ppo_config(), mesh)
+
+
+def _check(
+    phase: str, field: str, wanted: int, there: int, mesh: Mesh | None = None, parts: int = 1
+) -> None:
+    if there < wanted:
+        raise ConfigError(f"{phase}: config.shape.{field}={wanted}, but there are {there} rows")
+    if mesh is not None:
+        try:
+            check_batch_size(wanted, mesh, micro_batches=parts)
+        except ConfigError as error:
+            raise ConfigError(f"{phase}: {error} (by config.shape.{field})") from None
 
 
 def _training(phase: str, step: Training, account: Account, dtype: str) -> Workload:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from instruct_jax.data.corpus import Corpus, TokenRows
-from instruct_jax.data.sources import Source
+from instruct_jax.data.sources import DataConfig, Source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.training import hosts
@@ -26,3 +27,23 @@ def text_rows(
     corpus.make(jax.process_index(), jax.process_count())
     corpus.wait()
     return corpus.rows(length, required=split == "train")
+
+
+def held_out_text(
+    config: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    folder: Path,
+    split: Split = "valid",
+) -> np.ndarray:
+    """The held-out documents in the same form, in memory: int32[N, length].
+
+    N is 0 where `config` names no documents, holds none out, or less of them than one row.
+    """
+    named = config.source == "toyworld" or config.documents
+    named = named or (config.test if split == "test" else config.valid).documents
+    if not named:
+        return np.zeros((0, length), np.int32)
+    return text_rows(source, split, tokenizer, length=length, folder=folder)[:]

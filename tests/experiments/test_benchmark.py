@@ -68,7 +68,7 @@ def test_every_phase_is_measured(tmp_path):
         ("--config.sweep=(('rose',(1,)),)", "no field 'rose'"),
         ("--config.shape.model=small_", "config.shape"),
         ("--config.tokenizer=tokenizer.json", "both config.data and config.tokenizer"),
-        ("--config.startup.stages=('rlhf',)", "no stage 'rlhf'"),
+        ("--config.startup.stages=('rlhf',)", "stages[0]='rlhf': expected one of pretrain, sft"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path, capsys, flag, words):
@@ -78,6 +78,32 @@ def test_a_mistake_is_told_in_one_line(tmp_path, capsys, flag, words):
     message = capsys.readouterr().err
     assert words in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "flags", "words"),
+    [
+        ("data:2", ["--config.peer=trl", "--config.phases=sft", "--config.shape.pack_length=24"],
+         "sft: a batch of 3 rows cannot be divided over mesh data:2"),
+        ("data:3", ["--config.phases=pretrain"], "(by config.shape.text_rows)"),
+        ("data:3", ["--config.phases=reward_model"], "(by config.shape.ranked)"),
+        ("data:3", ["--config.phases=rollout"], "rollout: a batch of 4 rows cannot be divided"),
+        ("data:4", ["--config.sweep=(('rows',(8,10)),)", "--config.phases=rollout"],
+         "rollout: a batch of 10 rows"),
+        ("data:1", ["--config.peer=trl", "--config.phases=score"], "the peer has no 'score'"),
+    ],
+)  # fmt: skip
+def test_rows_that_the_mesh_cannot_divide_are_told_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch, mesh, flags, words
+):
+    monkeypatch.setattr(benchmark, "measure_machine", None)  # which takes seconds
+    rows = ["--config.shape.rows=3", "--config.shape.minibatch=3"] if "sft" in words else []
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", f"--mesh={mesh}", *rows, *flags)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed here")

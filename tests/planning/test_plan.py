@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -335,3 +336,58 @@ def test_a_damaged_model_folder_is_told_with_exit_code_4(tmp_path, repository, m
     with pytest.raises(CheckpointError, match=r"model\.json") as error:
         plan.main(["--config=configs/sft.py:toyworld", *arguments])
     assert error.value.exit_code == 4
+
+
+@pytest.fixture
+def jobs(repository, monkeypatch, tmp_path):
+    """`job_of` in a directory where a stage has left a tiny model, as the presets name it."""
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    import plan
+
+    about = {"config": asdict(TINY), "kind": "language", "stage": "sft", "notes": {}}
+    for name in ("runs/rlhf_init/model", "runs/reward_model/model", "runs/gpt2/model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.json").write_text(json.dumps(about))
+    monkeypatch.chdir(tmp_path)
+    return partial(plan.job_of, schemas=plan.SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    ("preset_of", "overrides", "sizes", "widths", "origins"),
+    [
+        ("ppo.py:instructgpt_1p3b", {}, {}, (2048, 4096), ("the name of the preset", "the paper")),
+        ("ppo.py:toyworld", {}, {}, (128, 128), ("mini with 767 tokens",) * 2),
+        (
+            "ppo.py:instructgpt_1p3b",
+            {"init": "runs/rlhf_init/model"},
+            {},
+            (TINY.d_model, 4096),
+            ("2 layers, 64 wide, 256 tokens, by config.init=runs/rlhf_init/model", "the paper"),
+        ),
+        ("ppo.py:toyworld", {}, {"policy": "gpt2-small"}, (768, 768), ("gpt2-small, by --policy",)),
+        (
+            "ppo.py:toyworld",
+            {},
+            {"policy": "gpt2-small", "reward": "gpt3-350m"},
+            (768, 1024),
+            ("gpt2-small, by --policy", "gpt3-350m, by --reward"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_presets_own_sizes_win_over_a_model_that_happens_to_be_there(
+    jobs, preset_of, overrides, sizes, widths, origins
+):
+    """A plan of 175B once was that of the toy model in runs/."""
+    job = jobs(f"configs/{preset_of}", overrides, **sizes)
+    assert (job.model.d_model, job.scalar.d_model) == widths
+    assert all(wanted in said for wanted, said in zip(origins, job.origins, strict=False))
+    plan, _ = make_plan(job, preset_of, CPU, abstract_mesh(CPU, "data:8"))
+    assert f"policy: {job.origins[0]}\nreward and value model: {job.origins[1]}" in render(
+        plan, job
+    )
+
+
+def test_a_model_that_is_named_but_not_there_is_no_plan_of_another(jobs):
+    with pytest.raises(ConfigError, match=r"config.init=nowhere: neither model.json nor config"):
+        jobs("configs/sft.py:instructgpt_6b", {"init": "nowhere"})
