@@ -103,9 +103,13 @@ LONG = " ".join(scripts.WORDS * 4)
         ("preference", "--config.data.comparisons={tied}", "each is a tie"),
         ("preference", "--config.preference.batch_size=64", "less than one batch"),
         ("ppo", "--config.data.prompts={long}", "raise config.ppo.prompt_length"),
-        ("ppo", "--config.ppo.rollout_batch=64", "prompts to train on, less than one batch"),
+        (
+            "ppo",
+            "--config.ppo.rollout_batch=64 --config.ppo.episodes=64",
+            "prompts to train on, less than one batch",
+        ),
         ("ppo", "--mesh=data:3", "16 rows cannot be divided over mesh data:3"),
-        ("evaluate", "--config.data.prompts={long}", "longer than config.prompt_length=24"),
+        ("evaluate", "--config.data.test.prompts={long}", "longer than config.prompt_length=24"),
     ],
 )
 def test_rows_that_will_not_do_are_told_before_anything_is_compiled(
@@ -123,7 +127,9 @@ def test_rows_that_will_not_do_are_told_before_anything_is_compiled(
         monkeypatch.setattr(stage, "train", None)
     workdir = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
-        scripts.launch(script, *arguments(inputs, script, workdir), override.format(**files))
+        scripts.launch(
+            script, *arguments(inputs, script, workdir), *override.format(**files).split()
+        )
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == "" and err.count("\n") == 1 and err.startswith("error: "), err
@@ -220,5 +226,5 @@ def test_lengths_are_measured_and_told(tmp_path, capsys, inputs):
     ]
     scripts.launch("sft", *command)
     err = capsys.readouterr().err
-    assert "note: measured on " in err and "of 64 positions" in err
+    assert "note: measured on " in err and "of 128 positions" in err
     assert "are longer" not in err

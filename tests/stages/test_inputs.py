@@ -53,9 +53,9 @@ def test_measured_lengths_hold_all_rows_or_as_many_as_they_can(
 def test_what_was_chosen_is_told_with_what_is_lost():
     prompts, responses = np.array([5, 17, 90]), np.array([3, 4, 30])
     stage, words = measured(SFTConfig(), prompts, responses, limit=64)
-    assert (stage.prompt_length, stage.response_length) == (32, 32)
+    assert (stage.prompt_length, stage.response_length) == (24, 32)
     assert words == (
-        "measured on 3 training rows: prompt_length 32, response_length 32, of 64 positions; "
+        "measured on 3 training rows: prompt_length 24, response_length 32, of 64 positions; "
         "1 prompts are longer"
     )
     # What is configured is the most that is taken.
