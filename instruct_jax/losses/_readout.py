@@ -246,7 +246,7 @@ def _backward(
     """
     hidden, head, tokens, temperature, order, largest, log_total, entropy, logits = kept
     weights, positions, chunk = head.astype(hidden.dtype), tokens.shape[1], ask.chunk
-    cotangents, unit = within_range(cotangents._replace(hits=None, largest=None), hidden.dtype)
+    cotangents, unit = within_range(cotangents._replace(hits=None), hidden.dtype)
     by_position = (tokens, largest, log_total, entropy, cotangents)
     rows, *by_position = jax.tree.map(lambda x: in_order(x, order, chunk), (hidden, *by_position))
 

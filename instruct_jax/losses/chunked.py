@@ -330,10 +330,10 @@ class _Readout(NamedTuple):
 
 
 def _readout(
-    hidden: chex.Array,
-    head: chex.Array,
-    tokens: chex.Array,
-    where: chex.Array | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    where: jax.Array | None,
     *,
     chunk: int | None,
     vocab_size: int | None,

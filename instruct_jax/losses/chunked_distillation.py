@@ -97,14 +97,12 @@ def chunked_divergence(
         found = _divergences(*call.student, *call.fixed, call.order, (*call.asks, kind, beta))
         return keep(arrays[4], found.reshape(arrays[0].shape[:2]))
 
-    heads = student_hidden, student_head, teacher_hidden, teacher_head, where
-    arrays = [None if x is None else jnp.asarray(x) for x in heads]
-    return on_auto_axes(computed, *arrays, jnp.asarray(temperature), rows=_rows_of(arrays[0]))
-
-
-def _rows_of(hidden: jax.Array) -> jax.Array:
-    """[B, T]: what the result is sharded like."""
-    return jax.lax.stop_gradient(hidden)[..., 0]
+    student, *others = map(
+        jnp.asarray, (student_hidden, student_head, teacher_hidden, teacher_head)
+    )
+    mask = None if where is None else jnp.asarray(where)
+    position = jax.lax.stop_gradient(student)[..., 0]  # [B, T], what the result is sharded like
+    return on_auto_axes(computed, student, *others, mask, jnp.asarray(temperature), rows=position)
 
 
 class _Call(NamedTuple):
@@ -157,8 +155,8 @@ def _checked(
     if where is not None and chunk < positions:
         order = targets_first(blocks(mask))
     fixed = jax.lax.stop_gradient((blocks(taught), teacher_head, tau))
-    asks = tuple(Ask(chunk, vocab_size, cap, moments=False, hits=False) for cap in softcaps)
-    return _Call((blocks(student), head), fixed, order, asks)
+    own, of_teacher = (Ask(chunk, vocab_size, cap, moments=False, hits=False) for cap in softcaps)
+    return _Call((blocks(student), head), fixed, order, (own, of_teacher))
 
 
 Asked = tuple[Ask, Ask, Divergence, float]

@@ -10,13 +10,15 @@ needs no starting point.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.losses._array import full_precision, mask_like, one_precision
+from instruct_jax.losses._array import full_precision, mask_like, one_precision, visible
+from instruct_jax.losses._mesh import on_auto_axes
 from instruct_jax.losses.masked import centered, masked_mean
 
 Kind = Literal["bon", "rl"]
@@ -129,8 +131,12 @@ def fit_gold_scores(
     1.000 0.250 1.000
     """
     distances, gold = full_precision(distances, gold, rank=1)
-    where = mask_like(jnp.ones(gold.shape, bool) if where is None else where, gold)
-    distances, gold = jnp.where(where, distances, 0.0), jnp.where(where, gold, 0.0)
+    where = mask_like(where, gold)
+    return on_auto_axes(partial(_fit, kind=kind), distances, gold, where)
+
+
+def _fit(distances: jax.Array, gold: jax.Array, where: jax.Array, *, kind: Kind) -> GoldFit:
+    distances, gold = visible(where, distances, gold)
     if not gold.size:
         distances, gold, where = (jnp.pad(x, (0, 1)) for x in (distances, gold, where))
     design = jnp.stack([distances, -_bend(distances, kind)], axis=1)

@@ -92,7 +92,8 @@ def policy_clipped(
     [1. 0.]
     """
     arrays = full_precision(log_probs, old_log_probs, advantages)
-    unclipped, clipped = _surrogates(*visible(where, *arrays), clip, clip_high)
+    log_probs, old_log_probs, advantages = visible(where, *arrays)
+    unclipped, clipped = _surrogates(log_probs, old_log_probs, advantages, clip, clip_high)
     return (clipped > unclipped).astype(unclipped.dtype)
 
 

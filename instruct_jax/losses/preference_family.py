@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -170,15 +170,15 @@ def preference_loss(
     [0.8466]
     """
     reward = {"where": where, "beta": beta, "divergence": divergence, "alpha": alpha}
-    rewards = one_precision(
+    of_chosen, of_rejected = one_precision(
         implicit_rewards(chosen, ref_chosen, **reward),
         implicit_rewards(rejected, ref_rejected, **reward),
     )
-    chex.assert_equal_shape(rewards)
+    chex.assert_equal_shape([of_chosen, of_rejected])
     if margin is not None and jnp.ndim(margin):
         (margin,) = visible(where, *full_precision(margin, rank=1))
-        chex.assert_equal_shape([margin, *rewards])
-    pair = _Pair(*rewards, beta, margin, label_smoothing, tau)
+        chex.assert_equal_shape([margin, of_chosen])
+    pair = _Pair(of_chosen, of_rejected, beta, margin, label_smoothing, tau)
     weights = {form: 1.0} if isinstance(form, str) else form
     losses = [weight * pair.loss(name) for name, weight in weights.items()]
     if not losses:
@@ -228,7 +228,7 @@ class _Pair(NamedTuple):
             return -(1.0 - mix) * jax.nn.log_sigmoid(gap) + mix * bounded_exp(-gap)
         if form == "apo_down":
             return jax.nn.sigmoid(self.chosen) + jax.nn.sigmoid(-gap)
-        raise ValueError(f"form must be one of {', '.join(Form.__args__)}; got {form!r}")
+        raise ValueError(f"form must be one of {', '.join(get_args(Form))}; got {form!r}")
 
     def _of_rewards(self, form: Form) -> jax.Array:
         chosen, rejected = self.chosen, self.rejected

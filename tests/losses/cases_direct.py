@@ -58,7 +58,7 @@ def reward_cases() -> list[Case]:
             "labeler_ranking_loss",
             oracles.labeler_ranking_loss,
             {"scores": scores, "ranks": labelers, "labeler_weights": trust},
-            {"where": np.stack([where, np.ones_like(where)], 1)},
+            {"where": np.stack([where, where & (np.arange(K) != 3)], 1)},
             **grad,
         ),
         Case(

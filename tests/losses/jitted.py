@@ -23,6 +23,8 @@ def jitted(function):
     @functools.wraps(function)
     def call(*args, **keywords):
         arrays = {k: v for k, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
+        if any(isinstance(v, dict) for v in keywords.values()):
+            return function(*args, **keywords)  # no key of the cache
         static = tuple(sorted((k, v) for k, v in keywords.items() if k not in arrays))
         return _compiled(function, static)(*args, **arrays)
 
