@@ -148,6 +148,7 @@ LMHP = ONE_MINIBATCH | {
     "ppo.learning_rate": 1e-5,
     "ppo.value_learning_rate": 1e-5,
     "ppo.adam.clip": 0.0,
+    "ppo.adam.form": "tensorflow",
 }
 
 GPT4LLM = {

@@ -29,6 +29,7 @@ from instruct_jax import cli
 from instruct_jax.data.encoding import encode_demonstrations
 from instruct_jax.data.rows import Demonstration, Prompt
 from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
+from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import held_out_loss
@@ -288,7 +289,9 @@ def _measure(
         **variant.notes,
     }
     if materials.reward is not None:
-        measured["per_prompt"]["reward"] = _rewards(config, materials.reward, prompts, answers)
+        measured["per_prompt"]["reward"] = _rewards(
+            config, materials.reward, original.tokenizer, prompts, answers
+        )
     if isinstance(materials.source, ToySource):
         world = materials.source.world
         measured["per_prompt"]["gold"] = np.array(
@@ -325,13 +328,15 @@ def _agreement(
 def _rewards(
     config: Config,
     reward: TrainedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     answers: Sequence[Completion],
 ) -> np.ndarray:
     return score_answers(
         reward,
+        tokenizer,
         [row.text for row in prompts],
-        [answer.text for answer in answers],
+        answers,
         prompt_length=config.prompt_length,
         response_length=config.response_length,
     )

@@ -21,6 +21,7 @@ import numpy as np
 from instruct_jax import cli
 from instruct_jax.data.rows import Prompt, plain_text
 from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
+from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
@@ -134,7 +135,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     for name, result in results.items():
         result |= _describe(answers[name], tokenizer)
         if reward is not None:
-            result["reward"] = _rewards(config, reward, prompts, answers[name])
+            result["reward"] = _rewards(config, reward, tokenizer, prompts, answers[name])
         if world is not None:
             result |= _gold(world, prompts, answers[name], answers["baseline"])
     _write_samples(run.workdir / "samples.jsonl", prompts, answers, world)
@@ -225,7 +226,7 @@ def _choose_prefix(
         prompts = world.prompts(config.prefix_prompts, split="valid")
         for i in range(len(candidates)):
             answers = _prompted_answers(config, trained, prompts, world, prefix=i)
-            scores.append(_rewards(config, reward, prompts, answers)["mean"])
+            scores.append(_rewards(config, reward, trained.tokenizer, prompts, answers)["mean"])
     chosen = int(np.argmax(scores)) if scores else 0
     return {"chosen": chosen, "text": candidates[chosen], "rewards": scores}
 
@@ -276,13 +277,15 @@ def _describe(answers: Sequence[Completion], tokenizer: Any) -> dict[str, float]
 def _rewards(
     config: Config,
     reward: TrainedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     answers: Sequence[Completion],
 ) -> dict[str, float]:
     scores = score_answers(
         reward,
+        tokenizer,
         [row.text for row in prompts],
-        [answer.text for answer in answers],
+        answers,
         prompt_length=config.prompt_length,
         response_length=config.response_length,
     )

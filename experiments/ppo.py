@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
-from instruct_jax.data.encoding import Encoded, encode_prompts
+from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_prompts
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.rows import PromptText, plain_text
 from instruct_jax.data.sources import DataConfig, Source, open_source
@@ -40,11 +40,14 @@ from instruct_jax.stages.inputs import (
 )
 from instruct_jax.stages.ppo import PPOConfig
 from instruct_jax.stages.ppo_models import on_the_policys_trunk
+from instruct_jax.stages.reward_model import score_rows
 from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
 from instruct_jax.stages.text import held_out_text, text_rows
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32
+# Held-out demonstrations that are scored.
+DEMONSTRATIONS = 256
 
 
 # Beside what every run writes; --overwrite replaces these.
@@ -55,8 +58,9 @@ WRITES = ("ppo.jsonl", "samples.jsonl")
 class Config(Settings):
     """A run from the policy in `init`, which is the KL reference too."""
 
-    # Documents are the text of PPO-ptx, and without the mix that of the held-out loss.
-    acts_if: ClassVar[Mapping[str, str]] = data_acts("prompts", "documents")
+    # Documents are the text of PPO-ptx, and without the mix that of the held-out loss; what
+    # demonstrations score is what the policy's score is held against.
+    acts_if: ClassVar[Mapping[str, str]] = data_acts("prompts", "documents", "demonstrations")
 
     init: str = setting("runs/rlhf_init/model", "model folder that the policy starts from")
     reward_model: str = setting("runs/reward_model/model", "model folder of the reward model")
@@ -94,6 +98,7 @@ def main(config: Config, run: cli.Run) -> Path:
         ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1)
     held_out = held_out_text(config.data, source, start.tokenizer, **text)
     probes = read_probes(stage, source, start)
+    standard = demonstration_score(config.data, stage, source, reward)
     run.record_data(source.provenance(), source.licences())
     if not len(held_out):
         run.note(no_held_out("documents"))
@@ -117,6 +122,7 @@ def main(config: Config, run: cli.Run) -> Path:
             max_new_tokens=stage.response_length,
             prompt_length=stage.prompt_length,
             batch_size=PROBES,
+            temperature=stage.temperature,
             mesh=mesh,
         )
         if run.writes and probes:
@@ -124,7 +130,7 @@ def main(config: Config, run: cli.Run) -> Path:
                 for prompt, answer in zip(probes, answers, strict=True):
                     row = {"step": step, "prompt": plain_text(prompt), "response": answer.text}
                     file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
-        return judge(params)
+        return judge(params) | standard
 
     state = ppo.train(
         stage,
@@ -137,7 +143,7 @@ def main(config: Config, run: cli.Run) -> Path:
         eos_id=start.tokenizer.eos_id,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate if probes or len(held_out) else None,
+        evaluate=evaluate if probes or len(held_out) or standard else None,
     )
     trained = start._replace(params=state.policy.ema, stage="ppo")
     notes = judge(state.policy.ema)
@@ -198,6 +204,25 @@ def read_probes(stage: PPOConfig, source: Source, start: TrainedModel) -> list[P
     form = {"prompt_length": stage.prompt_length, "required": False}
     fitting = encode_prompts(held_out, start.tokenizer, **form)["index"]
     return [held_out[i].text for i in fitting[:PROBES]]
+
+
+def demonstration_score(
+    data: DataConfig, stage: PPOConfig, source: Source, reward: TrainedModel
+) -> dict[str, float]:
+    """The mean score of held-out demonstrations (PPO-16), where there are any."""
+    if data.source == "files" and not (data.demonstrations or data.valid.demonstrations):
+        return {}
+    rows = encode_demonstrations(
+        source.demonstrations("valid")[:DEMONSTRATIONS],
+        reward.tokenizer,
+        prompt_length=stage.prompt_length,
+        response_length=stage.response_length,
+        required=False,
+    )
+    if not len(rows["tokens"]):
+        return {}
+    scores = score_rows(reward.model, reward.params, rows["tokens"], rows["mask"])
+    return {"demonstration_score": float(scores.mean())}
 
 
 if __name__ == "__main__":

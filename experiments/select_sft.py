@@ -94,8 +94,9 @@ def main(config: Config, run: cli.Run) -> Path:
         )
         scored = score_answers(
             reward,
+            trained.tokenizer,
             prompts,
-            [answer.text for answer in answers],
+            answers,
             prompt_length=config.prompt_length,
             response_length=config.response_length,
         )

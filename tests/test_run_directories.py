@@ -581,3 +581,25 @@ def test_a_script_at_its_end_by_sigkill_while_it_replaces_can_be_taken_up(tmp_pa
     assert refused.returncode == 2 and f"it replaces the run in run/{aside.name}" in refused.stderr
     assert call("--config.n=1").returncode == 0
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "log"]
+
+
+# --- what a run was begun with -----------------------------------------------------------------
+
+
+def test_a_run_is_not_taken_up_with_other_data_in_the_same_place(launch, tmp_path, capsys):
+    """R20: refused, and the hash of then stays; new names are recorded, and --overwrite begins."""
+
+    def reading(**hashes):
+        return lambda config, run: (train(config, run), run.record_data(hashes, {}))
+
+    def recorded():
+        return json.loads((tmp_path / "runs/a/config.json").read_text())["data"]
+
+    assert launch(main=reading(a="1", made={"seed": (0, 1)})) == 0
+    assert launch(main=reading(a="1", made={"seed": (0, 1)})) == 0
+    capsys.readouterr()
+    assert launch(main=reading(a="2")) == 2
+    one_line(capsys, "a: not what the run in runs/a began with (1, now 2)", "--overwrite")
+    assert recorded()["a"] == "1"
+    assert launch(OVERWRITE, main=reading(a="2")) == 0
+    assert recorded() == {"a": "2"}

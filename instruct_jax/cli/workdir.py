@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -67,7 +68,19 @@ class Run:
         write_json(path, known | facts)
 
     def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
-        """Records what the rows come from, and shows the licences that are stated (DATA-21)."""
+        """Records what the rows come from, and shows the licences that are stated (DATA-21).
+
+        ConfigError where the run began with something else in the same place (R20): the hash of
+        then stays in the record.
+        """
+        path = self.workdir / RECORD
+        before = read_object(path).get("data", {}) if path.exists() else {}
+        for name, found in json.loads(json.dumps(hashes)).items():
+            if before.get(name, found) != found:
+                raise ConfigError(
+                    f"{name}: not what the run in {self.workdir} began with ({before[name]}, now"
+                    f" {found}); put it back, choose another --workdir, or --overwrite"
+                )
         for name, licence in licences.items():
             if licence != "not stated" and self.writes:
                 print(f"data: {name}: licence {licence}", file=sys.stderr, flush=True)

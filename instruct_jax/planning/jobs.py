@@ -21,6 +21,7 @@ from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.record import RECORD, read_record
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
+from instruct_jax.stages.stage import steps_of
 
 Stage = Literal["pretrain", "sft", "reward_model", "preference", "ppo"]
 StageConfig = PretrainConfig | SFTConfig | RewardModelConfig | PreferenceConfig | PPOConfig
@@ -141,7 +142,7 @@ def job_of(
         scalar = _model(name, reward, "reward_model", config, overrides, flag, paper=paper)
         ptx_length, steps = config.ptx_length, inner.iterations
     else:
-        steps = max(1, round(inner.epochs * rows / inner.batch_size))
+        steps = steps_of(inner.epochs, rows, inner.batch_size)
     if stage != "pretrain":
         model = model._replace(config=config.model.on(model.config))
     if scalar is not None:

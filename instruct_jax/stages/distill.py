@@ -27,7 +27,7 @@ from instruct_jax.models.transformer import Model, TransformerConfig, language_m
 from instruct_jax.sampling.scores import divergence
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
-from instruct_jax.stages.stage import FitConfig, fit, trained_form
+from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 Targets = Literal["samples", "logits"]
@@ -102,7 +102,7 @@ def train(
         params,
         batches,
         frozen={} if targets == "samples" else {"teacher": teacher_params},
-        steps=max(1, round(config.epochs * batches.steps_per_epoch)),
+        steps=steps_of(config.epochs, batches.steps_per_epoch, 1),
         mesh=mesh,
         workdir=workdir,
         name="distill",

@@ -61,7 +61,7 @@ from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.state import shard_state
+from instruct_jax.training.state import fingerprint, shard_state
 
 Metrics = dict[str, jax.Array]
 
@@ -222,11 +222,11 @@ def train(
     the policy and the frozen reference; `reward_params` the reward model and, with estimator "gae",
     the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`, whole
     parameters also where an adapter is trained. Resumes from `workdir/checkpoints` when there is
-    one.
+    one; ConfigError where that was trained with other models.
 
     With a rank in `config.lora`, `reward_params` may be an adapter and a head alone, trained on the
-    trunk of `policy_params`: that trunk then serves all four models (`trunks.py`). The average of
-    the policy's adapter is also left in `workdir/adapter`.
+    trunk of `policy_params`: that trunk then serves all four models (`ppo_models.py`). The average
+    of the policy's adapter is also left in `workdir/adapter`.
     """
     if config.ptx_coef > 0 and ptx is None:
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
@@ -236,6 +236,7 @@ def train(
     )
     frozen, state = placed_models(recipe, policy_params, reward_params, mesh)
     iteration = make_iteration(recipe, frozen, state, mesh)
+    inputs = {"init": fingerprint(frozen.reference), "reward_model": fingerprint(frozen.reward)}
     text = ptx if config.ptx_coef > 0 else None
     batch_at = IterationBatches(prompts, text, config.updates, config.rollout_lag)
     key = jax.random.key(config.seed)
@@ -267,6 +268,7 @@ def train(
             evaluate=None if evaluate is None else shown,
             eval_every=config.eval_every,
             log_every=config.log_every,
+            inputs=inputs,
         )
     state = models_of(end)
     if config.lora.rank == 0:

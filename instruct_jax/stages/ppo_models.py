@@ -24,7 +24,7 @@ from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.stage import ADAPTER, Adapter, TrainedModel, trunk_fingerprint
-from instruct_jax.training.optim import Schedule, adamw, warmup_constant_schedule
+from instruct_jax.training.optim import Schedule, warmup_constant_schedule
 from instruct_jax.training.state import TrainState, init_state
 
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
@@ -111,8 +111,7 @@ def learning_rates(config: PPOConfig) -> tuple[Schedule, Schedule]:
 
 def optimizers(config: PPOConfig) -> Optimizers:
     """Adam for the policy and for the value model (PPO-12)."""
-    adam = dict(vars(config.adam))
-    policy, value = (adamw(schedule, **adam) for schedule in learning_rates(config))
+    policy, value = map(config.adam.optimizer, learning_rates(config))
     return policy, value
 
 

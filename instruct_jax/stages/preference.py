@@ -56,7 +56,7 @@ from instruct_jax.stages.preference_rows import (
     with_mismatched,
 )
 from instruct_jax.stages.rankings import by_prompt, refuse_labels, tree_batches
-from instruct_jax.stages.stage import FitConfig, check_warmup, fit, trained_form
+from instruct_jax.stages.stage import FitConfig, check_warmup, fit, steps_of, trained_form
 from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -369,7 +369,7 @@ def train(
     `workdir/checkpoints` when there is one; precomputed reference scores are computed again.
     """
     comparisons = read_by(config, comparisons)
-    steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
+    steps = steps_of(config.epochs, len(comparisons["tokens"]), config.batch_size)
     check_warmup(config, steps=steps)  # before the reference reads all rows
     batches_of = partial(tree_batches, config, pad_id=model.config.pad_id, mesh=mesh)
     score = None

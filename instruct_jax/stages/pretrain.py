@@ -23,7 +23,7 @@ from instruct_jax.data.tokens import TokenRows
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.settings import setting
-from instruct_jax.stages.stage import AdamConfig, FitConfig, fit, trained_form
+from instruct_jax.stages.stage import AdamConfig, FitConfig, fit, steps_of, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 
@@ -96,7 +96,7 @@ def train(
     Resumes from `workdir/checkpoints` when there is one.
     """
     batches = Batches(language_rows(tokens), config.batch_size, seed=config.seed)
-    steps = max(1, round(config.epochs * len(tokens) / config.batch_size))
+    steps = steps_of(config.epochs, len(tokens), config.batch_size)
     return fit(
         config,
         language_loss(

@@ -23,18 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instruct_jax.data.encoding import encode_demonstrations
 from instruct_jax.data.loader import Arrays
 from instruct_jax.data.ragged import Rows
-from instruct_jax.data.rows import Demonstration, PromptText
+from instruct_jax.data.rows import PromptText
+from instruct_jax.data.templates import encode_texts
+from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import pair_counts, ranking_loss, sum_and_count
 from instruct_jax.models.sharding import WHOLE, constrain
 from instruct_jax.models.transformer import Model, final_scores, scalar_model
+from instruct_jax.sampling.complete import Completion
 from instruct_jax.settings import setting
 from instruct_jax.stages.rankings import TREE, by_prompt, refuse_labels, tree_batches
-from instruct_jax.stages.stage import FitConfig, TrainedModel, fit, in_batches, trained_form
+from instruct_jax.stages.stage import (
+    FitConfig,
+    TrainedModel,
+    fit,
+    in_batches,
+    steps_of,
+    trained_form,
+)
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]
@@ -142,23 +151,35 @@ _tree_scores = jax.jit(branch_scores, static_argnames="model")
 
 def score_answers(
     reward: TrainedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[PromptText],
-    answers: Sequence[str],
+    answers: Sequence[Completion],
     *,
     prompt_length: int,
     response_length: int,
 ) -> np.ndarray:
-    """Scores float32[N] of answers as text, each to its prompt; what fits the lengths is read.
+    """Scores float32[N] of what was sampled, each answer to its prompt.
 
-    Raises ValueError where a prompt does not fit, since its score would be missing.
+    The tokens are read as they were drawn with `tokenizer`, as in PPO: an answer that ran out of
+    budget has no EOS. A reward model of another tokenizer reads the text in its own, with its EOS
+    where the answer ended. Of a longer answer the first `response_length` tokens are read. Raises
+    ValueError where a prompt does not fit, since its score would be missing.
     """
-    pairs = [Demonstration(p, answer) for p, answer in zip(prompts, answers, strict=True)]
-    rows = encode_demonstrations(
-        pairs, reward.tokenizer, prompt_length=prompt_length, response_length=response_length
-    )
-    if len(rows["tokens"]) != len(pairs):
-        raise ValueError(f"a prompt has more than prompt_length {prompt_length} tokens")
-    return score_rows(reward.model, reward.params, rows["tokens"], rows["mask"])
+    own = reward.tokenizer
+    responses: list[Sequence[int]] = [answer.tokens for answer in answers]
+    if tokenizer.fingerprint != own.fingerprint:
+        texts = own.encode_batch([answer.text for answer in answers])
+        ended = [[own.eos_id] * answer.ended for answer in answers]
+        responses = [[*text, *end] for text, end in zip(texts, ended, strict=True)]
+    tokens = np.full((len(answers), prompt_length + response_length), own.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    pairs = zip(encode_texts(prompts, own), responses, strict=True)
+    for i, (prompt, response) in enumerate(pairs):
+        if len(prompt) > prompt_length:
+            raise ValueError(f"a prompt has more than prompt_length {prompt_length} tokens")
+        row = [*prompt, *response[:response_length]]
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return score_rows(reward.model, reward.params, tokens, mask)
 
 
 def normalise(model: Model, params: Any, rows: Arrays, *, kind: Normalisation) -> Any:
@@ -207,7 +228,7 @@ def train(
     refuse_labels(comparisons, "a reward model")
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
-    steps = max(1, round(config.epochs * len(comparisons["tokens"]) / config.batch_size))
+    steps = steps_of(config.epochs, len(comparisons["tokens"]), config.batch_size)
     batches = tree_batches(config, comparisons, pad_id=model.config.pad_id, steps=steps, mesh=mesh)
     params = fit(
         config,

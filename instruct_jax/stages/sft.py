@@ -28,7 +28,7 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import FitConfig, fit, trained_form
+from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
 from instruct_jax.training.state import TrainState
 
 
@@ -114,7 +114,7 @@ def train(
         extra = Batches(text, config.mixed, seed=config.seed + 1)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch
-    steps = max(1, round(config.epochs * per_epoch))
+    steps = steps_of(config.epochs, per_epoch, 1)
 
     def look(step: int, state: TrainState) -> dict[str, float]:
         """Called by the loop after update `step`, at the end of an epoch or between."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -51,11 +51,12 @@ from instruct_jax.training.mesh import (
     tree_shardings,
 )
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.optim import adamw, cosine_schedule
+from instruct_jax.training.optim import Schedule, adam_tf_style, adamw, cosine_schedule
 from instruct_jax.training.state import (
     LossFn,
     TrainState,
     compile_step,
+    fingerprint,
     init_state,
     make_train_step,
     shard_state,
@@ -77,6 +78,21 @@ class AdamConfig(Settings):
     eps: float = setting(1e-8, "added to the root of the mean squared gradient", above=0.0)
     weight_decay: float = setting(0.0, "share of a matrix taken off, times the rate", low=0.0)
     clip: float = setting(1.0, "the norm that a larger gradient is cut to; 0 cuts none", low=0.0)
+    form: Literal["pytorch", "tensorflow"] = setting(
+        "pytorch", "whether eps is added after the bias correction, or before it as in 2019"
+    )
+
+    def optimizer(self, schedule: Schedule) -> optax.GradientTransformation:
+        """Adam with these values and rates."""
+        make = adam_tf_style if self.form == "tensorflow" else adamw
+        return make(
+            schedule,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
 
 
 @dataclass(frozen=True)
@@ -199,12 +215,23 @@ class BatchSource(Protocol):
         ...
 
 
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Updates in which every row is met `epochs` times; the last batch may reach into the next
+    epoch, and none is left without its update.
+
+    >>> steps_of(1.0, 20, 16), steps_of(2.0, 24, 16), steps_of(0.5, 20, 16)
+    (2, 3, 1)
+    """
+    # Less than a thousandth of a batch over a whole number is rounding of `epochs`.
+    return max(1, math.ceil(epochs * rows / batch_size - 1e-3))
+
+
 def make_optimizer(config: FitConfig, *, steps: int) -> optax.GradientTransformation:
-    """AdamW over a cosine of `steps` updates."""
+    """Adam over a cosine of `steps` updates."""
     schedule = cosine_schedule(
         config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
     )
-    return adamw(schedule, **dataclasses.asdict(config.adam))
+    return config.adam.optimizer(schedule)
 
 
 def make_step(
@@ -245,7 +272,8 @@ def fit(
     the adapter alone is left in `workdir/adapter`. `frozen` holds what else the loss finds beside
     its parameters and does not change (a teacher). Resumes from `workdir/checkpoints`. `evaluate`
     is also called after every `epoch` updates. Raises ConfigError, before anything is compiled,
-    where `mesh` does not divide the batch or the run ends within its warm-up.
+    where `mesh` does not divide the batch or the run ends within its warm-up, and where what is
+    there to be taken up was trained from other parameters.
     """
     check_warmup(config, steps=steps)
     check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
@@ -254,6 +282,9 @@ def fit(
     base, trained = split(jax.random.fold_in(key, ADAPTER), params, lora)
     state = shard_state(init_state(trained, tx), mesh, RULES)
     base, beside = place_params(base, mesh), place_params(frozen or {}, mesh)
+    inputs = {"init": fingerprint((base, state.params))}
+    if frozen:
+        inputs["frozen model"] = fingerprint(beside)
 
     def plain(step: int, state: TrainState) -> dict[str, float]:
         assert evaluate is not None
@@ -277,6 +308,7 @@ def fit(
             evaluate=None if evaluate is None else plain,
             eval_every=(config.eval_every, epoch),
             log_every=config.log_every,
+            inputs=inputs,
         )
     if lora.rank:
         save_adapter(workdir / "adapter", Adapter(state.params, lora, trunk_fingerprint(params)))

@@ -15,11 +15,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 
-from instruct_jax.errors import NonFiniteError
+from instruct_jax.errors import ConfigError, NonFiniteError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
 from instruct_jax.training.ledger import Ledger
@@ -45,6 +46,7 @@ def train(
     eval_every: int | Sequence[int] = 0,
     log_every: int = 1,
     max_skipped: int = 20,
+    inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> State:
     """Runs steps 0 to `steps` - 1, from the newest checkpoint if there is one; the last state.
 
@@ -55,9 +57,10 @@ def train(
     interval; `batch_wait_seconds` is how long a step waited for its batch: 0 where that keeps up.
 
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
-    `apply_gradients`); the state, which they did not touch, is saved first.
+    `apply_gradients`); the state, which they did not touch, is saved first. `inputs` are hashes by
+    name of what the steps read beside the state: a run is taken up with the same alone (R20).
     """
-    start = _newest(checkpointer, state, key)
+    start = _newest(checkpointer, state, key, inputs)
     if start.step and checkpointer is not None:
         logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")
     logger.resume(start.step)
@@ -69,7 +72,7 @@ def train(
         active=checkpointer is not None and start.step < steps and jax.process_index() == 0,
     )
     every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
-    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped)
+    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs)
     state = start.state
     signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
     with _accounted(ledger, logger):
@@ -104,12 +107,24 @@ class _Start(NamedTuple):
     productive: float = 0.0
 
 
-def _newest(checkpointer: Checkpointer | None, state: Any, key: jax.Array) -> _Start:
-    """The newest checkpoint, placed as `state` and `key` are; these at step 0 where none is."""
+def _newest(
+    checkpointer: Checkpointer | None, state: Any, key: jax.Array, inputs: Mapping[str, str]
+) -> _Start:
+    """The newest checkpoint, placed as `state` and `key` are; these at step 0 where none is.
+
+    ConfigError where it was trained with other `inputs`.
+    """
     if checkpointer is None or checkpointer.latest_step is None:
         return _Start(0, state, key)
     step = checkpointer.latest_step
     items, metadata = checkpointer.restore({"state": state, "key": key})
+    before = metadata.get("inputs", {})  # of an earlier version: it noted none
+    if changed := [name for name, found in inputs.items() if before.get(name, found) != found]:
+        raise ConfigError(
+            f"{checkpointer.directory}: step {step} was trained with another"
+            f" {' and '.join(changed)} than is given now; put it back, choose another --workdir,"
+            " or --overwrite"
+        )
     return _Start(
         step,
         items["state"],
@@ -131,6 +146,7 @@ class _Run:
     evaluation: Evaluate[Any] | None
     eval_every: tuple[int, ...]
     max_skipped: int
+    inputs: Mapping[str, str]
 
     def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
         """A step ended, and with it a log interval where `row` is not empty.
@@ -167,7 +183,11 @@ class _Run:
         if self.checkpointer is None:
             return
         productive = round(self.ledger.productive, 3)
-        metadata = {"evaluation_owed": evaluation_owed, "productive_seconds": productive}
+        metadata = {
+            "evaluation_owed": evaluation_owed,
+            "productive_seconds": productive,
+            "inputs": dict(self.inputs),
+        }
         with self.ledger.aside():
             self.checkpointer.save(done, {"state": state, "key": self.key}, metadata)
             if wait:
@@ -245,6 +265,8 @@ class _Interval:
             means["skipped_in_a_row"] = float(rows[-1]["skipped_in_a_row"])
         elapsed = time.monotonic() - self._began
         means["steps_per_second"] = (len(rows) - self._timed) / max(elapsed, 1e-9)
+        if "tokens" in means:
+            means["tokens_per_second"] = means["tokens"] * means["steps_per_second"]
         means["batch_wait_seconds"] = self._waited / len(rows)
         self._metrics, self._waited = [], 0.0
         self.restart_clock()

@@ -23,7 +23,7 @@ from instruct_jax.data.formats import (
 from instruct_jax.data.templates import ALPACA, CHAT, HH
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.models.hf.text import chat_template_of
-from instruct_jax.sampling.complete import complete
+from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.stages import reward_model
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -119,7 +119,8 @@ def test_every_stage_reads_one_dialogue_as_the_same_tokens(
 
     monkeypatch.setattr(reward_model, "score_rows", score)
     trained = type("Trained", (), {"tokenizer": tokenizer, "model": None, "params": None})
-    reward_model.score_answers(trained, [row.text], [template.response("Green")], **LENGTHS)
+    answered = Completion("Green", True, tuple(answer))
+    reward_model.score_answers(trained, tokenizer, [row.text], [answered], **LENGTHS)
     assert scored == [prompt + answer]
 
 

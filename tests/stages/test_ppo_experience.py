@@ -10,6 +10,7 @@ import pytest
 
 from instruct_jax.stages import experience as experiences
 from instruct_jax.stages import ppo_losses
+from instruct_jax.stages.ppo_logs import sampler_logs
 from instruct_jax.stages.pretrain import language_loss
 from tests.stages import lab as labs
 from tests.stages.lab import CONFIG, EOS, KEY, PROMPT, RESPONSE, ROWS, SHAPE
@@ -195,6 +196,42 @@ def test_padding_on_the_left_changes_nothing(start):
         )
     for name in ("score", "score_min", "score_max", "kl", "entropy"):
         np.testing.assert_allclose(padded_metrics[name], metrics[name], atol=1e-5, err_msg=name)
+
+
+def test_scoring_takes_the_memory_of_a_micro_batch_and_gives_the_numbers_of_the_whole(start):
+    """NUM-5: the update's own shapes; the read-out of one part is held at a time."""
+    lab, rollout, experience, _ = start
+    sizes, config = [], dataclasses.replace(CONFIG, micro_batches=8)
+    for each in (dataclasses.replace(CONFIG, minibatch=ROWS), config):
+        recipe = lab._replace(config=each).recipe()
+        read = jax.jit(partial(experiences.read_rollout, recipe))
+        program = read.lower(lab.frozen.models(lab.state), rollout).compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 0.3 * sizes[0]
+    parts, _ = labs.score(lab._replace(config=config), rollout)
+    for name in ("log_probs", "ref_log_probs", "values", "advantages"):
+        np.testing.assert_allclose(
+            getattr(parts, name), getattr(experience, name), atol=1e-5, err_msg=name
+        )
+
+
+def test_the_gap_of_the_sampler_is_told_by_its_size_and_its_bands():
+    """NUM-4: in nats, and the shares of exp(trainer - sampler) in three bands."""
+    gaps = np.array([0.0, 0.0005, -0.0015, 0.0015, 0.005, -0.03, 0.2, 9.0])
+    where = jnp.arange(8)[None] < 7
+    logs = sampler_logs(jnp.asarray(gaps, jnp.float32)[None] - 1.0, jnp.full((1, 8), -1.0), where)
+    found = gaps[:7]
+    wanted = {
+        "sampler_gap": np.abs(found).mean(),
+        "sampler_gap_rms": np.sqrt((found**2).mean()),
+        "sampler_gap_max": 0.2,
+        "sampler_within_0.001": 3 / 7,
+        "sampler_within_0.01": 5 / 7,
+        "sampler_within_0.05": 6 / 7,
+    }
+    assert logs.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(logs[name], value, rtol=1e-4, err_msg=name)
 
 
 # --- rewards ------------------------------------------------------------------------------------

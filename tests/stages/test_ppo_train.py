@@ -168,12 +168,27 @@ def test_the_log_has_what_a_run_must_be_judged_by(whole):
         "kl_coef",
         "tokens",
         "steps_per_second",
+        "tokens_per_second",
+        "learning_rate",
+        "value_learning_rate",
+        "sampler_gap_rms",
+        "sampler_within_0.001",
+        "sampler_within_0.01",
+        "sampler_within_0.05",
         "skipped",
     ]
     for row in rows(whole[0]):
         missing = [name for name in required if not np.isfinite(row.get(name, np.nan))]
         assert not missing, missing
         assert row["sampler_gap"] < 1e-5, "NUM-4"
+        speed = row["tokens"] * row["steps_per_second"]
+        np.testing.assert_allclose(row["tokens_per_second"], speed, rtol=1e-6)
+    # In warm-up from a tenth over three iterations of two updates each (PPO-3).
+    risen = 0.1 + 0.9 * np.minimum((2 * np.arange(ITERATIONS) + 0.5) / 6, 1)
+    risen[-1] = 1.0
+    for name in ("learning_rate", "value_learning_rate"):
+        rates = [row[name] / getattr(CONFIG, name) for row in rows(whole[0])]
+        np.testing.assert_allclose(rates, risen, rtol=1e-5)
 
 
 def test_the_controller_steers_the_penalty(whole):

@@ -13,7 +13,7 @@ from instruct_jax.models.transformer import PARTITION_RULES
 from instruct_jax.stages import ppo
 from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.stages.ppo_losses import policy_loss, ptx_loss
+from instruct_jax.stages.ppo_losses import _ratio_sums, policy_loss, ptx_loss, ratio_logs
 from instruct_jax.stages.ppo_models import PPOState
 from instruct_jax.stages.ppo_update import update_on_rollout
 from instruct_jax.training.mesh import batch_sharding, make_mesh
@@ -92,6 +92,32 @@ def test_the_controller_moves_the_penalty_once_an_iteration_or_never():
     np.testing.assert_allclose(state.kl_coef, 0.151536, rtol=1e-6)
     _, state, _ = ledger(PPOConfig(), KEY, kl=12.0)
     assert state.kl_coef == jnp.float32(0.02)
+
+
+@pytest.mark.parametrize("kl", [np.nan, np.inf, -np.inf])
+def test_a_kl_that_is_not_finite_leaves_the_penalty_as_it_was(kl):
+    """One would make it NaN for good."""
+    config = PPOConfig(kl_target=6.0, kl_horizon=10_000)
+    _, state, _ = ledger(config, KEY, kl=kl, kl_coef=0.15)
+    assert state.kl_coef == jnp.float32(0.15)
+
+
+def test_the_variance_of_the_ratio_is_no_difference_of_large_numbers():
+    """At 1e-6, what the paper's learning rates give, E[rho^2] - E[rho]^2 is rounding noise."""
+    rng = np.random.default_rng(0)
+    log_ratio = rng.normal(0, 1e-6, (2, 4, 64)).astype(np.float32)
+    where = jnp.asarray(rng.random((4, 64)) < 0.8)
+    history = []
+    for minibatch in log_ratio:
+        sums = _ratio_sums(jnp.asarray(minibatch), where)
+        history.append({k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in sums.items()})
+    logs = ratio_logs(jax.tree.map(lambda *x: jnp.stack(x), *history))
+    ratio = np.exp(log_ratio.astype(np.float64))[:, np.asarray(where)]
+    np.testing.assert_allclose(logs["ratio_var"], ratio.var(), rtol=1e-3)
+    np.testing.assert_allclose(logs["ratio"], ratio.mean(), rtol=1e-7)
+    np.testing.assert_allclose(logs["ratio_error"], np.abs(ratio[0] - 1).mean(), rtol=1e-4)
+    bounds = [logs["ratio_min"], logs["ratio_max"]]
+    np.testing.assert_allclose(bounds, [ratio.min(), ratio.max()], rtol=2e-7)
 
 
 # --- policy and value ---------------------------------------------------------------------------

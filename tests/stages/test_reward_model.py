@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.data.trees import RowShape, TreeBatches, pack_trees, tree_sizes
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.reward_model import evaluate_rewards
 from instruct_jax.models.transformer import language_model, scalar_from_language, scalar_model
+from instruct_jax.sampling.complete import Completion
 from instruct_jax.stages import reward_model
 from instruct_jax.stages.reward_model import (
     RewardModelConfig,
@@ -18,10 +20,12 @@ from instruct_jax.stages.reward_model import (
     branch_scores,
     normalise,
     reward_loss,
+    score_answers,
     score_comparisons,
     score_rows,
     sequence_scores,
 )
+from instruct_jax.stages.stage import TrainedModel, steps_of
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import accumulate_gradients
 from tests.stages import lab as labs
@@ -341,3 +345,73 @@ def test_one_epoch_beats_three(tmp_path):
         for epochs in (1.0, 3.0)
     }
     assert losses[1.0] < losses[3.0]
+
+
+# --- answers that were sampled ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """A reward model that reads bytes, prompts, and answers of which the last did not end."""
+    own = train_bpe(["a b c d e f g"], vocab_size=260)
+    shape = dataclasses.replace(labs.SHAPE, vocab_size=own.vocab_size, vocab_multiple=1)
+    params = scalar_model(shape).init(jax.random.key(0))
+    reward = TrainedModel("scalar", shape, params, own, "reward_model")
+    # The second is spelt in other tokens than the tokenizer would choose.
+    answers = [
+        Completion("ab", True, (*own.encode("ab"), own.eos_id)),
+        Completion("a b", True, (*own.encode("a"), *own.encode(" "), *own.encode("b"), own.eos_id)),
+        Completion("abc", False, tuple(own.encode("abc"))),
+    ]
+    return reward, ["x", "y z", "w"], answers
+
+
+LENGTHS = {"prompt_length": 8, "response_length": 8}
+
+
+def alone(reward, prompt, response):
+    """The score of one row, by itself."""
+    tokens = np.array([[*reward.tokenizer.encode(prompt), *response]], np.int32)
+    mask = np.ones(tokens.shape, bool)
+    return float(sequence_scores(reward.model, reward.params, tokens, mask)[0])
+
+
+def test_answers_are_scored_in_the_tokens_that_were_drawn(judged):
+    """As in PPO: no other spelling, and no end that was not sampled."""
+    reward, prompts, answers = judged
+    scores = score_answers(reward, reward.tokenizer, prompts, answers, **LENGTHS)
+    wanted = [alone(reward, p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    ended = alone(reward, prompts[2], [*answers[2].tokens, reward.tokenizer.eos_id])
+    assert abs(scores[2] - ended) > 1e-4
+
+
+def test_a_reward_model_of_another_tokenizer_reads_the_text_in_its_own(judged):
+    reward, prompts, answers = judged
+    other = train_bpe(["abc abc xy yz"] * 9, vocab_size=264)
+    scores = score_answers(reward, other, prompts, answers, **LENGTHS)
+    own = reward.tokenizer
+    spelt = [[*own.encode(a.text), *[own.eos_id] * a.ended] for a in answers]
+    wanted = [alone(reward, p, ids) for p, ids in zip(prompts, spelt, strict=True)]
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="more than prompt_length 1 "):
+        score_answers(reward, other, ["too long"], answers[:1], prompt_length=1, response_length=8)
+
+
+# --- length of a run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "steps"),
+    [
+        (1, 20, 16, 2),
+        (1, 16, 16, 1),
+        (2, 20, 16, 3),
+        (1.1, 100, 10, 11),
+        (0.3, 100, 10, 3),
+        (0.5, 3, 64, 1),
+    ],
+)
+def test_no_row_of_an_epoch_is_left_without_its_update(epochs, rows, batch, steps):
+    """20 rows in batches of 16 are two updates: rounded to one, four rows were never read."""
+    assert steps_of(epochs, rows, batch) == steps

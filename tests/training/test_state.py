@@ -12,6 +12,7 @@ from instruct_jax.training.state import (
     accumulate_gradients,
     apply_gradients,
     compile_step,
+    fingerprint,
     init_state,
     make_train_step,
     shard_state,
@@ -363,3 +364,19 @@ def test_a_metric_that_is_one_number_is_the_largest_of_all_micro_batches() -> No
             loss, params, rows, jax.random.key(0), micro_batches=micro_batches
         )
         assert result.metrics == {"mean": -4.5, "largest": -1.0}
+
+
+def test_a_fingerprint_sees_every_bit_and_its_place_on_any_mesh():
+    tree = {"a": jnp.arange(48, dtype=jnp.float32).reshape(8, 6), "b": jnp.int8([1, -1, 0, 2])}
+    own = fingerprint(tree)
+    assert own == fingerprint(jax.tree.map(jnp.copy, tree)) and len(own) == 16
+    for spec in ("data:8", "data:2,fsdp:2"):
+        assert fingerprint(tree | shard_batch({"a": tree["a"]}, make_mesh(spec))) == own
+    changed = [
+        tree | {"a": tree["a"].at[7, 5].add(4e-6)},
+        tree | {"a": tree["a"][::-1]},
+        tree | {"a": tree["a"].at[0, 0].set(-0.0)},
+        tree | {"b": jnp.int8([-1, 1, 0, 2])},
+        {"a": tree["a"]},
+    ]
+    assert len({own, *map(fingerprint, changed)}) == 1 + len(changed)
