@@ -103,12 +103,17 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     reward = None
     if config.reward_model:
         reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    readers = {**models, "the reward model": reward} if reward else models
+    longest = config.prompt_length + config.response_length
+    for name, trained in readers.items():
+        if not config.measure_lengths:
+            field = f"config.prompt_length + response_length, of {name}"
+            check_length(trained.config, longest, field=field)
     template, folder = template_of(models)
     source = open_source(config.data, template=template, model=folder)
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
-    readers = [*models.values(), reward] if reward else list(models.values())
-    config, prompts = read_prompts(config, run, source, readers)
+    config, prompts = read_prompts(config, run, source, list(readers.values()))
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
     documents = held_out_text(config.data, source, tokenizer, split="test", **kept)
     run.record_data(source.provenance(), source.licences())
@@ -183,10 +188,6 @@ def read_prompts(
         config = dataclasses.replace(config, prompt_length=room, response_length=response)
         config, words = measured(config, lengths, np.array([response]), limit=limit)
         run.note(words)
-    longest = config.prompt_length + config.response_length
-    for trained in models:
-        field = f"config.prompt_length + response_length, of a {trained.kind} model"
-        check_length(trained.config, longest, field=field)
     fits = (lengths <= config.prompt_length) & (shortest > 0)
     fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
     left = (

@@ -83,12 +83,12 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
     start = load_trained(config.init, kind="language", compute=config.model)
     reward, reward_params = load_reward(config, start)
+    check_lengths(config, start, reward)
     mesh = make_mesh(run.mesh)
     ppo.check_batches(config.ppo, mesh)
     source = open_source(config.data, template=start.template, model=config.init)
     stage, prompts = read_prompts(config, run, source, start, reward)
     ptx = None
-    check_length(start.config, config.ptx_length, field="config.ptx_length")
     text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
     if stage.ptx_coef > 0:
         rows = text_rows(source, "train", start.tokenizer, **text)
@@ -158,6 +158,16 @@ def main(config: Config, run: cli.Run) -> Path:
     return folder
 
 
+def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> None:
+    """ConfigError where a row has positions that a model has not."""
+    check_length(start.config, config.ptx_length, field="config.ptx_length")
+    longest = config.ppo.prompt_length + config.ppo.response_length
+    for name, trained in (("init", start), ("reward_model", reward)):
+        if not config.measure_lengths:
+            field = f"config.ppo.prompt_length + response_length, of config.{name}"
+            check_length(trained.config, longest, field=field)
+
+
 def load_reward(config: Config, start: TrainedModel) -> tuple[TrainedModel, Any]:
     """The reward model, and the parameters that PPO scores with. Raises ConfigError."""
     reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
@@ -187,10 +197,6 @@ def read_prompts(
         counts = prompt_tokens(rows, start.tokenizer)
         stage, words = measured(stage, counts, np.array([response]), limit=limit)
         run.note(words)
-    longest = stage.prompt_length + stage.response_length
-    for name, trained in (("init", start), ("reward_model", reward)):
-        field = f"config.ppo.prompt_length + response_length, of config.{name}"
-        check_length(trained.config, longest, field=field)
     form = {"prompt_length": stage.prompt_length, "group": "config.ppo"}
     prompts = encode_prompts(rows, start.tokenizer, **form)
     field = "ppo.rollout_batch / samples_per_prompt"

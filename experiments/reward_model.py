@@ -77,6 +77,10 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.reward_model, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    if not config.measure_lengths:
+        longest = stage.prompt_length + stage.response_length
+        field = "config.reward_model.prompt_length + response_length"
+        check_length(start.config, longest, field=field)
     source = open_source(config.data, template=start.template, model=config.init)
     comparisons, held_out = (source.comparisons(split) for split in ("train", "valid"))
     form = {"completions": stage.completions, "group": "config.reward_model"}
@@ -84,9 +88,6 @@ def main(config: Config, run: cli.Run) -> Path:
         lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
         stage, words = measured(stage, *lengths, limit=start.config.max_length)
         run.note(words)
-    longest = stage.prompt_length + stage.response_length
-    field = "config.reward_model.prompt_length + response_length"
-    check_length(start.config, longest, field=field)
     form |= {name: getattr(stage, name) for name in UNLIMITED}
     rows = encode_comparisons(comparisons, start.tokenizer, **form)
     valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)

@@ -79,13 +79,15 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.sft, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    if not config.measure_lengths:
+        check_lengths(stage, start.config)
     source = open_source(config.data, template=start.template, model=config.init)
     chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
     if config.measure_lengths:
         lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))
         stage, words = measured(stage, *lengths, limit=start.config.max_length)
         run.note(words)
-    check_lengths(stage, start.config)
+        check_lengths(stage, start.config)
     options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
     rows = encode(chats, start.tokenizer, **options)
     valid = encode(held_out, start.tokenizer, required=False, **options)

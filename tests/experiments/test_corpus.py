@@ -32,7 +32,7 @@ def test_a_run_finds_the_tokens_that_were_made_ahead(tmp_path):
     assert set(report["batches"]) == {"cold", "warm"} and report["memory_mb"]["at start"] > 50
     scripts.launch(
         "pretrain", "--config=configs/pretrain.py:debug", f"--workdir={tmp_path / 'run'}", kept,
-        "--config.pretrain.epochs=0.1", "--mesh=data:1",
+        "--config.pretrain.epochs=0.1", "--config.pretrain.warmup=0", "--mesh=data:1",
     )  # fmt: skip
     assert files_of(tmp_path / "tokens") == made
     assert not (tmp_path / "run" / "tokens").exists()
@@ -47,7 +47,7 @@ def test_a_synthetic_corpus_is_as_large_as_asked_and_made_once(tmp_path):
     ]  # fmt: skip
     scripts.launch("corpus", *arguments)
     made = files_of(tmp_path / "text")
-    (path,) = made
+    (path,) = (tmp_path / "text").glob("*.jsonl")
     rows = map(json.loads, path.read_text().splitlines())
     assert 300_000 <= sum(len(row["text"].encode()) for row in rows) < 320_000
     scripts.launch("corpus", *arguments)

@@ -28,7 +28,8 @@ def pipeline(tmp_path_factory):
     """The stages one after another; {script: the arguments it was started with}."""
     folder = tmp_path_factory.mktemp("files")
     paths = scripts.write_rows(folder / "data")
-    data = ["--config.data.source=files", "--config.data.valid_fraction=0.3", "--mesh=data:2"]
+    data = ["--config.data.source=files", "--config.data.valid_fraction=0.2", "--mesh=data:2"]
+    data += ["--config.data.test_fraction=0.1"]
 
     def start(script, group, *arguments, config=None, **fields):
         config = config or script
