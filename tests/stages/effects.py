@@ -8,13 +8,14 @@ own `train`, with the loop taken out.
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -35,8 +36,15 @@ from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab, run_stage
 
 MESH = make_mesh("data:1")
-# Patterns that make smaller adapters; what is said beside a field cannot tell them.
-TARGETS = {"lora.targets": ("query/kernel",)}
+# Values that a few small updates feel; what is said beside a field cannot tell them.
+FELT: dict[str, Any] = {
+    "lora.targets": ("query/kernel",),
+    "adam.eps": 0.1,
+    "dual_clip": 1.001,
+    "clip_high": 0.01,
+    "clip": 0.01,
+    "value_clip": 0.01,
+}
 
 
 def bases() -> dict[str, Settings]:
@@ -51,6 +59,8 @@ def bases() -> dict[str, Settings]:
         prompt_length=run_stage.PROMPT,
         response_length=run_stage.RESPONSE,
         warmup_iterations=2,
+        learning_rate=3e-3,
+        value_learning_rate=3e-3,
     )
     group: dict[str, Any] = {"samples_per_prompt": 4}
     losses = typing.get_args(typing.get_type_hints(PreferenceConfig)["loss"])
@@ -87,8 +97,8 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]
 
 def others(path: str, hint: Any, said: Any, value: Any) -> list[Any]:
     """Other values that the field's type and range allow, the likeliest to be taken first."""
-    if path in TARGETS:
-        return [TARGETS[path]]
+    if path in FELT:
+        return [FELT[path]]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     hint = next(option for option in options if option is not types.NoneType)
@@ -142,6 +152,41 @@ def plan(name: str, config: Any, workdir: Path) -> Plan:
     return Plan(_digest(seen), programs[0])
 
 
+class Result(NamedTuple):
+    """What a run left: its model, the lines of its metrics, and its files."""
+
+    params: Any
+    rows: list[dict[str, Any]]
+    files: list[str]
+
+    def differs_from(self, other: "Result") -> bool:
+        """By more than rounding."""
+        if (self.files, len(self.rows)) != (other.files, len(other.rows)):
+            return True
+        if any(a.keys() != b.keys() for a, b in zip(self.rows, other.rows, strict=True)):
+            return True
+        pairs = [
+            (a[name], b[name]) for a, b in zip(self.rows, other.rows, strict=True) for name in a
+        ]
+        leaves = [jax.tree.leaves(tree.params) for tree in (self, other)]
+        if [x.shape for x in leaves[0]] != [x.shape for x in leaves[1]]:
+            return True
+        pairs += zip(*leaves, strict=True)
+        return not all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+
+
+def result(name: str, config: Any, workdir: Path) -> Result:
+    """What a run of the base `name` with `config` leaves."""
+    end = _train(name, config, workdir)
+    params = end.policy.ema if isinstance(end, ppo.PPOState) else end
+    lines = [line for path in workdir.glob("*.jsonl") for line in path.read_text().splitlines()]
+    timed = ("time", "steps_per_second", "batch_wait_seconds")
+    rows = [{n: v for n, v in json.loads(x).items() if n not in timed} for x in lines]
+    rows = [row for row in rows if "event" not in row]
+    files = sorted(str(p.relative_to(workdir)) for p in workdir.glob("checkpoints/*"))
+    return Result(params, rows, files)
+
+
 def _uncompiled(step: Any, mesh: Any, state: Any, *fixed: Any) -> Any:
     return lambda state, *inputs: step(state, *fixed, *inputs)
 
@@ -165,7 +210,7 @@ def _digest(tree: Any) -> str:
 def _train(name: str, config: Any, workdir: Path) -> Any:
     """The stage's `train` on the rows of `run_stage`."""
     where: dict[str, Any] = {"mesh": MESH, "workdir": workdir}
-    where["evaluate"] = lambda step, state: {}
+    where["evaluate"] = lambda step, state: {"looked": step}
     model, kind = language_model(run_stage.SHAPE), name.split()[0]
     params = lab_params()
     scalar_params = scalar_from_language(params, jax.random.key(1), run_stage.SHAPE)

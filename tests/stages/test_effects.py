@@ -96,3 +96,23 @@ def test_a_field_that_is_accepted_makes_another_run(base, tmp_path):
 @pytest.mark.parametrize("base", BASES)
 def test_a_field_that_is_accepted_makes_another_run_beside_every_choice(base, tmp_path):
     assert idle(base, list(accepted(base)), tmp_path) == []
+
+
+# These change how a result is computed, in more parts, at other widths or at another time, and not
+# the result: another program (or other files) is what is seen of them above.
+BY_DESIGN = {"micro_batches", "ptx_micro_batches", "length_buckets", "reference"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+def test_a_field_that_is_accepted_makes_another_result(base, tmp_path):
+    """Of whole runs: in their models, their metrics or their checkpoints."""
+    plain = effects.result(base, BASES[base], tmp_path / "plain")
+    unfelt = []
+    for path in once(base):
+        other = effects.result(base, accepted(base)[path], tmp_path / path)
+        if not plain.differs_from(other):
+            unfelt.append(path)
+    # KTO's reference point is of the micro-batch.
+    of_parts = {"micro_batches"} if base == "preference kto" else set()
+    assert set(unfelt) == (BY_DESIGN - of_parts) & set(once(base))
