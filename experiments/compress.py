@@ -17,9 +17,9 @@ position's logits with the original's, on the held-out documents that perplexity
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,10 @@ from instruct_jax.models.pruning import prune, sparse_bytes
 from instruct_jax.models.quantization import quantize_params, quantized, with_int8_cache
 from instruct_jax.models.transformer import Model, language_model, unstack_layers
 from instruct_jax.sampling.complete import Completion, complete
+from instruct_jax.settings import NEVER, Settings, setting
 from instruct_jax.stages import distill
 from instruct_jax.stages.distill import DistillConfig
+from instruct_jax.stages.inputs import data_acts
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, in_batches, load_trained, save_trained
 from instruct_jax.stages.text import text_rows
@@ -54,30 +56,46 @@ WRITES = ("compression.json", "compression.md", "distill_*/", "distill_*/distill
 
 
 @dataclass(frozen=True)
-class Config:
-    """`model` is a language model folder; without `reward_model` no score is reported."""
+class Config(Settings):
+    """What is made smaller, how, and what it is measured on."""
 
-    model: str = "runs/ppo_ptx/model"
-    reward_model: str | None = None
-    # How the models are computed; `model` is the folder here.
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("prompts", "documents"),
+        "compute.remat": "students",
+        "distill": "students",
+        "distill.eval_every": NEVER,  # a student is measured when it is done
+    }
+
+    model: str = setting("runs/ppo_ptx/model", "model folder of the original, a language model")
+    reward_model: str | None = setting(None, "folder of the scalar model that scores answers")
     compute: ComputeConfig = ComputeConfig()
-    variants: tuple[str, ...] = ("int8",)
+    variants: tuple[str, ...] = setting(
+        ("int8",), "int8, int8_activations, int4, nf4, fp8, int8_cache, prune:SHARE, distill:samples"
+        " or distill:logits"
+    )  # fmt: skip
     data: DataConfig = DataConfig()
-    prompts: int = 400
-    document_length: int = 96
-    prompt_length: int = 56
-    response_length: int = 24
-    temperature: float = 1.0
-    batch_size: int = 128
-    seed: int = 0
-    # Training prompts that the teacher of a student answers.
-    distill_prompts: int = 4_000
+    prompts: int = setting(400, "prompts that every variant answers", low=1)
+    document_length: int = setting(96, "tokens of a row of held-out text", low=2, unit="tokens")
+    prompt_length: int = setting(56, "tokens of the longest prompt", low=1, unit="tokens")
+    response_length: int = setting(24, "tokens that an answer may have", low=1, unit="tokens")
+    temperature: float = setting(1.0, "temperature of sampling; 0 is greedy", low=0.0)
+    batch_size: int = setting(128, "answers that are sampled together", low=1)
+    seed: int = setting(0, "seed of the answers", low=0, high=2**32 - 1)
+    distill_prompts: int = setting(
+        4_000, "training prompts that a student's teacher answers", low=1, needs="students"
+    )
     distill: DistillConfig = DistillConfig()
 
     def __post_init__(self) -> None:
         """ConfigError for a variant that there is not."""
+        super().__post_init__()
         for name in self.variants:
             _check_variant(name)
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The variants that are trained."""
+        return tuple(name for name in self.variants if name.startswith("distill"))
 
 
 @dataclass(frozen=True)
@@ -157,7 +175,7 @@ def _check_variant(name: str) -> None:
         except ValueError:
             pass
     raise ConfigError(
-        f"config.variants: {name!r} is none of int8, int8_activations, int4, nf4, fp8, int8_cache, "
+        f"variants: {name!r} is none of int8, int8_activations, int4, nf4, fp8, int8_cache, "
         "prune:SHARE (0 <= SHARE < 1), distill:samples, distill:logits"
     )
 

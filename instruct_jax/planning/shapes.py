@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.config import Remat
+from instruct_jax.models.config import Dtype, Remat
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import (
     TransformerConfig,
@@ -23,6 +23,7 @@ from instruct_jax.models.transformer import (
     scalar_from_language,
     scalar_model,
 )
+from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.training.mesh import batch_sharding
 
@@ -32,41 +33,41 @@ QUEUE = 4
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of the models and of the batches; None keeps the preset's value.
+class Shape(Settings):
+    """Sizes of the models and of the batches; None keeps the preset's value."""
 
-    `scalar` is the size of the reward and the value model, by default the policy's. A batch has
-    `rows` prompts of `prompt` tokens with responses of up to `response`; text comes in `text_rows`
-    rows of `text_length`. `completions` are ranked for each of `ranked` prompts. With `ptx_ratio`
-    so many rows of text join every episode.
-    """
-
-    model: str = "small"
-    scalar: str | None = None
-    vocab_size: int | None = None
-    num_layers: int | None = None
-    d_model: int | None = None
-    num_heads: int | None = None
-    max_length: int | None = None
-    dtype: str = "float32"
-    remat: Remat = "none"
-    rows: int = 32
-    prompt: int = 64
-    response: int = 64
-    mean_response: int | None = None
-    text_rows: int = 32
-    text_length: int = 128
-    ranked: int = 8
-    completions: int = 4
-    pack_length: int | None = 512
-    minibatch: int = 32
-    inner_epochs: int = 1
-    rollout_lag: Literal[0, 1] = 0
-    micro_batches: int = 1
-    ptx_micro_batches: int | None = None
-    length_buckets: int = 1
-    ptx_ratio: int = 0
-    seed: int = 0
+    model: str = setting("small", "named size of the policy (models/families.py)")
+    scalar: str | None = setting(None, "of the reward and value model; none: the policy's")
+    vocab_size: int | None = setting(None, "entries of the vocabulary", low=2)
+    num_layers: int | None = setting(None, "layers of the policy", low=1)
+    d_model: int | None = setting(None, "width of the policy", low=1)
+    num_heads: int | None = setting(None, "attention heads of the policy", low=1)
+    max_length: int | None = setting(None, "tokens of the longest text", low=1, unit="tokens")
+    dtype: Dtype = setting("float32", "what matrices are multiplied in")
+    remat: Remat = setting("none", "what the backward pass computes again, to save memory")
+    rows: int = setting(32, "prompts of a batch", low=1)
+    prompt: int = setting(64, "tokens of a prompt", low=1, unit="tokens")
+    response: int = setting(64, "tokens that a response may have", low=1, unit="tokens")
+    mean_response: int | None = setting(
+        None, "tokens of a response in the mean; none: all are as long as they may be", low=1
+    )
+    text_rows: int = setting(32, "rows of a batch of text", low=1)
+    text_length: int = setting(128, "tokens of a row of text", low=2, unit="tokens")
+    ranked: int = setting(8, "prompts of a batch with ranked completions", low=1)
+    completions: int = setting(4, "completions of such a prompt", low=2)
+    pack_length: int | None = setting(
+        512, "tokens of a row of several demonstrations; none: one a row", low=2, unit="tokens"
+    )
+    minibatch: int = setting(32, "episodes of an update of PPO", low=1)
+    inner_epochs: int = setting(1, "passes over a rollout batch", low=1)
+    rollout_lag: Literal[0, 1] = setting(0, "iterations between a rollout and its updates")
+    micro_batches: int = setting(1, "parts of a batch, one after the other", low=1)
+    ptx_micro_batches: int | None = setting(
+        None, "parts of the text of an update; none: micro_batches", low=1, needs="ptx_ratio"
+    )
+    length_buckets: int = setting(1, "widths that responses are computed at", low=1)
+    ptx_ratio: int = setting(0, "rows of text beside an episode; 0 mixes none in", low=0)
+    seed: int = setting(0, "seed of weights and rows", low=0, high=2**32 - 1)
 
     def policy_config(self) -> TransformerConfig:
         """The language model. Raises ConfigError for sizes that make no model."""

@@ -40,6 +40,8 @@ MESH = make_mesh("data:1")
 FELT: dict[str, Any] = {
     "lora.targets": ("query/kernel",),
     "adam.eps": 0.1,
+    "adam.weight_decay": 10.0,
+    "adam.clip": 1e-9,  # only beside eps does a scale of all gradients count
     "dual_clip": 1.001,
     "clip_high": 0.01,
     "clip": 0.01,
