@@ -70,9 +70,10 @@ class Config(Settings):
     reward_model: str | None = setting(None, "folder of the scalar model that scores answers")
     compute: ComputeConfig = ComputeConfig()
     variants: tuple[str, ...] = setting(
-        ("int8",), "int8, int8_activations, int4, nf4, fp8, int8_cache, prune:SHARE, distill:samples"
-        " or distill:logits"
-    )  # fmt: skip
+        ("int8",),
+        "what is made: int8, int8_activations, int4, nf4, fp8, int8_cache, prune:SHARE,"
+        " distill:samples, distill:logits",
+    )
     data: DataConfig = DataConfig()
     prompts: int = setting(400, "prompts that every variant answers", low=1)
     document_length: int = setting(96, "tokens of a row of held-out text", low=2, unit="tokens")
