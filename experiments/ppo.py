@@ -31,6 +31,7 @@ from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import ppo
+from instruct_jax.stages.algorithms import named
 from instruct_jax.stages.inputs import (
     check_batch,
     data_acts,
@@ -87,6 +88,7 @@ def main(config: Config, run: cli.Run) -> Path:
     mesh = make_mesh(run.mesh)
     ppo.check_batches(config.ppo, mesh)
     source = open_source(config.data, template=start.template, model=config.init)
+    run.note(f"algorithm: {named(config.ppo)}")
     stage, prompts = read_prompts(config, run, source, start, reward)
     ptx = None
     text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}

@@ -15,6 +15,9 @@ DAPO          grpo, clip_high 0.28            token           token_mean       n
 GSPO          grpo                            sequence_mean   any              none
 ============  ==============================  ==============  ===============  =====================
 
+None of the critic-free ones whitens its advantages once more (`whiten_advantages` "none"); those
+whose KL is in the loss, or that have none, set `kl_coef` to 0; GSPO clips at 3e-4 and 4e-4.
+algorithms.py has a constructor of each, and `named`, which says what a configuration makes.
 Sources: losses/group.py. All of them take the pretraining mix.
 """
 

@@ -11,6 +11,7 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.losses import critic_free_advantages, gspo_loss, reinforce_loss
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
+from instruct_jax.stages.algorithms import ALGORITHMS, named
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_losses import policy_loss
 from tests.stages import lab as labs
@@ -62,6 +63,56 @@ def oracle(config, rewards, where):
                 a /= group.std(ddof=1) + 1e-4
         out[i] = np.where(where[i], a, 0.0)
     return out
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_constructor_of_its_papers_values(name):
+    """It is what it is called, also where sizes and weights are tuned, and no other."""
+    config = ALGORITHMS[name]
+    assert named(config) == name
+    sizes = {"rollout_batch": 64, "minibatch": 16, "samples_per_prompt": K, "temperature": 0.7}
+    weights = {f: 3 * getattr(config, f) for f in ("kl_coef", "kl_loss_coef", "learning_rate")}
+    assert named(dataclasses.replace(config, **sizes, **weights)) == name
+    assert config.whiten_advantages == "none"
+    whitened = named(dataclasses.replace(config, whiten_advantages="rollout"))
+    assert whitened == f"{name} but for whiten_advantages 'rollout', there 'none'"
+
+
+def test_fields_that_make_no_algorithm_are_said():
+    """The estimator alone is not GRPO: PPO's penalty and whitening stay on."""
+    said = named(PPOConfig(estimator="grpo", samples_per_prompt=4))
+    for part in ("whiten_advantages 'rollout'", "kl_coef 0.02"):
+        assert part in said
+    said = named(dataclasses.replace(ALGORITHMS["GSPO"], clip=0.2, clip_high=None))
+    assert said.startswith("GSPO but for clip 0.2, there 0.0003")
+    assert named(PPOConfig()) == "PPO" and named(PPOConfig(ptx_coef=27.8)) == "PPO-ptx"
+    made = {name: named(config) for name, config in ALL.items()}
+    assert made == {
+        "rloo": "RLOO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "gspo": "GSPO",
+        "reinforce++": "REINFORCE++",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("grpo.py:toyworld", "GRPO"),
+        ("grpo.py:deepseekmath", "GRPO"),
+        ("grpo.py:dr_grpo", "Dr. GRPO"),
+        ("grpo.py:dapo", "DAPO"),
+        ("grpo.py:gspo", "GSPO"),
+        ("rloo.py:toyworld", "RLOO"),
+        ("rloo.py:tldr_6p9b", "RLOO"),
+        ("rloo.py:reinforce_pp", "REINFORCE++"),
+        ("ppo.py:toyworld_ptx", "PPO-ptx"),
+        ("ppo.py:tldr_1b", "PPO"),
+    ],
+)
+def test_presets_make_the_algorithm_that_they_are_called(preset, name):
+    from experiments.ppo import Config
+    from instruct_jax.cli.config import load_config, resolve
+
+    assert named(resolve(Config, load_config(f"configs/{preset}"), {}).ppo) == name
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
