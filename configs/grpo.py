@@ -11,6 +11,7 @@ toyworld_ptx  GRPO with the pretraining mix
 dr_grpo       Liu et al. 2025: no scale by the deviation, no length bias, no KL
 dapo          Yu et al. 2025: a higher upper clip, token mean, no KL; no dynamic sampling
 gspo          Zheng et al. 2025: one ratio a response, their clip range
+verifiable    sums of experiments/arithmetic.py and a reward in Python: whether the number is right
 debug         two iterations of a few rows
 deepseekmath  Shao et al. 2024, section 4.2: 64 samples a prompt, 1,024 a batch, KL 0.04, 1e-6; the
               number of episodes is ours
@@ -71,6 +72,26 @@ PRESETS = {
         "ppo.warmup_iterations": 1,
         "ppo.log_every": 1,
         "ppo.eval_every": 1,
+    },
+    "verifiable": GRPO
+    | {
+        "init": "runs/arithmetic_gpt/model",
+        "reward_model": None,
+        "rewards": ("python=experiments/rewards.py:number",),
+        "data.source": "files",
+        "data.documents": ("runs/arithmetic/documents.jsonl",),
+        "data.prompts": ("runs/arithmetic/questions.jsonl",),
+        "ptx_length": 32,
+        "ppo.episodes": 8_192,
+        "ppo.rollout_batch": 256,
+        "ppo.minibatch": 64,
+        "ppo.samples_per_prompt": 8,
+        "ppo.prompt_length": 12,
+        "ppo.response_length": 8,
+        "ppo.learning_rate": 3e-4,
+        "ppo.warmup_iterations": 2,
+        "ppo.ema_decay": 0.9,
+        "ppo.eval_every": 8,
     },
     "deepseekmath": GRPO
     | {

@@ -4,6 +4,7 @@
 
 toyworld                    the embedded world, minutes on two cores
 debug                       two layers on a handful of documents: does it run at all?
+arithmetic                  sums, most of them false, of experiments/arithmetic.py
 shared_data                 books, with a byte-level BPE of their own
 gpt4llm_small               a small model on books, to try the GPT-4-LLM recipe at home
 instructgpt_{1p3b,6b,175b}  GPT-3 XL, 6.7B and 175B: batch and learning rate of Brown et al. 2020,
@@ -51,6 +52,17 @@ PRESETS = {
         "pretrain.batch_size": 8,
         "pretrain.warmup": 2,
         "pretrain.log_every": 1,
+    },
+    "arithmetic": {
+        "data.source": "files",
+        "data.documents": ("runs/arithmetic/documents.jsonl",),
+        "vocab_size": 300,
+        "model.preset": "tiny",
+        "pretrain.epochs": 3.0,
+        "pretrain.length": 32,
+        "pretrain.batch_size": 32,
+        "pretrain.learning_rate": 3e-3,
+        "pretrain.warmup": 20,
     },
     "shared_data": {
         "data.source": "files",

@@ -12,7 +12,7 @@ metrics.jsonl, checkpoints and samples.jsonl. Run again, it resumes.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +23,12 @@ import numpy as np
 from instruct_jax import cli
 from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_prompts
 from instruct_jax.data.loader import Batches
-from instruct_jax.data.rows import PromptText, plain_text
+from instruct_jax.data.rows import Prompt, PromptText, plain_text
 from instruct_jax.data.sources import DataConfig, Source, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import ComputeConfig, check_length
+from instruct_jax.models.transformer import scalar_from_language
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import ppo
@@ -42,11 +43,15 @@ from instruct_jax.stages.inputs import (
 from instruct_jax.stages.ppo import PPOConfig
 from instruct_jax.stages.ppo_models import on_the_policys_trunk
 from instruct_jax.stages.reward_model import score_rows
+from instruct_jax.stages.reward_sources import ModelReward, named_rewards
+from instruct_jax.stages.rewards import HostRewards
 from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
 from instruct_jax.stages.text import held_out_text, text_rows
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32
+# The role of the key of a value model's head where no reward model gives one (stages/stage.py).
+VALUE_HEAD = 2**32 - 3
 # Held-out demonstrations that are scored.
 DEMONSTRATIONS = 256
 
@@ -64,7 +69,24 @@ class Config(Settings):
     acts_if: ClassVar[Mapping[str, str]] = data_acts("prompts", "documents", "demonstrations")
 
     init: str = setting("runs/rlhf_init/model", "model folder that the policy starts from")
-    reward_model: str = setting("runs/reward_model/model", "model folder of the reward model")
+    reward_model: str | None = setting(
+        "runs/reward_model/model",
+        "model folder of the reward model, which the value model starts as; none: rewards alone",
+    )
+    reward_weight: float = setting(
+        1.0, "how much its score counts; 0: not at all", needs="reward_model"
+    )
+    rewards: tuple[str, ...] = setting(
+        (),
+        "what is added to that: KIND=WHAT or KIND=WHAT*WEIGHT, of model=FOLDER, models=FOLDER,"
+        "FOLDER:mean|min|mean-0.5sd, python=FILE.py:FUNCTION, endpoint=URL",
+    )
+    reward_seconds: float = setting(
+        60.0, "how long a batch of these may take", above=0.0, unit="s", needs="rewards"
+    )
+    reward_batch: int = setting(
+        64, "answers that one is asked about at a time", low=1, needs="rewards"
+    )
     reward_adapter: str | None = setting(
         None,
         "the reward model's adapter folder, where it was trained on init with a LoRA rank: one "
@@ -79,6 +101,14 @@ class Config(Settings):
         False, "whether prompt_length is cut to what the training prompts need"
     )
 
+    def __post_init__(self) -> None:
+        """ConfigError where there is nothing to learn from."""
+        super().__post_init__()
+        if not self.rewards and (self.reward_model is None or not self.reward_weight):
+            raise ConfigError(
+                "reward_model: none, or of weight 0, and no rewards: name one of them"
+            )
+
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
@@ -89,7 +119,8 @@ def main(config: Config, run: cli.Run) -> Path:
     ppo.check_batches(config.ppo, mesh)
     source = open_source(config.data, template=start.template, model=config.init)
     run.note(f"algorithm: {named(config.ppo)}")
-    stage, prompts = read_prompts(config, run, source, start, reward)
+    stage, prompts, rows = read_prompts(config, run, source, start, reward)
+    rewards = load_rewards(config, stage, start, rows)
     ptx = None
     text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
     if stage.ptx_coef > 0:
@@ -145,6 +176,8 @@ def main(config: Config, run: cli.Run) -> Path:
         eos_id=start.tokenizer.eos_id,
         mesh=mesh,
         workdir=run.workdir,
+        rewards=rewards,
+        model_weight=0.0 if config.reward_model is None else config.reward_weight,
         evaluate=evaluate if probes or len(held_out) or standard else None,
     )
     trained = start._replace(params=state.policy.ema, stage="ppo")
@@ -171,12 +204,22 @@ def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> 
 
 
 def load_reward(config: Config, start: TrainedModel) -> tuple[TrainedModel, Any]:
-    """The reward model, and the parameters that PPO scores with. Raises ConfigError."""
+    """The reward model, and the parameters that PPO scores with. Raises ConfigError.
+
+    Without one, what the value model starts as: the policy's trunk and a head of its own.
+    """
+    if config.reward_model is None:
+        key = jax.random.fold_in(jax.random.key(config.ppo.seed), VALUE_HEAD)
+        params = scalar_from_language(start.params, key, start.config)
+        fresh = start._replace(kind="scalar", params=params, stage="none")
+        return fresh, params
     reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
     if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
         raise ConfigError(
             f"{config.reward_model} and {config.init} have different tokenizers; "
-            "the reward model must read the policy's tokens"
+            "the reward model must read the policy's tokens; give it as --config.rewards="
+            f"\"('model={config.reward_model}',)\", with --config.reward_model=none, and it reads "
+            "their text"
         )
     if config.reward_adapter is None:
         return reward, reward.params
@@ -184,10 +227,26 @@ def load_reward(config: Config, start: TrainedModel) -> tuple[TrainedModel, Any]
     return reward, on_the_policys_trunk(config.ppo, start, reward, adapter, config.reward_adapter)
 
 
+def load_rewards(
+    config: Config, stage: PPOConfig, start: TrainedModel, rows: Sequence[Prompt]
+) -> HostRewards | None:
+    """What is asked for rewards besides the reward model. Raises ConfigError."""
+    if not config.rewards:
+        return None
+
+    def model(folder: str) -> ModelReward:
+        reward = load_trained(folder, kind="scalar", compute=config.model)
+        return ModelReward(reward, start.tokenizer, stage.prompt_length, stage.response_length)
+
+    found = named_rewards(config.rewards, model=model, seconds=config.reward_seconds)
+    limits = {"seconds": config.reward_seconds, "batch": config.reward_batch}
+    return HostRewards(found, rows, start.tokenizer, **limits)
+
+
 def read_prompts(
     config: Config, run: cli.Run, source: Source, start: TrainedModel, reward: TrainedModel
-) -> tuple[PPOConfig, Encoded]:
-    """The training prompts, and the stage with lengths measured on them where it is to be so."""
+) -> tuple[PPOConfig, Encoded, Sequence[Prompt]]:
+    """The stage, with lengths measured on the training prompts where it is to be so, and these."""
     rows, stage = source.prompts("train"), config.ppo
     if config.measure_lengths:
         # A response may be as long as is said, or half of what the models read; a prompt has the
@@ -203,7 +262,7 @@ def read_prompts(
     prompts = encode_prompts(rows, start.tokenizer, **form)
     field = "ppo.rollout_batch / samples_per_prompt"
     check_batch(len(prompts["tokens"]), stage.prompts, kind="prompts", field=field)
-    return stage, prompts
+    return stage, prompts, rows
 
 
 def read_probes(stage: PPOConfig, source: Source, start: TrainedModel) -> list[PromptText]:
@@ -217,7 +276,9 @@ def read_probes(stage: PPOConfig, source: Source, start: TrainedModel) -> list[P
 def demonstration_score(
     data: DataConfig, stage: PPOConfig, source: Source, reward: TrainedModel
 ) -> dict[str, float]:
-    """The mean score of held-out demonstrations (PPO-16), where there are any."""
+    """The reward model's mean score of held-out demonstrations (PPO-16), where there are any."""
+    if reward.stage == "none":
+        return {}
     if data.source == "files" and not (data.demonstrations or data.valid.demonstrations):
         return {}
     rows = encode_demonstrations(

@@ -241,7 +241,9 @@ def read_prompts(
 
     def convert(case: Case) -> Prompt:
         style = template_of(case, wanted)
-        return Prompt(prompt_of(case, style), case.meta, _name(style))
+        # An answer that stands beside a prompt is what rewards may compare others with.
+        beside = {"reference": case.answers[0]} if len(case.answers) == 1 else {}
+        return Prompt(prompt_of(case, style), beside | dict(case.meta), _name(style))
 
     kinds: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts", "documents")
     return _read(source, kinds, convert, limit, on_bad_row, "line")

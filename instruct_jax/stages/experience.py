@@ -26,6 +26,7 @@ from instruct_jax.sampling.scores import token_scores
 from instruct_jax.stages.lengths import read_in_parts
 from instruct_jax.stages.ppo_logs import rollout_logs
 from instruct_jax.stages.ppo_models import Models, Readings, Recipe
+from instruct_jax.stages.rewards import Given
 
 
 class Experience(NamedTuple):
@@ -112,30 +113,41 @@ def _read_rows(recipe: Recipe, models: Models, rollout: Rollout) -> Readings:
         values = scalar.apply(models.value, tokens, mask=mask)
         values = response_values(values, prompt_length=tokens.shape[1] - where.shape[1])
         values = jnp.where(where, values, 0.0)
-    return Readings(
-        log_probs,
-        entropy,
-        statistics(models.reference).log_probs,
-        final_scores(scalar.apply(models.reward, tokens, mask=mask), mask),
-        values,
-    )
+    scores = jnp.zeros(len(tokens), jnp.float32)
+    if recipe.model_weight:
+        scores = final_scores(scalar.apply(models.reward, tokens, mask=mask), mask)
+    ref_log_probs = statistics(models.reference).log_probs
+    return Readings(log_probs, entropy, ref_log_probs, scores, values)
 
 
 def make_experience(
-    recipe: Recipe, kl_coef: jax.Array, rollout: Rollout, readings: Readings
+    recipe: Recipe,
+    kl_coef: jax.Array,
+    rollout: Rollout,
+    readings: Readings,
+    given: Given | None = None,
 ) -> Scored:
-    """Rewards and advantages of a rollout, and the logs of PPO-16 that need no update."""
+    """Rewards and advantages of a rollout, and the logs of PPO-16 that need no update.
+
+    `given` are rewards from elsewhere, added to the reward model's.
+    """
     config, where = recipe.config, rollout.response_mask
     responses = rollout.tokens[:, -where.shape[1] :]
     ended = ((responses == recipe.eos_id) & where).any(axis=-1)
+    raw = recipe.model_weight * readings.scores
+    if given is not None:
+        raw += given.scores
     scores = missing_eos_scores(
-        clip_scores(readings.scores, limit=config.reward_clip),
+        clip_scores(raw, limit=config.reward_clip),
         ended,
         rule=config.missing_eos,
         penalty=config.missing_eos_penalty,
     )
     of_policy = readings.log_probs, readings.ref_log_probs
     rewards = kl_shaped_rewards(scores, *of_policy, where=where, kl_coef=kl_coef)
+    if given is not None:
+        rewards += jnp.where(where, given.tokens, 0.0)
+        raw += jnp.where(where, given.tokens, 0.0).sum(-1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, where=where, shift_mean=False)
     returns = None
@@ -162,5 +174,5 @@ def make_experience(
     experience = Experience(
         rollout.tokens, rollout.mask, where, *of_policy, advantages, readings.values, returns
     )
-    metrics = rollout_logs(config, kl_coef, rollout, readings, rewards, ended, returns)
+    metrics = rollout_logs(config, kl_coef, rollout, readings, raw, rewards, ended, returns)
     return jax.tree.map(jax.lax.stop_gradient, Scored(experience, metrics))

@@ -55,6 +55,7 @@ from instruct_jax.stages.ppo_models import (
 )
 from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
 from instruct_jax.stages.pretrain import language_rows
+from instruct_jax.stages.rewards import Given, HostRewards
 from instruct_jax.stages.stage import RULES, Adapter, place_params, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
@@ -74,8 +75,8 @@ class Programs(NamedTuple):
 
     read: Callable[[PPOState, Frozen, Rollout], Readings]
     """all forward passes over a rollout"""
-    score: Callable[[jax.Array, Rollout, Readings], Scored]
-    """(kl_coef, rollout, readings) -> rewards, advantages and logs"""
+    score: Callable[[jax.Array, Rollout, Readings, Given | None], Scored]
+    """(kl_coef, rollout, readings, rewards from elsewhere) -> rewards, advantages and logs"""
     update: Callable[..., tuple[PPOState, Metrics]]
     """(state, frozen, experience, text, kl, key) -> (state, metrics); the state is donated"""
 
@@ -110,14 +111,15 @@ class Iteration(NamedTuple):
     """The step of this stage: `iteration(state, batch, key) -> (state, metrics)`.
 
     `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
-    `samples_per_prompt` times in a row, `prompt_mask`, and with a pretraining mix
-    `text`, rows of `language_loss` as [updates, rows, T].
+    `samples_per_prompt` times in a row, `prompt_mask`, with rewards from elsewhere `index` int[N],
+    and with a pretraining mix `text`, rows of `language_loss` as [updates, rows, T].
     """
 
     recipe: Recipe
     programs: Programs
     frozen: Frozen
     mesh: Mesh
+    rewards: HostRewards | None = None
 
     def __call__(
         self, state: PPOState, batch: dict[str, Any], key: jax.Array
@@ -130,7 +132,13 @@ class Iteration(NamedTuple):
         """Experience of the models as they are: a response to every prompt, read and scored."""
         rollout = self.sample(state, batch, key)
         readings = self.programs.read(state, self.frozen, rollout)
-        return self.programs.score(state.kl_coef, rollout, readings)
+        given, logs = None, {}
+        if self.rewards is not None:  # the device is at the readings meanwhile
+            given, logs = self.rewards(rollout, batch["index"])
+            given = hosts.spread(given, batch_sharding(self.mesh))
+            logs = hosts.spread(logs, replicated(self.mesh))
+        scored = self.programs.score(state.kl_coef, rollout, readings, given)
+        return scored._replace(metrics=scored.metrics | logs)
 
     def sample(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Rollout:
         """Responses of the policy to the prompts of `batch`."""
@@ -160,11 +168,17 @@ class Iteration(NamedTuple):
         return state, logs | metrics
 
 
-def make_iteration(recipe: Recipe, frozen: Frozen, state: PPOState, mesh: Mesh) -> Iteration:
+def make_iteration(
+    recipe: Recipe,
+    frozen: Frozen,
+    state: PPOState,
+    mesh: Mesh,
+    rewards: HostRewards | None = None,
+) -> Iteration:
     """The iteration of four compiled programs; the state is donated to the last and stays sharded
     as the `state` given here.
     """
-    return Iteration(recipe, make_programs(recipe, state, mesh), frozen, mesh)
+    return Iteration(recipe, make_programs(recipe, state, mesh), frozen, mesh, rewards)
 
 
 class IterationBatches(NamedTuple):
@@ -180,7 +194,8 @@ class IterationBatches(NamedTuple):
     def answered(self, step: int) -> dict[str, Any]:
         """The prompts that iteration `step` answers."""
         rows = self.prompts(step + self.lag)
-        return {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
+        batch = {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
+        return batch | ({"index": rows["index"]} if "index" in rows else {})
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
@@ -214,6 +229,8 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, PPOState], dict[str, float]] | None = None,
+    rewards: HostRewards | None = None,
+    model_weight: float = 1.0,
 ) -> PPOState:
     """Runs PPO (or PPO-ptx when `config.ptx_coef` > 0) from M3; returns the final state.
 
@@ -224,6 +241,9 @@ def train(
     parameters also where an adapter is trained. Resumes from `workdir/checkpoints` when there is
     one; ConfigError where that was trained with other models.
 
+    `rewards` are added to `model_weight` times the reward model's score, and read the `index` of
+    `prompts`. With weight 0 the reward model is what the value model starts as and no more.
+
     With a rank in `config.lora`, `reward_params` may be an adapter and a head alone, trained on the
     trunk of `policy_params`: that trunk then serves all four models (`ppo_models.py`). The average
     of the policy's adapter is also left in `workdir/adapter`.
@@ -232,10 +252,15 @@ def train(
         raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
     check_batches(config, mesh)
     recipe = Recipe(
-        config, adapt(policy, config.lora), adapt(scalar, config.lora), *optimizers(config), eos_id
+        config,
+        adapt(policy, config.lora),
+        adapt(scalar, config.lora),
+        *optimizers(config),
+        eos_id,
+        model_weight,
     )
     frozen, state = placed_models(recipe, policy_params, reward_params, mesh)
-    iteration = make_iteration(recipe, frozen, state, mesh)
+    iteration = make_iteration(recipe, frozen, state, mesh, rewards)
     inputs = {"init": fingerprint(frozen.reference), "reward_model": fingerprint(frozen.reward)}
     text = ptx if config.ptx_coef > 0 else None
     batch_at = IterationBatches(prompts, text, config.updates, config.rollout_lag)
@@ -288,6 +313,8 @@ def placed_models(
     frozen = frozen_models(config, policy_params, reward_params)
     txs = recipe.policy_tx, recipe.value_tx
     state = initial_state(config, policy_params, reward_params, txs)
+    if not recipe.model_weight and config.lora.rank == 0:
+        frozen = frozen._replace(reward={})  # the value model has all of its own
     value = None if state.value is None else shard_state(state.value, mesh, RULES)
     return Frozen(*(place_params(params, mesh) for params in frozen)), PPOState(
         shard_state(state.policy, mesh, RULES),

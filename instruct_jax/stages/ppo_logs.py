@@ -23,12 +23,13 @@ def rollout_logs(
     kl_coef: jax.Array,
     rollout: Rollout,
     readings: Readings,
+    scores: jax.Array,
     rewards: jax.Array,
     ended: jax.Array,
     returns: jax.Array | None,
 ) -> Metrics:
-    """float32[] each, of the shaped rewards float32[B, R], whether responses ended bool[B], and the
-    returns float32[B, R] of the value model where there is one.
+    """float32[] each, of the scores float32[B] as they came, the shaped rewards float32[B, R],
+    whether responses ended bool[B], and the returns float32[B, R] of the value model, if any.
     """
     where = rollout.response_mask
     metrics = {
@@ -38,7 +39,7 @@ def rollout_logs(
         "response_length": where.sum(-1).mean(dtype=jnp.float32),
         "tokens": where.sum(dtype=jnp.float32),
         "reward_total": jnp.where(where, rewards, 0.0).sum(-1).mean(),
-        **_score_logs(readings.scores, config.samples_per_prompt),
+        **_score_logs(scores, config.samples_per_prompt),
         **_divergence_logs(readings, kl_coef, where),
     }
     if config.old_log_probs == "forward":

@@ -62,14 +62,15 @@ class Readings(NamedTuple):
     log_probs: jax.Array  # float32[B, R], of the policy that sampled
     entropy: jax.Array  # float32[B, R], its own, or an estimate without bias
     ref_log_probs: jax.Array  # float32[B, R], of the reference
-    scores: jax.Array  # float32[B], the reward model's
+    scores: jax.Array  # float32[B], the reward model's; 0 where it is not asked
     values: jax.Array | None  # float32[B, R]
 
 
 class Frozen(NamedTuple):
     """The parameters that PPO reads and never writes.
 
-    `reward` is a model with a trunk of its own, or an adapter and a head for the reference's.
+    `reward` is a model with a trunk of its own, or an adapter and a head for the reference's;
+    empty where nothing reads it.
     """
 
     reference: Any
@@ -82,8 +83,9 @@ class Frozen(NamedTuple):
         """
         # A trunk of its own has other leaves than the reference's: nothing of that may shine
         # through where it has none.
-        shares = "embedder" not in self.reward
-        reward = join(self.reference, self.reward) if shares else self.reward
+        reward = self.reward
+        if reward and "embedder" not in reward:
+            reward = join(self.reference, reward)
         value = None if state.value is None else join(reward, state.value.params)
         return Models(join(self.reference, state.policy.params), self.reference, reward, value)
 
@@ -97,6 +99,8 @@ class Recipe(NamedTuple):
     policy_tx: optax.GradientTransformation
     value_tx: optax.GradientTransformation
     eos_id: int
+    # How much the reward model's score counts; at 0 it is not asked.
+    model_weight: float = 1.0
 
 
 def learning_rates(config: PPOConfig) -> tuple[Schedule, Schedule]:

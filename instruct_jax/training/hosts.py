@@ -141,6 +141,17 @@ def first_alone(work: Callable[[], Any]) -> None:
         raise error or RunError("process 0 failed; its own message says why")
 
 
+def of_first(work: Callable[[], Any], like: Any) -> Any:
+    """What process 0 makes of `work`, NumPy arrays like those of the tree `like`, in every process;
+    where it fails all fail.
+    """
+    made: list[Any] = []
+    first_alone(lambda: made.append(work()))
+    if not several():
+        return made[0]
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(made[0] if made else like))
+
+
 def barrier(name: str) -> None:
     """Returns once every process is here."""
     if several():

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 
-from instruct_jax.errors import ConfigError, NonFiniteError
+from instruct_jax.errors import ConfigError, NonFiniteError, RewardError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
 from instruct_jax.training.ledger import Ledger
@@ -81,7 +81,8 @@ def train(
         with signals as stop, closing(_ahead(batch_at, range(start.step, steps))) as batches:
             interval, anyone = _Interval(), AnyProcess()
             for i, batch, waited in batches:
-                state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
+                with run.kept(i, state):
+                    state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
                 done = i + 1
                 interval.add(metrics, waited)
                 due = done % log_every == 0 or done == steps
@@ -164,6 +165,16 @@ class _Run:
                 f"step {done}: {in_a_row:.0f} steps in a row had a loss or gradient that is not"
                 " finite or too large; the parameters are as before them"
             )
+
+    @contextmanager
+    def kept(self, done: int, state: Any) -> Iterator[None]:
+        """Within it a RewardError leaves the state of before the step saved: nothing is lost."""
+        try:
+            yield
+        except RewardError:
+            if done:
+                self.save(done, state, wait=True)
+            raise
 
     def evaluation_due(self, done: int) -> bool:
         """Whether an evaluation follows step `done`."""
