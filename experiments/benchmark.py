@@ -54,6 +54,7 @@ from instruct_jax.evaluation.roofline import (
     write_roofline,
     write_sweeps,
 )
+from instruct_jax.files import json_text
 from instruct_jax.planning import peers
 from instruct_jax.planning.measure import (
     Machine,
@@ -137,7 +138,7 @@ def main(config: Config, run: cli.Run) -> Path:
         report["environment"] = environment()
         table = compare(config, run, report)
     out = run.workdir / "benchmark.json"
-    out.write_text(json.dumps(report, indent=2) + "\n")
+    out.write_text(json_text(report))
     (run.workdir / "benchmark.md").write_text(table)
     print("\n" + table)
     return out

@@ -9,7 +9,6 @@ model can beat. The labelers need a gold judge, so the prompts are those of the 
 rankings of your own go straight to experiments/reward_model.py.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from instruct_jax.feedback.labelers import (
     collect_rankings,
     simulated_labelers,
 )
+from instruct_jax.files import json_text
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import NEVER, Settings, setting
@@ -139,7 +139,7 @@ def main(config: Config, run: cli.Run) -> Path:
     }
     path = run.workdir / "comparisons.jsonl"
     write_rows(path, rankings)
-    (run.workdir / "labelers.json").write_text(json.dumps(report, indent=2) + "\n")
+    (run.workdir / "labelers.json").write_text(json_text(report))
     for name, value, error in (
         ("two labelers agree", agree.rate, agree.standard_error),
         ("the gold judge agrees", ceiling.rate, ceiling.standard_error),

@@ -15,7 +15,6 @@ prompts with the same keys, so a change is a mean of paired differences. Cosine 
 position's logits with the original's, on the held-out documents that perplexity is of.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.files import json_text
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.matrices import parameter_total, tree_bytes
 from instruct_jax.models.pruning import prune, sparse_bytes
@@ -142,7 +142,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         "held_out_tokens": int(documents.size),
         "variants": results,
     }
-    (run.workdir / "compression.json").write_text(json.dumps(report, indent=2) + "\n")
+    (run.workdir / "compression.json").write_text(json_text(report))
     text = table(results)
     (run.workdir / "compression.md").write_text(text)
     print(text)

@@ -28,6 +28,7 @@ from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import Question, held_out_loss, task_accuracy
 from instruct_jax.evaluation.report import evaluation_table
 from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
+from instruct_jax.files import json_text
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import NEVER, Settings, setting
@@ -150,7 +151,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         "held_out_tokens": int(documents.size),
         "models": results,
     }
-    (run.workdir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    (run.workdir / "evaluation.json").write_text(json_text(report))
     run.say(f"{evaluation_table(report)}\n")
     run.say(f"figures: {run.workdir / 'evaluation.json'} (of {len(prompts):,} held-out prompts)")
     run.say(f"every answer: {run.workdir / 'samples.jsonl'}")

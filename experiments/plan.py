@@ -43,6 +43,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.files import json_text
 from instruct_jax.models.config import Attention, Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
         command = shlex.join(["python", "experiments/plan.py", *words])
         results = {"command": command, "models": job.origins, **results}
         flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json.dumps(results, indent=1) + "\n")
+        flags.json.write_text(json_text(results))
 
 
 def plan(flags: argparse.Namespace, job: Job, topology: Topology, spec: str) -> dict[str, Any]:

@@ -193,6 +193,11 @@ def batched(stage: SFTConfig, rows: Encoded, *, pad_id: int) -> Encoded:
                 f"config.sft.pack_length={stage.pack_length}: the longest demonstration has "
                 f"{longest} tokens; give as many or more"
             )
+        if stage.pack_length > (total := int(rows["mask"].sum())):
+            raise ConfigError(
+                f"config.sft.pack_length={stage.pack_length}: all demonstrations together have "
+                f"{total:,} tokens; give as many or fewer"
+            )
         rows = dict(pack(rows, length=stage.pack_length, pad_id=pad_id))
         kind = f"packed rows of {stage.pack_length} tokens"
     check_batch(len(rows["tokens"]), own, kind=kind, field="sft.batch_size")

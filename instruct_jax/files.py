@@ -1,6 +1,7 @@
 """Small files of JSON, and the names that files may have; any room may write and read them so."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -42,9 +43,24 @@ def read_object(path: Path, *required: str) -> dict[str, Any]:
     return value
 
 
+def json_text(value: Any) -> str:
+    """`value` as an indented JSON text, in which a number that is not finite is null: JSON has no
+    NaN, and strict readers refuse the whole file for one.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """`value` as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,10 @@ from instruct_jax.errors import ConfigError
 
 # In `acts_if`: a field that a script never reads.
 NEVER = "never"
+# Steps, tokens and rows are counted in int32; a field that may be larger says its own `high`.
+INT32_MAX = 2**31 - 1
+# A float becomes a number of this kind wherever it is computed with, and is infinite above it.
+FLOAT32_MAX = 3.4028234e38
 _OFF = (None, False, 0, "", "none", ())
 
 
@@ -47,10 +51,16 @@ class About:
         words += [f"at most {_written(self.high)}"] if self.high is not None else []
         return " and ".join(words)
 
+    def _largest(self, number: float) -> float:
+        if isinstance(number, int):
+            return math.inf if self.high is not None else INT32_MAX
+        return FLOAT32_MAX
+
     def holds(self, number: float) -> bool:
-        """Whether a number is finite and within the bounds."""
+        """Whether a number is finite, one of int32 or float32, and within the bounds."""
         return (
             math.isfinite(number)
+            and abs(number) <= self._largest(number)
             and (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)
@@ -107,6 +117,10 @@ class Settings:
             for number in _numbers(value):
                 if not said.holds(number):
                     expected = said.range or "a finite number"
+                    if isinstance(number, float) and FLOAT32_MAX < number < math.inf:
+                        expected = f"at most {FLOAT32_MAX:g}, the largest of float32"
+                    elif isinstance(number, int) and said.high is None and number > INT32_MAX:
+                        expected = f"at most {INT32_MAX:,}"
                     what = f" ({said.text})" if said.text else ""
                     raise ConfigError(f"{field.name}={value!r}: expected {expected}{what}")
 

@@ -238,6 +238,10 @@ def test_two_hundred_scripts_say_it_within_three_seconds_each(workdir, capsys):
         ("pretrain", "pretrain.epochs=0", "config.pretrain.epochs=0.0: expected above 0"),
         ("pretrain", "pretrain.learning_rate=nan", "learning_rate=nan: expected above 0"),
         ("pretrain", "pretrain.learning_rate=inf", "learning_rate=inf: expected above 0"),
+        ("pretrain", "pretrain.learning_rate=1e300", "at most 3.40282e+38, the largest of float32"),
+        ("pretrain", "pretrain.epochs=1e12", "epochs=1000000000000.0: expected above 0 and at m"),
+        ("pretrain", "pretrain.save_every=3000000000", "expected at most 2,147,483,647"),
+        ("ppo", "ppo.episodes=1000000000000", "expected at most 2,147,483,647"),
         ("pretrain", "pretrain.learning_rate=-1", "learning_rate=-1.0: expected above 0"),
         # A run in which nothing is learnt is a mistake.
         ("pretrain", "pretrain.learning_rate=0", "learning_rate=0.0: expected above 0"),

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,10 @@ def train(config, run):
     text = str(config.fit.rate)
     for name in (
         "checkpoints/7/state/d/0", "checkpoints/7/manifest.json", "checkpoints/pinned.json",
-        "damaged/3.1/x", "model/model.json", "model/tokenizer.json", "model/params/d/0",
+        "damaged/3.1/_CHECKPOINT_METADATA", "model/model.json", "model/tokenizer.json",
+        "model/params/params/d/0",
         "tensorboard/sft/events.out.tfevents.1.host", "ledger.log", "sft.jsonl",
-        "epochs/2/params/x",
+        "epochs/2/params/params/manifest.ocdbt",
         "tokens/train-0123456789ab/00000.tokens", "tokens/train-0123456789ab/plan.json",
     ):  # fmt: skip
         path = run.workdir / name
@@ -224,6 +226,41 @@ def test_links_are_not_followed_and_not_deleted(launch, tmp_path):
         "checkpoints": f"-> {disk}",
         "sft.jsonl": f"-> {tmp_path / 'rows'}",
     }
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["with a manifest", "unfinished"])
+def test_what_is_put_into_a_saved_step_or_model_outlives_the_run(
+    launch, tmp_path, capsys, repository, finished
+):
+    workdir, disk = tmp_path / "runs/a", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "x").write_text("mine")
+    step = repository / "tests/fixtures/checkpoints/format_2/4"
+
+    def saves(config, run):
+        train(config, run)
+        for name in ("checkpoints/9", "model/params", "epochs/3/params"):
+            shutil.rmtree(run.workdir / name, ignore_errors=True)
+            shutil.copytree(step, run.workdir / name)
+            if not finished:
+                (run.workdir / name / "manifest.json").unlink()
+
+    assert launch(main=saves) == 0
+    wanted = {}
+    for name in ("checkpoints/9", "model/params", "epochs/3/params"):
+        for inner in ("notes.txt", "state/notes.txt", "plots/a.png"):
+            path = workdir / name / inner
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("mine")
+            wanted[f"{name}/{inner}"] = hashlib.sha256(b"mine").hexdigest()
+        (workdir / name / "link").symlink_to(disk)
+        wanted[f"{name}/link"] = f"-> {disk}"
+    assert launch(OVERWRITE, "--config.fit.rate=0.2", main=lambda config, run: None) == 0
+    (kept,) = workdir.glob("kept-*")
+    assert kept.name in capsys.readouterr().err
+    assert {k: v for k, v in snapshot(kept).items() if v != "folder"} == wanted
+    assert {path.name for path in workdir.iterdir()} == {"config.json", kept.name}
+    assert files(disk) == ["x"]
 
 
 @pytest.mark.parametrize("point", range(1, 40))

@@ -37,6 +37,18 @@ COMMON = (
     "tokens/*-*/plan.#.tmp", *(f"model/{name}" for name in _MODEL),
     "adapter/adapter.json", "adapter/params", "adapter/params.*-tmp*",
 )  # fmt: skip
+# What a save writes into a folder of arrays; once it is finished its manifest names all of it.
+_MANIFEST = "manifest.json"
+_STORE = ("manifest.ocdbt", "manifest.ocdbt.__lock", "d/*")
+_ITEM = (
+    "_METADATA", "_sharding", "commit_success.txt", "array_metadatas/process_#", *_STORE,
+    *(f"ocdbt.process_#/{name}" for name in _STORE),
+)  # fmt: skip
+_ARRAYS = (
+    _MANIFEST, f"{_MANIFEST}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt",
+    "orbax.checkpoint", *(f"*/{name}" for name in _ITEM),
+)  # fmt: skip
+_HOLDS_ARRAYS = re.compile(r"(checkpoints|damaged)/[^/]*|(.*/)?params(\..*-tmp.*)?", re.DOTALL)
 # Of a run that has yet to save anything: without these it is as if it had not begun.
 TRACES = ("ledger.log", "tensorboard", "tokens", "config.tmp")
 _ASIDE = re.compile(r"replaced-\d{8}T\d{6}Z(\.\d+)?")
@@ -179,9 +191,48 @@ def delete(workdir: Path, writes: Sequence[str], *, among: Sequence[str] = ()) -
         place = workdir / path
         if place.is_symlink() or (among and path.parts[0] not in among):
             continue
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        if not place.is_dir():
+            place.unlink()
+        elif _HOLDS_ARRAYS.fullmatch(str(path)):
+            _delete_arrays(place)
+        else:
+            shutil.rmtree(place)
         _leave_if_empty(workdir, path.parent)
     _sweep(workdir, Path(), (*COMMON, *writes))
+
+
+def _delete_arrays(folder: Path) -> None:
+    """Deletes what was saved there: what its manifest names, or without one what a save writes."""
+    listed = _listed(folder)
+    above = {str(parent) for name in listed for parent in Path(name).parents}
+
+    def ours(path: Path, *, whole: bool) -> bool:
+        if listed:
+            return str(path) in (listed if whole else above)
+        return any(_matches(path, pattern, whole=whole) for pattern in _ARRAYS)
+
+    for root, folders, names in os.walk(folder, topdown=False):  # the manifest is among the last
+        for name in (*names, *folders):
+            place = Path(root, name)
+            path = place.relative_to(folder)
+            if place.is_symlink():
+                continue
+            if not place.is_dir():
+                if ours(path, whole=True):
+                    place.unlink()
+            elif ours(path, whole=False) and not any(place.iterdir()):
+                place.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that the manifest of a saved folder names, and itself; none where there is none."""
+    try:
+        sums = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return {_MANIFEST, f"{_MANIFEST}.tmp", *sums} if isinstance(sums, dict) else set()
 
 
 def _sweep(root: Path, below: Path, patterns: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ Two recipes, one function (spec SFT-1..5):
     rows.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Arrays, Batches, Mixture
 from instruct_jax.data.tokens import TokenRows
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import json_text
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
@@ -152,5 +152,5 @@ def select_epoch(scores: dict[int, float], *, losses: dict[int, float], path: Pa
         "epochs": {str(e): {"score": scores[e], "loss": losses.get(e)} for e in sorted(scores)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(decision, indent=2) + "\n")
+    path.write_text(json_text(decision))
     return best

@@ -11,7 +11,6 @@ A stage hands its result on as a model folder, and only so:
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from instruct_jax.data.ragged import Rows
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
-from instruct_jax.errors import CheckpointError, ConfigError
-from instruct_jax.files import read_object, unfit_path
+from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from instruct_jax.files import json_text, read_object, unfit_path
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
@@ -39,7 +39,7 @@ from instruct_jax.models.transformer import (
     language_model,
     scalar_model,
 )
-from instruct_jax.settings import Settings, setting
+from instruct_jax.settings import INT32_MAX, Settings, setting
 from instruct_jax.stages.record import RECORD, Base, Record, read_record
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
@@ -155,7 +155,7 @@ class FitConfig(RunConfig):
     run, after `warmup` linear updates.
     """
 
-    epochs: float = setting(1.0, "passes over the rows", above=0.0, may_change="more")
+    epochs: float = setting(1.0, "passes over the rows", above=0.0, high=1e6, may_change="more")
     batch_size: int = setting(64, "rows of an update", low=1, unit="rows")
     learning_rate: float = setting(
         1e-4, "learning rate at its peak, from which it falls along a cosine", above=0.0
@@ -217,11 +217,13 @@ class BatchSource(Protocol):
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
     """Updates in which every row is met `epochs` times; the last batch may reach into the next
-    epoch, and none is left without its update.
+    epoch, and none is left without its update. ConfigError where int32 cannot count them.
 
     >>> steps_of(1.0, 20, 16), steps_of(2.0, 24, 16), steps_of(0.5, 20, 16)
     (2, 3, 1)
     """
+    if epochs * rows / batch_size > INT32_MAX:
+        raise ConfigError(f"epochs {epochs:g} of {rows:,} rows are over {INT32_MAX:,} updates")
     # Less than a thousandth of a batch over a whole number is rounding of `epochs`.
     return max(1, math.ceil(epochs * rows / batch_size - 1e-3))
 
@@ -342,9 +344,11 @@ def save_trained(
     directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
 ) -> Path:
     """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
-    `directory`; ConfigError where its name is one below which arrays cannot be kept.
+    `directory`; ConfigError where its name is one below which arrays cannot be kept, NonFiniteError
+    where a parameter is not finite. Then nothing is written.
     """
     _check_name(directory)
+    _check_finite(directory, trained.params)
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory / "params", trained.params, {"stage": trained.stage})
     about = Record(
@@ -360,10 +364,25 @@ def save_trained(
     def describe() -> None:
         trained.tokenizer.save(directory)
         # Written last: a folder with a model.json is complete.
-        (directory / RECORD).write_text(json.dumps(about.as_json(), indent=2) + "\n")
+        (directory / RECORD).write_text(json_text(about.as_json()))
 
     hosts.first_alone(describe)
     return directory
+
+
+def _check_finite(directory: Path, params: Any) -> None:
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not bool(hosts.fetch(_all_finite(floats))):
+        raise NonFiniteError(
+            f"{directory}: not written, a parameter is not finite; what was saved before stands"
+            f" ({directory.parent / 'checkpoints'}): lower the learning rate"
+        )
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """bool[], replicated whatever the sharding of the leaves."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
 
 
 def load_trained(
@@ -452,7 +471,7 @@ def save_adapter(directory: Path, adapter: Adapter) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
     save_model(directory / "params", adapter.params, about)
-    text = json.dumps(about, indent=2) + "\n"
+    text = json_text(about)
     hosts.first_alone(lambda: _write(directory / "adapter.json", text))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.data.tokenizer import train_bpe
-from instruct_jax.errors import CheckpointError, ConfigError
+from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import language_model, scalar_model
@@ -64,6 +64,32 @@ def test_a_model_on_a_mesh_is_saved_whole_and_a_folder_is_replaced(tmp_path, tra
     assert not all(x.is_fully_replicated for x in jax.tree.leaves(spread))
     save_trained(tmp_path, trained._replace(params=spread))
     assert labs.same_bits(load_trained(tmp_path).params, trained.params)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp:4,tensor:2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_not_saved_and_nothing_is_written(
+    tmp_path, trained, mesh, value
+):
+    leaves, tree = jax.tree.flatten(trained.params)
+    leaves[-1] = leaves[-1].at[-1].set(value)
+    params = jax.tree.unflatten(tree, leaves)
+    if mesh is not None:
+        params = place_params(params, make_mesh(mesh))
+    with pytest.raises(NonFiniteError, match=r"a parameter is not finite; .*checkpoints") as error:
+        save_trained(tmp_path / "run/model", trained._replace(params=params))
+    assert error.value.exit_code == 3 and not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_is_not_finite_is_null_in_json(tmp_path, trained):
+    notes = {"valid_loss": float("nan"), "by": [{"x": float("inf")}, (1.5,)]}
+    folder = save_trained(tmp_path / "model", trained, notes=notes)
+
+    def never(name):
+        raise AssertionError(name)
+
+    about = json.loads((folder / "model.json").read_text(), parse_constant=never)
+    assert about["notes"] == {"valid_loss": None, "by": [{"x": None}, [1.5]]}
 
 
 def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained):
