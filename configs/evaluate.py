@@ -3,6 +3,7 @@ r"""Comparisons of models, for experiments/evaluate.py.
     python experiments/evaluate.py --config=configs/evaluate.py:toyworld --workdir=runs/evaluate \
         --config.models="('gpt=runs/pretrain/model', 'sft=runs/sft/model', 'ppo=runs/ppo/model')"
 
+files          prompts of yours: reward, lengths, samples, and of documents the loss
 toyworld       400 prompts, gold judge, few-shot tasks
 debug          a handful
 shared_data    Alpaca prompts and books: held-out loss, reward, lengths, samples
@@ -11,6 +12,15 @@ shared_data    Alpaca prompts and books: held-out loss, reward, lengths, samples
 from ml_collections import ConfigDict
 
 PRESETS = {
+    "files": {
+        "data.source": "files",
+        "measure_lengths": True,
+        "prompts": 256,
+        "document_length": 128,
+        "prompt_length": 1024,
+        "response_length": 128,
+        "batch_size": 64,
+    },
     "toyworld": {"prompts": 400, "tasks": 256, "document_length": 112, "data.toy_valid": 512},
     "debug": {
         "prompts": 16,

@@ -6,6 +6,7 @@ r"""PPO and PPO-ptx runs (M5, M6), for experiments/ppo.py.
 
 NAME is PPO; NAME_ptx mixes pretraining text in.
 
+files                         prompts of yours, whose length is measured
 toyworld, toyworld_ptx        the embedded world
 toyworld_ptx_lora             the same, an adapter of rank 4 trained instead of the whole policy
 debug, debug_ptx              two iterations of a few rows
@@ -162,7 +163,27 @@ GPT4LLM = {
     "ppo.save_every": 25,
 }
 
+# prompt_length is the most that is taken. With data.documents there can be a mix: ptx_coef 1.
+FILES = {
+    "data.source": "files",
+    "measure_lengths": True,
+    "ptx_length": 128,
+    "ppo.episodes": 2_048,
+    "ppo.rollout_batch": 64,
+    "ppo.minibatch": 16,
+    "ppo.response_length": 128,
+    "ppo.kl_coef": 0.05,
+    "ppo.learning_rate": 2e-5,
+    "ppo.value_learning_rate": 5e-5,
+    "ppo.warmup_iterations": 4,
+    "ppo.ema_decay": 0.95,
+    "ppo.ptx_ratio": 2,
+    "ppo.eval_every": 8,
+    "ppo.save_every": 8,
+}
+
 PRESETS = {
+    "files": FILES,
     "toyworld": TOYWORLD,
     "toyworld_ptx": TOYWORLD | {"ppo.ptx_coef": 0.5},
     "toyworld_ptx_lora": TOYWORLD

@@ -3,6 +3,7 @@ r"""Direct preference runs, for experiments/preference.py.
     python experiments/preference.py --config=configs/preference.py:toyworld \
         --config.init=runs/sft/model --workdir=runs/dpo
 
+files          DPO on rankings or pairs of yours, of lengths that are measured on them
 toyworld       DPO on the collected rankings of the embedded world, all pairs of a prompt at once
 ipo, kto, orpo, simpo, cpo, dpo_sft, robust_dpo
                the same rows with another loss
@@ -34,7 +35,23 @@ RAFAILOV = {
     "preference.save_every": 500,
 }
 
+# The lengths are the most that is taken.
+FILES = {
+    "data.source": "files",
+    "data.valid_fraction": 0.1,
+    "measure_lengths": True,
+    "preference.batch_size": 16,
+    "preference.completions": 9,
+    "preference.prompt_length": 1024,
+    "preference.response_length": 1024,
+    "preference.learning_rate": 1e-5,
+    "preference.warmup": 0,
+    "preference.final_fraction": 0.1,
+    "preference.save_every": 100,
+}
+
 PRESETS = {
+    "files": FILES,
     "toyworld": TOYWORLD,
     "ipo": TOYWORLD | {"preference.loss": "ipo"},
     "kto": TOYWORLD | {"preference.loss": "kto"},

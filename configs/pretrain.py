@@ -2,6 +2,7 @@
 
     python experiments/pretrain.py --config=configs/pretrain.py:toyworld --workdir=runs/pretrain
 
+files                       text of yours, a small model and a byte-level BPE of its own
 toyworld                    the embedded world, minutes on two cores
 debug                       two layers on a handful of documents: does it run at all?
 arithmetic                  sums, most of them false, of experiments/arithmetic.py
@@ -33,6 +34,18 @@ GPT3 = {
 }
 
 PRESETS = {
+    "files": {
+        "data.source": "files",
+        "vocab_size": 4095,
+        "model.preset": "mini",
+        "pretrain.epochs": 3.0,
+        "pretrain.batch_size": 16,
+        "pretrain.length": 128,
+        "pretrain.learning_rate": 2e-3,
+        "pretrain.warmup": 0,
+        "pretrain.eval_every": 200,
+        "pretrain.save_every": 200,
+    },
     "toyworld": {
         "data.toy_documents": 40_000,
         "vocab_size": 767,  # and one row for padding

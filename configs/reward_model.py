@@ -3,6 +3,7 @@ r"""Reward-model runs (M2), for experiments/reward_model.py.
     python experiments/reward_model.py --config=configs/reward_model.py:toyworld \
         --config.init=runs/sft/model --workdir=runs/reward_model
 
+files                      rankings or pairs of yours, of lengths that are measured on them
 toyworld                   collected rankings of the embedded world
 debug                      eight updates of a few rows
 shared_data                K-wise AlpacaEval rankings and HH helpful pairs, from an Alpaca model
@@ -69,7 +70,20 @@ GPT4LLM = {
     "reward_model.save_every": 200,
 }
 
+# The lengths are the most that is taken. With data.demonstrations there can be a zero point too
+# (RM-4): normalisation "demo_mean".
+FILES = {
+    "data.source": "files",
+    "data.valid_fraction": 0.1,
+    "measure_lengths": True,
+    "reward_model.batch_size": 16,
+    "reward_model.learning_rate": 1e-4,
+    "reward_model.normalisation": "none",
+    "reward_model.save_every": 100,
+}
+
 PRESETS = {
+    "files": FILES,
     "toyworld": TOYWORLD,
     "debug": TOYWORLD
     | {

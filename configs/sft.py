@@ -3,6 +3,7 @@ r"""Fine-tuning runs (M1, and M3 where PPO starts), for experiments/sft.py.
     python experiments/sft.py --config=configs/sft.py:toyworld --config.init=runs/pretrain/model \
         --workdir=runs/sft
 
+files                               rows of yours, of lengths that are measured on them
 toyworld, toyworld_rlhf_init        the embedded world: M1, and M3 with a tenth of pretraining rows
 debug, debug_rlhf_init              a few updates of a few rows
 shared_data, shared_data_rlhf_init  8k Alpaca instructions, books mixed into M3
@@ -89,7 +90,20 @@ GPT4LLM = {
     "sft.save_every": 500,
 }
 
+# prompt_length and response_length are the most that is taken.
+FILES = {
+    "data.source": "files",
+    "measure_lengths": True,
+    "sft.epochs": 3,
+    "sft.batch_size": 8,
+    "sft.pack_length": 512,
+    "sft.learning_rate": 1e-4,
+    "sft.residual_dropout": 0.0,
+    "sft.save_every": 200,
+}
+
 PRESETS = {
+    "files": FILES,
     "toyworld": TOYWORLD,
     # As many epochs as M1, so that PPO does not start behind the model it is compared with.
     "toyworld_rlhf_init": TOYWORLD | RLHF_INIT | {"sft.epochs": 3},

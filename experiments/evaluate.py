@@ -35,7 +35,7 @@ from instruct_jax.settings import NEVER, Settings, setting
 from instruct_jax.stages.inputs import data_acts, measured, prompt_tokens
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.stage import TrainedModel, load_trained
-from instruct_jax.stages.text import held_out_text
+from instruct_jax.stages.text import held_out_text, names_text
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("evaluation.json", "samples.jsonl")
@@ -100,7 +100,9 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     for entry in config.models:
         name, _, folder = entry.partition("=")
         models[name] = load_trained(folder, kind="language", compute=config.model)
-        check_length(models[name].config, config.document_length, field="config.document_length")
+        if names_text(config.data, "test"):
+            field = "config.document_length"
+            check_length(models[name].config, config.document_length, field=field)
     reward = None
     if config.reward_model:
         reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
@@ -119,7 +121,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     documents = held_out_text(config.data, source, tokenizer, split="test", **kept)
     run.record_data(source.provenance(), source.licences())
     if not len(documents):
-        run.note("no documents are held out: it compares no loss of text")
+        run.note("no documents are held out: there is no loss of text to compare")
 
     answers = {"baseline": _answers(config, models[config.baseline], prompts, draw=0)}
     results: dict[str, dict[str, Any]] = {}

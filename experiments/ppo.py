@@ -37,7 +37,6 @@ from instruct_jax.stages.inputs import (
     check_batch,
     data_acts,
     measured,
-    no_held_out,
     prompt_tokens,
 )
 from instruct_jax.stages.ppo import PPOConfig
@@ -46,7 +45,7 @@ from instruct_jax.stages.reward_model import score_rows
 from instruct_jax.stages.reward_sources import ModelReward, named_rewards
 from instruct_jax.stages.rewards import HostRewards
 from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
-from instruct_jax.stages.text import held_out_text, text_rows
+from instruct_jax.stages.text import held_out_text, names_text, text_rows
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32
@@ -134,7 +133,7 @@ def main(config: Config, run: cli.Run) -> Path:
     standard = demonstration_score(config.data, stage, source, reward)
     run.record_data(source.provenance(), source.licences())
     if not len(held_out):
-        run.note(no_held_out("documents"))
+        run.note("no documents are held out: there is no held-out loss of text")
     policy = start.model
 
     def judge(params: Any) -> dict[str, float]:
@@ -195,7 +194,8 @@ def main(config: Config, run: cli.Run) -> Path:
 
 def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> None:
     """ConfigError where a row has positions that a model has not."""
-    check_length(start.config, config.ptx_length, field="config.ptx_length")
+    if names_text(config.data):
+        check_length(start.config, config.ptx_length, field="config.ptx_length")
     longest = config.ppo.prompt_length + config.ppo.response_length
     for name, trained in (("init", start), ("reward_model", reward)):
         if not config.measure_lengths:

@@ -98,7 +98,7 @@ def measured(
     most = {"prompt": given.prompt_length, "response": given.response_length}
     fit = fit_lengths(prompts, responses, limit=limit, **most)
     words = (
-        f"measured on {len(prompts):,} training rows: prompt_length {fit.prompt}, "
+        f"measured on {len(prompts):,} rows: prompt_length {fit.prompt}, "
         f"response_length {fit.response}, of {limit} positions"
     )
     for count, what in ((fit.long_prompts, "prompts"), (fit.long_responses, "responses")):

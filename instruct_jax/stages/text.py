@@ -29,6 +29,12 @@ def text_rows(
     return corpus.rows(length, required=split == "train")
 
 
+def names_text(config: DataConfig, split: Split = "valid") -> bool:
+    """Whether there are any documents for a held-out part to be of."""
+    own = (config.test if split == "test" else config.valid).documents
+    return config.source == "toyworld" or bool(config.documents or own)
+
+
 def held_out_text(
     config: DataConfig,
     source: Source,
@@ -42,8 +48,6 @@ def held_out_text(
 
     N is 0 where `config` names no documents, holds none out, or less of them than one row.
     """
-    named = config.source == "toyworld" or config.documents
-    named = named or (config.test if split == "test" else config.valid).documents
-    if not named:
+    if not names_text(config, split):
         return np.zeros((0, length), np.int32)
     return text_rows(source, split, tokenizer, length=length, folder=folder)[:]

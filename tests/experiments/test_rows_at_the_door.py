@@ -208,7 +208,7 @@ def test_ppo_and_evaluation_need_no_documents(tmp_path, capsys, inputs):
     assert lines[1].endswith("samples.jsonl")
     scripts.launch("evaluate", *arguments(inputs, "evaluate", tmp_path / "evaluate"), fraction)
     out, err = capsys.readouterr()
-    assert "it compares no loss of text" in err
+    assert "no loss of text to compare" in err
     report = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
     assert "pretrain_loss" not in report["models"]["sft"] and report["held_out_tokens"] == 0
     assert "reward" in out and "answers that end" in out and "held-out text loss" not in out

@@ -55,7 +55,7 @@ def test_what_was_chosen_is_told_with_what_is_lost():
     stage, words = measured(SFTConfig(), prompts, responses, limit=64)
     assert (stage.prompt_length, stage.response_length) == (24, 32)
     assert words == (
-        "measured on 3 training rows: prompt_length 24, response_length 32, of 64 positions; "
+        "measured on 3 rows: prompt_length 24, response_length 32, of 64 positions; "
         "1 prompts are longer"
     )
     # What is configured is the most that is taken.
