@@ -117,7 +117,6 @@ def main(config: Config, run: cli.Run) -> Path:
     mesh = make_mesh(run.mesh)
     ppo.check_batches(config.ppo, mesh)
     source = open_source(config.data, template=start.template, model=config.init)
-    run.note(f"algorithm: {named(config.ppo)}")
     stage, prompts, rows = read_prompts(config, run, source, start, reward)
     rewards = load_rewards(config, stage, start, rows)
     ptx = None
@@ -132,6 +131,7 @@ def main(config: Config, run: cli.Run) -> Path:
     probes = read_probes(stage, source, start)
     standard = demonstration_score(config.data, stage, source, reward)
     run.record_data(source.provenance(), source.licences())
+    run.note(f"algorithm: {named(stage)}")
     if not len(held_out):
         run.note("no documents are held out: there is no held-out loss of text")
     policy = start.model

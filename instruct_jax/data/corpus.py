@@ -172,6 +172,11 @@ class Corpus:
         total = sum(journal.tokens for journal in journals)
         if total < length and required:
             hint = "give more text, or a smaller length"
+            if not total:
+                hint = (
+                    "all of it is held out: lower data.valid_fraction, or cut plain text into more "
+                    "documents with data.split_text=paragraph"
+                )
             raise DataError(f"{total} tokens of text do not fill one row of {length}", hint=hint)
         paths = [self._path(i) for i in range(len(journals))]
         return TokenRows(paths, [j.tokens for j in journals], self.dtype, length)

@@ -64,7 +64,8 @@ def fit_lengths(
     """The least lengths that hold rows of int[N] prompt and int[M] response tokens.
 
     In steps of 8, at most `prompt` and `response`, and together at most `limit`, the positions of
-    the model; where that is too little, the division that the fewest rows are too long for.
+    the model; where that is too little, the division that the fewest rows are too long for. Longer
+    prompts are left out, and longer responses cut.
 
     >>> fit_lengths(np.array([9, 30]), np.array([5, 6]), prompt=512, response=512, limit=64)
     Fit(prompt=32, response=8, long_prompts=0, long_responses=0)
@@ -85,6 +86,8 @@ def fit_lengths(
         lost = longer(prompts, choices) + longer(responses, np.minimum(r, limit - choices))
         p = int(choices[lost.argmin()])
         r = min(r, limit - p)
+    # A prompt that is longer is left out, and then need not have a place.
+    p = min(p, room(prompts[prompts <= p], prompt))
     return Fit(p, r, int(longer(prompts, p)), int(longer(responses, r)))
 
 
