@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from instruct_jax.data.records import Record, kind_of, lone_surrogate
 from instruct_jax.data.rows import DataError, Turn
+from instruct_jax.data.tokenizer import EOS
 
 _ROLES = {
     "system": "system",
@@ -28,11 +29,17 @@ _UNWRITTEN = (
     "reasoning_content", "reasoning", "thinking",
 )  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Columns that change what a row means: in a format that does not read them, they are refused.
+# Keys of a message that say whether it is learnt, each 0 or 1.
+_LEARNT = ("weight", "train", "training", "loss")
+# Columns of the system prompt, and those that change what a row means, in any case: in a format
+# that does not read them, they are refused.
+_SYSTEM = ("system", "system_prompt", "system_message")
 _MEANT = {
-    "system", "system_prompt", "history", "input", "context", "passage", "choices", "options",
+    *_SYSTEM,
+    "history", "input", "context", "passage", "choices", "options",
     "weight", "tools", "functions", "image", "images", "audio", "audios", "video", "videos",
 }  # fmt: skip
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _LARGEST = 1e300  # a whole number in JSON may be too large for a float
 
 
@@ -77,19 +84,24 @@ class Fields:
 
     def is_text(self, name: str) -> bool:
         """Whether the field is a text, and not a chat that a table keeps as its JSON."""
+        in_table = self.record.in_table
+        return not self.is_chat(name) if in_table else isinstance(self.value(name), str)
+
+    def is_chat(self, name: str) -> bool:
+        """Whether the field is a chat, or the JSON of one."""
         value = self.value(name)
         if not isinstance(value, str):
-            return False
+            return True
         messages = _from_json(value) if value.lstrip().startswith("[{") else None
-        return not (messages and all(isinstance(m, dict) and _role(m) for m in messages))
+        return bool(messages) and all(isinstance(m, dict) and _role(m) for m in messages or ())
 
     def flag(self, name: str) -> bool:
         """True or false; 1 and 0, or the words, do as well (CSV)."""
         value = self.value(name)
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if str(value).strip().lower() not in known:
+        word = str(value).strip().lower()
+        if word not in (*_TRUE, *_FALSE):
             raise self.error("expected true or false", name)
-        return known[str(value).strip().lower()]
+        return word in _TRUE
 
     def turns(self, name: str) -> tuple[Turn, ...]:
         """A chat: a list of {role, content}, or of {from, value}, or of {role, text}.
@@ -110,17 +122,26 @@ class Fields:
                 if item.get(key):
                     remedy = "which no template here writes; take it out, or put it into content"
                     raise self.error(f'message {i} has "{key}", {remedy}', name)
-            weight = item.get("weight")
-            if weight not in (None, 0, 1):
-                raise self.error(f"message {i} has a weight that is neither 0 nor 1", name)
+            learnt = [item.get(key) for key in _LEARNT]
+            for key, weight in zip(_LEARNT, learnt, strict=True):
+                if weight not in (None, 0, 1):
+                    raise self.error(f"message {i} has a {key} that is neither 0 nor 1", name)
             if role == "system" and (content is None or content == "" or str(content).isspace()):
                 self.mended["empty system turns left out"] += 1
                 continue
             text = self.checked(content, name, at=f"[{i}]")
-            turns.append(Turn(role, text, weight != 0 or role != "assistant"))
+            text = self.without_end(text, name) if role == "assistant" else text
+            turns.append(Turn(role, text, 0 not in learnt or role != "assistant"))
         if not turns:
             raise self.error("no messages", name)
         return tuple(turns)
+
+    def without_end(self, answer: str, name: str | None = None) -> str:
+        """An answer whose end is not spelt out (T0 does): the loader puts the token there."""
+        if not answer.rstrip().endswith(EOS):
+            return answer
+        self.mended[f"literal {EOS} taken off"] += 1
+        return self.checked(answer.rstrip().removesuffix(EOS), name)
 
     def _known_role(self, role: str, i: int, name: str) -> str:
         if role.lower() in _TOOLS:
@@ -147,10 +168,11 @@ class Fields:
         """The system prompt in a column of its own: "" for an empty one, None without such a
         column.
         """
-        names = [name for name in ("system", "system_prompt") if name in self.record.fields]
+        names = [name for name in self.record.fields if _spelt(name) in _SYSTEM]
         texts = [self.text(name, blank=True) for name in names]
-        if len(texts) == 2 and texts[0] != texts[1]:
-            raise self.error("system and system_prompt say different things", names[1])
+        for name, text in zip(names, texts, strict=True):
+            if text != texts[0]:
+                raise self.error(f"{names[0]} and {name} say different things", name)
         return texts[0] if texts else None
 
     def entry(self, name: str) -> "Fields":
@@ -200,12 +222,19 @@ class Fields:
         meta = rest.pop("meta", {})
         return {**rest, **meta} if isinstance(meta, dict) else {**rest, "meta": meta}
 
-    def refuse_unread(self) -> None:
-        """DataError for a column that no one asked for and that changes what the row means."""
+    def refuse_unread(self, names: Collection[str] = _MEANT, *, judged: bool = False) -> None:
+        """DataError for a column that no one asked for and that changes what the row means, and
+        where an answer is `judged` good, for a label that says it is not.
+        """
         for name, value in self.record.fields.items():
-            if name in _MEANT and name not in self._used and value not in (None, "", [], {}, 1):
-                hint = f"rename it where it is no part of the row, say to {name}_"
+            if name in self._used or value in (None, "", [], {}):
+                continue
+            hint = f"rename it where it is no part of the row, say to {name}_"
+            if _spelt(name) in names and value not in (1, "1"):
                 reason = "this column is not read in this format"
+                raise self.record.error(reason, field=name, hint=hint)
+            if judged and _spelt(name) == "label" and str(value).strip().lower() in _FALSE:
+                reason = "a label false is read of prompt+completion alone (kto)"
                 raise self.record.error(reason, field=name, hint=hint)
 
     def error(self, reason: str, name: str | None = None) -> DataError:
@@ -215,7 +244,7 @@ class Fields:
             return self.record.error(what + reason, field=self._inside)
         return self.record.error(reason, field=name)
 
-    def checked(self, value: Any, name: str, *, at: str = "", blank: bool = False) -> str:
+    def checked(self, value: Any, name: str | None, *, at: str = "", blank: bool = False) -> str:
         """`value` of field `name` as a string that can be encoded; `at` says where in the field."""
         place = f"{at} " if at else ""
         if not isinstance(value, str):
@@ -235,6 +264,10 @@ class Fields:
         # The outer field stays among an entry's own, for the excerpt of an error.
         fields = {**value, name: self.record.fields[name]}
         return Fields(replace(self.record, fields=fields), self.mended, inside=name)
+
+
+def _spelt(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
 
 
 def _role(message: dict[str, Any]) -> str:

@@ -149,6 +149,20 @@ def hash_files(source: str | os.PathLike[str]) -> dict[str, str]:
     return {str(path): _hash(path) for path in list_files(source)}
 
 
+def same_file(one: str, other: str) -> tuple[str, str] | None:
+    """(name, name) of a file of the source `one` that is a file of `other` as well, or a copy."""
+    if hub.is_hub_id(one) or hub.is_hub_id(other):
+        return (one, other) if one == other else None
+    others = list_files(other)
+    sizes = {path: path.stat().st_size for path in others}
+    for path in list_files(one):
+        size = path.stat().st_size
+        for beside in (beside for beside in others if sizes[beside] == size):
+            if os.path.samefile(path, beside) or _hash(path) == _hash(beside):
+                return str(path), str(beside)
+    return None
+
+
 def _hash(path: Path) -> str:
     try:
         stat = path.stat()
@@ -220,7 +234,16 @@ def _table_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
-            fields = {key: _plain(value) for key, value in row.items()}
+            fields = {}
+            try:
+                for key, value in row.items():
+                    fields[key] = _plain(value)
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                reason = f"bytes that are not UTF-8: 0x{byte:02x}"
+                hint = "a column of texts is expected: leave others out"
+                yield DataError(reason, path=name, line=number, field=key, hint=hint)
+                continue
             yield Record({k: v for k, v in fields.items() if v is not None}, name, number)
     except DataError:
         raise
@@ -230,7 +253,9 @@ def _table_records(name: str, rows: Iterable[dict[str, Any]]) -> Stream:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a table as one of JSON: no NaN, a time or an image as text."""
+    """A value of a table as one of JSON: no NaN, a time as text, and bytes, which are UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

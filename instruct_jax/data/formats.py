@@ -181,11 +181,13 @@ def read_dialogues(
 
     def convert(case: Case) -> Dialogue:
         style = template_of(case, wanted)
-        turns = (*turns_of(case), Turn("assistant", _only_answer(case), case.target))
+        prompt = turns_of(case)
+        turns = (*prompt, Turn("assistant", _only_answer(case), case.target))
         if not any(turn.target for turn in turns if turn.role == "assistant"):
             raise ValueError("every answer has weight 0: nothing to learn here")
         (style or PLAIN).segments(turns)
-        return Dialogue(turns, case.meta, _name(style))
+        asked = plain_text(prompt_of(case, style))
+        return Dialogue(turns, case.meta, _name(style), asked)
 
     return _read(source, ("demonstrations",), convert, limit, on_bad_row)
 
@@ -342,6 +344,11 @@ def _detect(record: Record, kinds: tuple[Kind, ...]) -> Format:
             if near is not None:
                 raise _suggestion(record, *near)
             return found
+    by_case = {name.lower(): name for name in columns}
+    for found in known:
+        if by_case.keys() >= set(found.required):
+            name = next(name for name in found.required if name not in columns)
+            raise _suggestion(record, by_case[name], name)
     # One column away: the format with the most columns right is the likeliest.
     nearly = [f for f in known if len(set(f.required) - columns) == 1]
     nearly.sort(key=lambda f: -len(f.required))

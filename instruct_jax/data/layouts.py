@@ -11,10 +11,16 @@ from typing import Literal
 
 from instruct_jax.data.fields import Fields
 from instruct_jax.data.rows import Meta, Segment, Turn
-from instruct_jax.data.templates import ALPACA, HH, Template, tldr_prompt
-from instruct_jax.data.tokenizer import EOS
+from instruct_jax.data.templates import ALPACA, HH, TEMPLATES, Template, tldr_prompt
 
 Kind = Literal["documents", "demonstrations", "comparisons", "prompts"]
+
+
+# What some sets of pairs keep of their judge.
+_SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,19 @@ def read_cases(found: Format, f: Fields) -> list[Case]:
     DataError for a record that does not fit, and for a column that nobody reads but should.
     """
     if found.kind == "documents":
+        f.refuse_unread(("weight",))
         return found.layout(f)
     system = f.system()
-    cases = found.layout(f)
-    f.refuse_unread()
+    cases = [_without_ends(case, f) for case in found.layout(f)]
+    f.refuse_unread(judged=found.kind != "prompts")
     return cases if system is None else [_under(system, case, f) for case in cases]
+
+
+def _without_ends(case: Case, f: Fields) -> Case:
+    answers = tuple(map(f.without_end, case.answers))
+    if len(set(answers)) < len(set(case.answers)):
+        raise f.error("completions that are the same text")
+    return replace(case, answers=answers)
 
 
 def _under(system: str, case: Case, f: Fields) -> Case:
@@ -123,7 +137,7 @@ def _question(f: Fields) -> list[Case]:
 
 
 def _first_turn(f: Fields) -> list[Case]:
-    first, *later = f.texts("turns")
+    first, *later = f.texts("turns") or (f.text("turns"),)
     return [Case(Instruction(first), meta={**f.rest(), "later_turns": later})]
 
 
@@ -184,11 +198,7 @@ def _response(f: Fields) -> list[Case]:
 
 def _prompt_and(f: Fields, name: str) -> list[Case]:
     prompt, answer = _whole(f, "prompt"), _answer(f, name)
-    if answer.endswith(EOS):  # some sets (T0) spell the end out; the loader puts the token there
-        answer = answer.removesuffix(EOS)
-        f.mended[f"literal {EOS} taken off"] += 1
-    if not answer.strip():
-        raise f.error("empty text", name)
+    answer = f.without_end(answer, name)
     if f.has("label") and not f.flag("label"):
         raise f.error("label false: no answer to learn from (data.comparisons of kto)", "label")
     return [Case(prompt, (answer,), meta=f.rest())]
@@ -210,6 +220,8 @@ def _sharegpt(f: Fields) -> list[Case]:
 
 def _chat(f: Fields, name: str) -> Case:
     turns = f.turns(name)
+    if len(turns) == 1 and turns[0].role == "assistant":
+        raise f.error("an answer without a question", name)
     if turns[-1].role != "assistant":
         return Case(turns, meta=f.rest())
     return Case(turns[:-1], (turns[-1].text,), target=turns[-1].target, meta=f.rest())
@@ -221,18 +233,34 @@ def _tldr(f: Fields) -> list[Case]:
 
 
 def _preference(f: Fields) -> list[Case]:
-    if f.is_text("chosen"):
+    if not f.is_chat("chosen"):
+        if f.text("chosen").startswith(HH.tags[0][1]):
+            return _hh(f)
         prompt = _whole(f, "prompt")
         return [_ranked(f, prompt, (f.text("chosen"), f.text("rejected")), (0, 1))]
     chosen, rejected = f.turns("chosen"), f.turns("rejected")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1].role != "assistant":
+            raise f.error("the last turn is not the assistant's", name)
     shared = chosen[:-1]
     if shared != rejected[:-1]:
         raise f.error("chosen and rejected answer different prompts", "rejected")
-    if not shared:
+    if not shared or f.has("prompt"):
         whole = f.is_text("prompt")
-        shared = (Turn("user", f.text("prompt")),) if whole else f.turns("prompt")
-    f.value("prompt", "")
+        given = (Turn("user", f.text("prompt")),) if whole else f.turns("prompt")
+        shared = shared or given
+        _check_prompt(f, given, shared)
     return [_ranked(f, shared, (chosen[-1].text, rejected[-1].text), (0, 1))]
+
+
+def _check_prompt(f: Fields, given: tuple[Turn, ...], shared: tuple[Turn, ...]) -> None:
+    """DataError for a prompt that is neither all that precedes both answers nor a question there:
+    sets name the first one, or the last.
+    """
+    words = [[(turn.role, turn.text.strip()) for turn in turns] for turns in (given, shared)]
+    asked, there = ([turn for turn in turns if turn[0] != "system"] for turns in words)
+    if words[0] != words[1] and asked != there and not (len(asked) == 1 and asked[0] in there):
+        raise f.error("not the prompt that chosen and rejected answer", "prompt")
 
 
 def _task_preference(f: Fields) -> list[Case]:
@@ -246,7 +274,7 @@ def _chat_preference(f: Fields) -> list[Case]:
 
 
 def _hh(f: Fields) -> list[Case]:
-    if not f.is_text("chosen"):
+    if f.is_chat("chosen"):
         return _preference(f)
     prompts, answers = [], []
     for name in ("chosen", "rejected"):
@@ -260,6 +288,14 @@ def _hh(f: Fields) -> list[Case]:
         answers.append(answer.removeprefix(HH.response_prefix))
     if prompts[0] != prompts[1]:
         raise f.error("chosen and rejected answer different prompts", "rejected")
+    if f.has("prompt"):
+        # Either the transcript up to the answer or a question of it.
+        given = f.text("prompt") if f.is_text("prompt") else f.turns("prompt")
+        turns = HH.parse(prompts[0])
+        if isinstance(given, str):
+            given = f"\n\n{given.strip()}"
+            given = HH.parse(given if given.startswith(HH.tags[0][1]) else HH.render(given.strip()))
+        _check_prompt(f, given, turns)
     return [_ranked(f, prompts[0], tuple(answers), (0, 1), style=HH)]
 
 
@@ -360,6 +396,8 @@ def _ranked(
     style: Template | None = None,
 ) -> Case:
     """A comparison; DataError when its answers do not match their ranks, scores or sources."""
+    if ranks is not None:
+        _check_scores(f)
     order: Sequence[float] = ranks if ranks is not None else scores or ()
     if len(answers) < 2:
         raise f.error(f"{len(answers)} completions; a comparison needs at least 2")
@@ -375,12 +413,28 @@ def _ranked(
     return Case(prompt, answers, ranks, scores, labeler, sources, style, meta=f.rest())
 
 
+def _check_scores(f: Fields) -> None:
+    """DataError for a rejected answer that was given more than the chosen one."""
+    for names in _SCORES:
+        if all(map(f.has, names)):
+            try:
+                chosen, rejected = (float(f.record.fields[name]) for name in names)
+            except (TypeError, ValueError):
+                continue
+            if chosen < rejected:
+                raise f.error("the rejected answer has the higher score", names[0])
+
+
 def _whole(f: Fields, name: str) -> str | tuple[Turn, ...] | tuple[Segment, ...]:
     if f.is_text(name):
         return f.text(name)
     value = f.value(name)
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         # As we write it: question, answer, question, each in the words of its template.
+        known = [t.name for t in TEMPLATES if t.later is not None]
+        if f.rest().get("template") not in known or len(value) % 2 == 0:
+            expected = f'question, answer, ..., question beside a "template" of {", ".join(known)}'
+            raise f.error(f"a list of texts is {expected}; else messages are expected", name)
         return tuple(Segment(text, i % 2 == 1) for i, text in enumerate(f.texts(name)))
     return f.turns(name)
 

@@ -42,11 +42,43 @@ def _zstandard(file: BinaryIO) -> Any:
     return pyarrow.CompressedInputStream(file, "zstd")
 
 
+class _Streams:
+    """The bytes of packed streams, one after the other. What follows them is an error, as it is in
+    gzip; Python's own readers of these two pass over it.
+    """
+
+    def __init__(self, file: BinaryIO, unpacker: Callable[[], Any]) -> None:
+        self._file, self._unpacker, self._stream = file, unpacker, unpacker()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while True:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")  # zeros fill up blocks
+                while not rest:
+                    more = self._file.read(_BUFFER)
+                    if not more:
+                        return b""
+                    rest = more.lstrip(b"\0")
+                self._stream = self._unpacker()
+                data = self._stream.decompress(rest, size)
+            else:
+                packed = self._file.read(_BUFFER) if self._stream.needs_input else b""
+                if self._stream.needs_input and not packed:
+                    raise EOFError("it ends before its end-of-stream marker")
+                data = self._stream.decompress(packed, size)
+            if data:
+                return bytes(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 # By the last suffix: its name, and what unpacks it.
 PACKED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ".gz": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
-    ".bz2": ("bzip2", bz2.BZ2File),
-    ".xz": ("xz", lzma.LZMAFile),
+    ".bz2": ("bzip2", lambda file: _Streams(file, bz2.BZ2Decompressor)),
+    ".xz": ("xz", lambda file: _Streams(file, lzma.LZMADecompressor)),
     ".zst": ("Zstandard", _zstandard),
 }
 

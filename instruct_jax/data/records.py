@@ -35,6 +35,11 @@ class Record:
     column: int = 1
     raw: str = ""
 
+    @property
+    def in_table(self) -> bool:
+        """Whether it is a row of a table, whose lists may be kept as the text of their JSON."""
+        return not self.raw
+
     def error(self, reason: str, *, field: str | None = None, hint: str | None = None) -> DataError:
         """A DataError at this record, or at `field` of it."""
         at = max(self.raw.find(json.dumps(field)), 0) if field else 0

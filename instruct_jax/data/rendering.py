@@ -37,7 +37,8 @@ def prompt_of(case: Case, template: Template | None) -> PromptText:
     prompt = case.prompt
     if isinstance(prompt, str) and template is None:
         return prompt
-    assert template is not None
+    if template is None:
+        raise ValueError("the prompt is in a template that it does not name")
     if isinstance(prompt, Instruction):
         return template.render(prompt.text, prompt.input)
     if isinstance(prompt, str) and case.style is None:

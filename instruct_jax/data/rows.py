@@ -103,11 +103,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns that end with the assistant's; the earlier ones are its prompt."""
+    """Turns that end with the assistant's; the earlier ones are its prompt, whose text as people
+    read it is `asked`: that of a demonstration of the same row.
+    """
 
     turns: tuple[Turn, ...]
     meta: Meta = _meta()
     template: str | None = field(default=None, compare=False)
+    asked: str = field(default="", compare=False)
 
 
 Row = Document | Demonstration | Comparison | Prompt | Dialogue

@@ -3,13 +3,13 @@
 `open_source(DataConfig)` answers the same questions for both: documents to pretrain on,
 demonstrations, dialogues, comparisons, prompts, each for a split, and the template that they are
 put into, which is one for the whole run. Splits of the embedded world are disjoint in contributors
-(DATA-6); rows of files go to a split by a salted hash of their prompt, a dialogue by all that
-precedes its last answer, so adding data never moves a row and the completions of one prompt never
-straddle the border. The held-out parts may have files of their own, and may be empty.
+(DATA-6); rows of files go to a split by a salted hash of their prompt, which of a dialogue is all
+that precedes its last answer, so adding data never moves a row, and one prompt is in one part
+whatever kind of row it comes as. The held-out parts may have files of their own, which are none of
+those that are trained on, and may be empty.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 from instruct_jax import __version__
 from instruct_jax.data import hub
 from instruct_jax.data.corpus import Text
-from instruct_jax.data.files import find_files, hash_files
+from instruct_jax.data.files import find_files, hash_files, same_file
 from instruct_jax.data.formats import (
     FileReport,
     Rows,
@@ -219,7 +219,12 @@ class FileSource:
     """
 
     def __init__(self, config: DataConfig, wanted: str | None = None) -> None:
+        """ConfigError for a file of a held-out part that is trained on too."""
         self.config = config
+        for part in ("valid", "test"):
+            for field in ROW_FIELDS:
+                for path in getattr(getattr(config, part), field):
+                    _refuse_trained_on(f"data.{part}.{field}", path, config)
         self._wanted = wanted
         self._met: tuple[str, str] | None = None
 
@@ -290,7 +295,7 @@ class FileSource:
 
     def dialogues(self, split: Split) -> Sequence[Dialogue]:
         """Chats of `config.dialogues`; those alike up to the last answer go to one split."""
-        return self._rows("dialogues", read_dialogues, split, _before_the_answer)
+        return self._rows("dialogues", read_dialogues, split, lambda row: row.asked)
 
     def comparisons(self, split: Split) -> Sequence[Comparison]:
         """Comparisons of `config.comparisons`."""
@@ -374,8 +379,15 @@ class FileSource:
         return "train" if self._own(field, part) else part
 
 
-def _before_the_answer(row: Dialogue) -> str:
-    return json.dumps([(turn.role, turn.text) for turn in row.turns[:-1]])
+def _refuse_trained_on(name: str, held_out: str, config: DataConfig) -> None:
+    for field in ROW_FIELDS:
+        for path in getattr(config, field):
+            same = same_file(held_out, path)
+            if same is not None:
+                raise ConfigError(
+                    f"config.{name}: {same[0]} is the file {same[1]} of data.{field}, which is "
+                    "trained on: name other files, or leave it out and a share is held out"
+                )
 
 
 def _each_file(paths: Iterable[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from instruct_jax.data.rows import DataError
 
 _DELIMITERS = ",;\t|"
 _SEP = re.compile(r"sep=([,;\t|])\r?\n?")  # the first line of a file that Excel is to open
+_BLANK_QUOTE = re.compile(' +"')
 _BATCH_ROWS, _BATCH_BYTES, _LEAST_ROWS = 4096, 64 * 2**20, 8
 
 
@@ -39,21 +40,49 @@ def csv_rows(path: Path, file: io.BufferedReader, delimiter: str) -> Stream:
                 return
             above = line - 1
             delimiter = _sniff(first, delimiters)
-            reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            # A blank behind each delimiter of the header is the manner of the whole file.
+            blank = first.count(delimiter) == first.count(f"{delimiter} ") > 0
+            taken: list[str] = []
+            reader = csv.reader(
+                _noted(itertools.chain([first], lines), taken),
+                delimiter=delimiter,
+                strict=True,
+                skipinitialspace=blank,
+            )
             header = _header(path, next(reader))
             line = above + reader.line_num + 1
+            taken.clear()
             for row in reader:
                 if row:
                     try:
+                        _check_quotes(path, line, row, taken, delimiter)
                         yield _record(path, line, header, row)
                     except DataError as error:
                         yield error
                 line = above + reader.line_num + 1
+                taken.clear()
         except csv.Error as error:
             hint = 'a quote inside of quotes is written twice (""); nothing after this can be read'
             ends = str(error) == "unexpected end of data"
             reason = "a quote that is opened here is not closed" if ends else str(error)
             raise DataError(f"not CSV: {reason}", path=path, line=line, hint=hint) from error
+
+
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _check_quotes(path: Path, line: int, row: list[str], lines: list[str], delimiter: str) -> None:
+    """DataError for a quote that opens no field of `lines`, since a blank stands before it, and so
+    was read as one of the text.
+    """
+    if any(_BLANK_QUOTE.match(value) for value in row):
+        opened = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
+        if [value.lstrip() for value in opened] != [value.lstrip() for value in row]:
+            hint = f'write {delimiter}" without a blank between, or a blank in the header too'
+            raise DataError("a blank before a quote", path=path, line=line, hint=hint)
 
 
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:

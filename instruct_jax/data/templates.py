@@ -33,7 +33,8 @@ class Template:
 
     `later` is None for a template without dialogue. `response_prefix` stands between the pattern
     and the response. `tags` are the (role, opening) pairs of a template whose text can be read
-    back; a turn that contains one is refused, because its text could speak for another role.
+    back; a turn that contains one is refused, because its text could speak for another role, and so
+    is one that contains one of `marks`.
     """
 
     name: str
@@ -43,10 +44,11 @@ class Template:
     system: str = "{text}\n\n"
     response_prefix: str = ""
     tags: tuple[tuple[str, str], ...] = ()
+    marks: tuple[str, ...] = ()
 
     def render(self, instruction: str, input: str = "") -> str:
         """The prompt for one instruction; a blank `input` selects the form without input."""
-        self._check(instruction, input)
+        self._check(f"{instruction}\n\n{input}")
         if not input.strip():
             return _fill(self.first, text=instruction)
         return _fill(self.first_with_input, text=instruction, input=input)
@@ -111,9 +113,9 @@ class Template:
         self._check(text)
         return _fill(self.system, text=text)
 
-    def _check(self, *texts: str) -> None:
-        for _, opening in self.tags:
-            if any(opening in f"\n\n{text}\n" for text in texts):
+    def _check(self, text: str) -> None:
+        for opening in (*(opening for _, opening in self.tags), *self.marks):
+            if opening in f"\n\n{text}\n":
                 raise ValueError(f"a turn contains {opening.strip()!r}, which marks a role")
 
 
@@ -130,6 +132,7 @@ ALPACA = Template(
         "### Instruction:\n{text}\n\n### Input:\n{input}\n\n### Response:"
     ),
     later="\n\n### Instruction:\n{text}\n\n### Response:",
+    marks=("\n### Instruction:", "\n### Response:"),
 )
 
 # The text itself, as InstructGPT's API prompts were: whatever asks for an answer is in the prompt.

@@ -9,6 +9,7 @@ from instruct_jax.data.formats import (
     read_comparisons,
     read_demonstrations,
     read_dialogues,
+    read_documents,
     read_prompts,
 )
 from instruct_jax.data.rows import Turn
@@ -215,3 +216,140 @@ def test_rows_of_another_kind_are_told_as_such(shared, read):
     for name in ("alpacaeval_rankings_k25.jsonl.gz", "pandalm_human_3annotators.jsonl.gz"):
         with pytest.raises(DataError, match=r":1:1: expected demonstrations, found comparisons"):
             read(shared / "data/rm" / name)
+
+
+def refused(path, read, record, message):
+    with pytest.raises(DataError, match=rf"a.jsonl:1:\d+: {message}"):
+        read(write(path / "a.jsonl", record))
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], ["a", "b", "c"]])
+def test_texts_as_a_prompt_are_refused_unless_we_wrote_them(tmp_path, prompt):
+    good = {"prompt": "a", "completion": "x"}
+    path = write(tmp_path / "a.jsonl", {**good, "prompt": prompt}, good)
+    for read in (read_demonstrations, read_prompts, read_dialogues):
+        for template in (None, "chat"):
+            with pytest.raises(DataError, match=r'a.jsonl:1:2: field "prompt": a list of texts'):
+                read(path, template=template)
+            assert len(read(path, template=template, on_bad_row="skip")) == 1
+    plain = {**good, "prompt": prompt, "template": "plain"}
+    refused(tmp_path, read_demonstrations, plain, 'field "prompt": a list of texts')
+
+
+def test_an_answer_alone_is_refused(tmp_path):
+    for read in (read_demonstrations, read_prompts, read_dialogues):
+        refused(tmp_path, read, {"messages": [ASSISTANT]}, 'field "messages": an answer without')
+    refused(tmp_path, read_prompts, {"question_id": 1, "turns": []}, 'field "turns": expected')
+
+
+@pytest.mark.parametrize("column", ["System", "SYSTEM_PROMPT", "system_message", "System Prompt"])
+def test_a_system_column_is_known_however_it_is_spelt(tmp_path, column):
+    record = {column: "Be kind.", "prompt": "ask", "response": "reply"}
+    assert dialogue(tmp_path, record) == (SYSTEM, ASK, REPLY)
+    refused(tmp_path, read_prompts, {**record, "system": "b"}, r'field ".*say different things')
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+def test_a_message_that_is_not_to_be_learnt_is_no_target(tmp_path, key):
+    chat = [USER, {**ASSISTANT, key: False}, USER, {**ASSISTANT, key: True}]
+    turns = dialogue(tmp_path, {"messages": chat})
+    assert [turn.target for turn in turns] == [True, False, True, True]
+    chat[1][key] = "no"
+    refused(tmp_path, read_dialogues, {"messages": chat}, f".*has a {key} that is neither 0 nor 1")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"instruction": "ask", "output": "reply"},
+        {"question": "ask", "answer": "reply"},
+        {"prompt": "ask", "chosen": "reply", "rejected": "no"},
+    ],
+    ids="+".join,
+)
+def test_an_answer_that_is_labelled_false_is_refused(tmp_path, record):
+    read = read_comparisons if "chosen" in record else read_demonstrations
+    for label in (False, 0, 0.0, "false"):
+        refused(tmp_path, read, {**record, "label": label}, 'field "label": a label false')
+    (row,) = read(write(tmp_path / "a.jsonl", {**record, "label": True}))
+    assert row.meta == {"label": True}
+
+
+def test_a_weighted_document_is_refused(tmp_path):
+    for weight in (0, 0.5):
+        refused(tmp_path, read_documents, {"text": "a", "weight": weight}, 'field "weight"')
+    assert len(read_documents(write(tmp_path / "a.jsonl", {"text": "a", "weight": 1}))) == 1
+
+
+def test_a_label_may_be_a_float(tmp_path):
+    judged = [{"prompt": "p", "completion": "a", "label": label} for label in (1.0, 0.0)]
+    rows = read_comparisons(write(tmp_path / "a.jsonl", *judged))
+    assert [row.label for row in rows] == [True, False]
+
+
+HH_PROMPT = "\n\nHuman: q\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "prompt", [HH_PROMPT, "Human: q\n\nAssistant:", "q", [{**USER, "content": "q"}]]
+)
+def test_a_transcript_with_its_prompt_beside_it_is_a_transcript(tmp_path, prompt):
+    pair = {"prompt": prompt, "chosen": f"{HH_PROMPT} a", "rejected": f"{HH_PROMPT} b"}
+    (row,) = read_comparisons(write(tmp_path / "a.jsonl", pair))
+    assert (row.prompt, row.completions, row.template) == (HH_PROMPT, (" a", " b"), "hh")
+    other = 'field "prompt": not the prompt that'
+    refused(tmp_path, read_comparisons, {**pair, "prompt": "another"}, other)
+
+
+def test_a_chat_pair_ends_with_the_assistant_and_has_one_prompt(tmp_path):
+    pair = {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "no"}]}
+    for prompt in ("ask", [USER], ""):
+        (row,) = read_comparisons(write(tmp_path / "a.jsonl", {"prompt": prompt, **pair}))
+        assert row.completions == ("reply", "no")
+    for prompt in ("another", [{**USER, "content": "another"}], [USER, ASSISTANT, USER]):
+        message = 'field "prompt": not the prompt that'
+        refused(tmp_path, read_comparisons, {"prompt": prompt, **pair}, message)
+    last = 'field "chosen": the last turn is not the assistant'
+    refused(tmp_path, read_comparisons, {"prompt": "ask", **pair, "chosen": [USER]}, last)
+
+
+def test_a_rejected_answer_of_a_higher_score_is_refused(tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    scored = {**pair, "score_chosen": 1.0, "score_rejected": 2}
+    refused(tmp_path, read_comparisons, scored, 'field "score_chosen": the rejected answer')
+    (row,) = read_comparisons(write(tmp_path / "a.jsonl", {**scored, "score_chosen": 2}))
+    assert row.meta == {"score_chosen": 2, "score_rejected": 2}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, {**ASSISTANT, "content": "reply<|endoftext|>\n"}]},
+        {"instruction": "ask", "output": "reply<|endoftext|>"},
+        {"prompt": "ask", "completion": "reply<|endoftext|>"},
+        {"question": "ask", "answer": "reply<|endoftext|>"},
+    ],
+    ids="+".join,
+)
+def test_an_end_of_text_that_is_spelt_out_is_taken_off_in_every_format(tmp_path, record):
+    assert dialogue(tmp_path, record) == (ASK, REPLY)
+    (row,) = read_demonstrations(write(tmp_path / "a.jsonl", record))
+    assert row.response == "reply"
+    pair = {"prompt": "p", "chosen": "a<|endoftext|>", "rejected": "b"}
+    assert read_comparisons(write(tmp_path / "a.jsonl", pair))[0].completions == ("a", "b")
+    refused(tmp_path, read_comparisons, {**pair, "rejected": "a"}, ".*the same text")
+
+
+def test_text_of_json_is_a_chat_in_a_table_alone(tmp_path):
+    chat = json.dumps([USER])
+    path = write(tmp_path / "a.jsonl", {"prompt": chat, "completion": "x"})
+    assert read_prompts(path)[0].text == read_demonstrations(path)[0].prompt == chat
+    (tmp_path / "a.csv").write_text('prompt\n"' + chat.replace('"', '""') + '"\n')
+    assert read_prompts(tmp_path / "a.csv")[0].text == "\n<|user|>\nask\n<|assistant|>\n"
+
+
+def test_columns_in_another_case_are_suggested(tmp_path):
+    (tmp_path / "a.csv").write_text("Prompt,Completion\nq,a\n")
+    with pytest.raises(DataError, match=r'field "Prompt": unknown column.*did you mean "prompt"'):
+        read_demonstrations(tmp_path / "a.csv")

@@ -365,3 +365,34 @@ def test_a_table_gives_plain_values_and_no_nan(tmp_path):
     pyarrow.parquet.write_table(twice, path)
     with pytest.raises(DataError, match=r'a.parquet: field "prompt": the column is there twice'):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_what_follows_a_packed_stream_is_refused(tmp_path, suffix):
+    data = PACK[suffix](f"{ROW}\n".encode())
+    path = write(tmp_path / f"a.jsonl{suffix}", data + b"\0" * 8)
+    assert len(read_demonstrations(path)) == 1
+    for rest in (b"garbage", data[:-4]):
+        path.write_bytes(data + rest)
+        with pytest.raises(DataError, match=r"damaged (gzip|bzip2|xz) file"):
+            read_demonstrations(path)
+
+
+def test_bytes_in_a_table_are_text_or_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["zwei ü".encode(), b"\xff"]}), path)
+    with pytest.raises(DataError, match=r'a.parquet:2: field "text": bytes that are not UTF-8'):
+        read_documents(path)
+    assert [row.text for row in read_documents(path, on_bad_row="skip")] == ["zwei ü"]
+
+
+def test_a_blank_before_a_quote_is_the_manner_of_the_file_or_refused(tmp_path):
+    path = write(tmp_path / "a.csv", 'prompt, completion\nq, "a, b"\n')
+    assert read_demonstrations(path)[0].response == "a, b"
+    write(path, 'prompt,completion\nq, "a b"\nq," ""yes"""\n')
+    with pytest.raises(DataError, match=r"a.csv:2: a blank before a quote"):
+        read_demonstrations(path)
+    assert [row.response for row in read_demonstrations(path, on_bad_row="skip")] == [' "yes"']

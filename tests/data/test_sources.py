@@ -248,3 +248,47 @@ def test_an_empty_system_turn_counts_as_absent(tmp_path):
     path = write(tmp_path / "a.jsonl", chat("a", "b", system=""), chat("a", "c"))
     rows = files(demonstrations=path, valid_fraction=0.0).demonstrations("train")
     assert rows[0].prompt == rows[1].prompt == CHAT.render("a")
+
+
+# --- what is held out is not trained on ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, "hh", "alpaca"])
+def test_one_prompt_is_in_one_part_whatever_kind_of_row_it_comes_as(tmp_path, template):
+    """Chats as dialogues, demonstrations and prompts, of one turn and of three."""
+    rows = [chat(*["hello", "hi"] * (i % 2), f"what is {i}?", "x", system="s") for i in range(80)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    parts_agree(path, template, 80)
+
+
+def test_a_task_with_an_input_is_in_one_part_whatever_kind_of_row_it_comes_as(tmp_path):
+    rows = [{"instruction": "add", "input": f"1 and {i}", "output": "x"} for i in range(80)]
+    parts_agree(write(tmp_path / "a.jsonl", *rows), None, 80)
+
+
+def parts_agree(path, template, count):
+    kinds = {"dialogues": path, "demonstrations": path, "prompts": path}
+    source = files(**kinds, valid_fraction=0.3, template=template)
+    seen = 0
+    for part in PARTS:
+        wanted = {plain_text(row.text) for row in source.prompts(part)}
+        assert wanted
+        seen += len(wanted)
+        assert {plain_text(row.prompt) for row in source.demonstrations(part)} == wanted
+        assert {row.asked for row in source.dialogues(part)} == wanted
+    assert seen == count
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_a_file_that_is_trained_on_cannot_be_held_out(tmp_path, part):
+    (path,) = write(tmp_path / "a.jsonl", {"prompt": "p", "response": "r"})
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for name in ("a.jsonl", "copy.jsonl", "link.jsonl", "../" + tmp_path.name + "/a.jsonl"):
+        own = str(tmp_path / name)
+        with pytest.raises(ConfigError, match="which is trained on") as caught:
+            files(demonstrations=(path,), **{part: RowFiles(prompts=(own,))})
+        assert f"config.data.{part}.prompts: {own}" in str(caught.value)
+        assert f"{path} of data.demonstrations" in str(caught.value)
+    own = write(tmp_path / "b.jsonl", {"prompt": "q", "response": "r"})
+    files(demonstrations=(path,), **{part: RowFiles(prompts=own)})
