@@ -261,17 +261,34 @@ def train(
     )
     frozen, state = placed_models(recipe, policy_params, reward_params, mesh)
     iteration = make_iteration(recipe, frozen, state, mesh, rewards)
-    inputs = {"init": fingerprint(frozen.reference), "reward_model": fingerprint(frozen.reward)}
     text = ptx if config.ptx_coef > 0 else None
     batch_at = IterationBatches(prompts, text, config.updates, config.rollout_lag)
-    key = jax.random.key(config.seed)
 
     def shown(step: int, state: PPOState | Lagging) -> dict[str, float]:
         assert evaluate is not None
         return evaluate(step, merged(config, frozen, models_of(state)))
 
+    state = _run(iteration, state, batch_at, workdir, None if evaluate is None else shown)
+    if config.lora.rank == 0:
+        return state
+    base = trunk_fingerprint(policy_params)
+    save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
+    return merged(config, frozen, state)
+
+
+def _run(
+    iteration: Iteration,
+    state: PPOState,
+    batch_at: IterationBatches,
+    workdir: Path,
+    evaluate: Callable[[int, PPOState | Lagging], dict[str, float]] | None,
+) -> PPOState:
+    """All iterations, from the newest checkpoint of `workdir` if there is one; the last state."""
+    config, frozen = iteration.recipe.config, iteration.frozen
+    key = jax.random.key(config.seed)
+    inputs = {"init": fingerprint(frozen.reference), "reward_model": fingerprint(frozen.reward)}
     with (
-        jax.set_mesh(mesh),
+        jax.set_mesh(iteration.mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
         MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
     ):
@@ -290,17 +307,12 @@ def train(
             logger=logger,
             checkpointer=checkpointer,
             save_every=config.save_every,
-            evaluate=None if evaluate is None else shown,
+            evaluate=evaluate,
             eval_every=config.eval_every,
             log_every=config.log_every,
             inputs=inputs,
         )
-    state = models_of(end)
-    if config.lora.rank == 0:
-        return state
-    base = trunk_fingerprint(policy_params)
-    save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
-    return merged(config, frozen, state)
+    return models_of(end)
 
 
 def placed_models(

@@ -284,9 +284,7 @@ def fit(
     base, trained = split(jax.random.fold_in(key, ADAPTER), params, lora)
     state = shard_state(init_state(trained, tx), mesh, RULES)
     base, beside = place_params(base, mesh), place_params(frozen or {}, mesh)
-    inputs = {"init": fingerprint((base, state.params))}
-    if frozen:
-        inputs["frozen model"] = fingerprint(beside)
+    inputs = {"init": fingerprint((base, state.params)), "frozen model": fingerprint(beside)}
 
     def plain(step: int, state: TrainState) -> dict[str, float]:
         assert evaluate is not None

@@ -64,12 +64,9 @@ def train(
     if start.step and checkpointer is not None:
         logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")
     logger.resume(start.step)
+    active = checkpointer is not None and start.step < steps and jax.process_index() == 0
     ledger = Ledger(
-        logger.path.parent,
-        logger.name,
-        step=start.step,
-        productive=start.productive,
-        active=checkpointer is not None and start.step < steps and jax.process_index() == 0,
+        logger.path.parent, logger.name, step=start.step, productive=start.productive, active=active
     )
     every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
     run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs)
