@@ -202,18 +202,21 @@ def lowered_fit(config, make_model, mesh):
 def lowered_update(mesh):
     """The updates of one iteration of PPO-ptx."""
     lab, frozen, state = ppo_state(mesh)
-    _, update = ppo.programs(
-        PPO_PTX, lab.policy, lab.scalar, lab.txs, state, eos_id=labs.EOS, mesh=mesh
-    )
+    programs = ppo.make_programs(lab.recipe(), state, mesh)
     rows = batch_sharding(mesh)
     b, p, r = PPO_PTX.rollout_batch, PPO_PTX.prompt_length, PPO_PTX.response_length
     tokens, mask = jnp.zeros((b, p + r), jnp.int32), jnp.zeros((b, p + r), jnp.bool_)
     experience = Experience(tokens, mask, mask[:, :r], *[jnp.zeros((b, r))] * 5)
-    ptx = ppo.Batches(labs.prompt_rows, labs.text_rows, PPO_PTX.updates)(0)["ptx"]
-    ptx_rows = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
-    inputs = abstract(experience, rows), abstract(ptx, ptx_rows), jnp.float32(0.0), KEY
+    batches = ppo.IterationBatches(labs.prompt_rows, labs.text_rows, PPO_PTX.updates)
+    text_rows = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
+    inputs = (
+        abstract(experience, rows),
+        abstract(batches(0)["text"], text_rows),
+        jnp.float32(0.0),
+        KEY,
+    )
     with jax.set_mesh(mesh):
-        return update.lower(state, frozen, *inputs)
+        return programs.update.lower(state, frozen, *inputs)
 
 
 SPLIT = "data:2,fsdp:2,tensor:2"

@@ -61,9 +61,9 @@ def beginning(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_iteration = ppo.make_iteration
 
-        def noted(recipe, frozen, state, mesh):
+        def noted(recipe, frozen, *others):
             seen["frozen"] = frozen
-            return make_iteration(recipe, frozen, state, mesh)
+            return make_iteration(recipe, frozen, *others)
 
         patch.setattr(ppo, "make_iteration", noted)
         patch.setattr(ppo, "run_loop", lambda step, state, **options: state)
