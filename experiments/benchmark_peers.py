@@ -6,6 +6,7 @@ every line "go" on its standard input, and answers each with one JSON line. Ever
 the CPU; activation checkpointing, on by default in TRL, is off, as it is on our side.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 import json
@@ -43,6 +44,14 @@ def run(folder, spec, rows, turns):
         work[spec["phase"]](folder, spec, rows, turns)
     except ImportError as error:
         raise ImportError(f"{error}; PPO is in TRL up to 1.12.0") from error
+
+
+def folder_named(about):
+    """The folder on the command line; `about` is for --help."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=form)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with spec.json and rows.npz")
+    return parser.parse_args().folder
 
 
 def serve(folder, libraries, peer, run):
@@ -280,4 +289,4 @@ def _callback(turns, work):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(folder_named(__doc__))

@@ -7,9 +7,9 @@ Runs experiments/STAGE.py with these flags and appends to the file EVENTS when i
 and each duration that jax reports. Whoever started it reads them, and ends it after its first step.
 """
 
+import argparse
 import importlib
 import json
-import sys
 import time
 from typing import TextIO
 
@@ -34,5 +34,11 @@ def main(stage: str, events: TextIO, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[2], "w") as file:
-        main(sys.argv[1], file, sys.argv[3:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("stage", metavar="STAGE", help="the script")
+    parser.add_argument("events", metavar="EVENTS", help="the file to write")
+    parser.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="of the script")
+    given = parser.parse_args()
+    with open(given.events, "w") as file:
+        main(given.stage, file, given.flags)

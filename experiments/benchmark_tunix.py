@@ -10,10 +10,9 @@ reward model.
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
-from benchmark_peers import serve
+from benchmark_peers import folder_named, serve
 
 
 def main(folder):
@@ -158,4 +157,4 @@ class _Numbers:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(folder_named(__doc__))

@@ -37,6 +37,7 @@ from instruct_jax.stages.inputs import (
     lengths_of,
     measured,
     no_held_out,
+    where_held_out,
 )
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.stage import load_trained, save_trained
@@ -52,9 +53,11 @@ WRITES = ("sft.jsonl", *model_files("epochs/#"))
 class Config(Settings):
     """A run from the model in `init`."""
 
-    acts_if: ClassVar[Mapping[str, str]] = data_acts(
-        "demonstrations", "dialogues", documents="sft.pretrain_fraction"
-    )
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("demonstrations", "dialogues", documents="sft.pretrain_fraction"),
+        "sft.all_turns": "data.dialogues",
+        "sft.eval_every": where_held_out("demonstrations", "dialogues"),
+    }
 
     init: str = setting("runs/pretrain/model", "model folder to start from")
     data: DataConfig = DataConfig()

@@ -514,16 +514,25 @@ def test_conditions_are_joined_and_what_is_turned_off_is_never_refused():
 
 
 def test_a_bare_name_is_a_preset_of_ours_and_a_file_of_the_same_name_here_is_not_run(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "sft.py").write_text("raise SystemExit('foreign code was run')\n")
     monkeypatch.chdir(tmp_path)
     wanted = load_config("configs/sft.py:debug")
+    note = "note: configs/sft.py is the package's; yours is ./configs/sft.py\n"
+    assert capsys.readouterr().err == note
     assert wanted == load_config("debug", default="configs/sft.py")
+    assert capsys.readouterr().err == "", "there the file was not named"
     assert wanted["sft"]["epochs"] == 1
     with pytest.raises(SystemExit, match="foreign"):
         load_config("./configs/sft.py:debug")
+
+
+def test_the_file_that_is_suggested_keeps_the_preset_that_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"did you mean configs/pretrain\.py:debug\?$"):
+        load_config("pretrain.py:debug")
 
 
 def test_a_suggestion_is_near():

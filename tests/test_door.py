@@ -268,6 +268,12 @@ def test_two_hundred_scripts_say_it_within_three_seconds_each(workdir, capsys):
         ),
         ("sft", "sft.pretrain_fraction=0.99", "is 16 rows of text: expected 1 to 15"),
         ("sft", "sft.loss_on_prompt=true sft.all_turns=true", "config.sft.all_turns has no effect"),
+        ("sft", "sft.all_turns=true", "config.sft.all_turns has no effect: data.dialogues is ()"),
+        (
+            "sft",
+            "data.source=files data.valid_fraction=0 sft.eval_every=5",
+            "config.sft.eval_every has no effect: data.source is 'files' and data.valid_fraction",
+        ),
         ("reward_model", "reward_model.completions=1", "completions=1: expected 2 or more"),
         (
             "reward_model",

@@ -640,3 +640,16 @@ def test_a_run_is_not_taken_up_with_other_data_in_the_same_place(launch, tmp_pat
     assert recorded()["a"] == "1"
     assert launch(OVERWRITE, main=reading(a="2")) == 0
     assert recorded() == {"a": "2"}
+
+
+def test_a_tilde_in_the_workdir_is_the_users_home(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert launch("--workdir=~/runs/b") == 0
+    assert (tmp_path / "home/runs/b/config.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_workdir_with_a_line_break_is_refused(launch, tmp_path, capsys):
+    assert launch("--workdir=runs/a\nb") == 2
+    one_line(capsys, "has a line break")
+    assert not (tmp_path / "runs").exists()

@@ -223,7 +223,9 @@ def _parse(
     if flags.workdir is not None:
         if not flags.workdir.strip():
             raise ConfigError("--workdir is empty; name a directory for the run's files")
-        flags.workdir = Path(flags.workdir)
+        if len(flags.workdir.splitlines()) > 1:
+            raise ConfigError(f"--workdir={flags.workdir!r} has a line break; rename it")
+        flags.workdir = Path(os.path.expanduser(flags.workdir))  # no shell does after "="
     if flags.host_devices is not None and flags.host_devices < 1:
         raise ConfigError(f"--host_devices={flags.host_devices}: expected 1 or more")
     return flags, overrides

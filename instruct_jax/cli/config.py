@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import sys
 import traceback
 import types
 import typing
@@ -55,14 +56,20 @@ def load(spec: str, *, default: str = "") -> Loaded:
     (./configs/x.py where the two are alike).
     """
     path, _, name = spec.partition(":")
+    named = spec != default
     if default and re.fullmatch(r"\w+", spec):
         path, name = default.partition(":")[0], spec
-        spec = f"{path}:{name}"
+        spec, named = f"{path}:{name}", False
     ours = REPOSITORY / path if re.fullmatch(r"configs/\w+\.py", path) else None
+    if ours is not None and ours.is_file() and _another(path, ours) and named:
+        print(f"note: {path} is the package's; yours is ./{path}", file=sys.stderr)
     found = next((p for p in (ours, Path(path)) if p is not None and p.is_file()), None)
     if found is None:
         files = [str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "configs").glob("*.py")]
-        raise ConfigError(f"no config file {path!r}{suggest(path, files)}")
+        likely = suggest(path, files)
+        if name:
+            likely = likely.replace("?", f":{name}?")
+        raise ConfigError(f"no config file {path!r}{likely}")
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"config file {path!r} is not a Python file")
@@ -79,6 +86,12 @@ def load(spec: str, *, default: str = "") -> Loaded:
         where = f"{path}:{lines[-1]}" if lines else path
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     return Loaded(spec, values, tuple(map(str, getattr(module, "PRESETS", ()))))
+
+
+def _another(path: str, ours: Path) -> bool:
+    """Whether the current directory has a file of that name which is not the package's."""
+    here = Path(path)
+    return here.is_file() and not here.samefile(ours)
 
 
 def resolve(

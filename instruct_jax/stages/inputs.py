@@ -49,6 +49,16 @@ def data_acts(*kinds: str, **conditions: str) -> Mapping[str, str]:
     return acts
 
 
+def where_held_out(*kinds: str) -> str:
+    """The condition, for `acts_if`, under which rows of one of these kinds are held out at all.
+
+    >>> where_held_out("comparisons")
+    'data.source=toyworld or data.valid_fraction or data.valid.comparisons'
+    """
+    own = [f"data.valid.{kind}" for kind in kinds]
+    return " or ".join(["data.source=toyworld", "data.valid_fraction", *own])
+
+
 class Fit(NamedTuple):
     """Lengths in tokens, and how many rows are longer than each."""
 

@@ -10,6 +10,8 @@ notes      metrics, hashes of data: whatever the stage put down
 """
 
 import dataclasses
+import hashlib
+import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +81,18 @@ def read_record(directory: Path) -> Record:
         raise CheckpointError(f"{path}: damaged: {error}; copy the folder again") from error
 
 
+def config_hash(directory: Path) -> str:
+    """A hash of the configuration as model.json has it: the parameters are saved with it, so that
+    a change by hand to what no shape shows, such as `num_heads`, is seen.
+    """
+    return hash_of(read_object(directory / RECORD, "config")["config"])
+
+
+def hash_of(config: Mapping[str, Any]) -> str:
+    """sha256 of the values of a configuration, in whatever order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def one_template(named: Mapping[str, str | None]) -> str | None:
     """The template of models that read the same prompts, by their folders; None where they name
     none. ConfigError where they were trained with different ones.
@@ -116,11 +130,11 @@ def _config(path: Path, values: Any) -> TransformerConfig:
         raise ValueError(f"config: {', '.join(missing)} missing")
     for name, value in values.items():
         if not _fits(value, _HINTS[name]):
-            raise ConfigError(f"{path}: config: {name}={str(value)[:40]!r} is not {_said(name)}")
+            raise ValueError(f"config: {name}={str(value)[:40]!r} is not {_said(name)}")
     try:
         return TransformerConfig(**values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: config: {error}") from error
+        raise ValueError(f"config: {error}") from error
 
 
 def _said(name: str) -> str:

@@ -40,7 +40,7 @@ from instruct_jax.models.transformer import (
     scalar_model,
 )
 from instruct_jax.settings import INT32_MAX, Settings, setting
-from instruct_jax.stages.record import RECORD, Base, Record, read_record
+from instruct_jax.stages.record import RECORD, Base, Record, config_hash, hash_of, read_record
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
 from instruct_jax.training.loop import train as run_loop
@@ -348,7 +348,8 @@ def save_trained(
     _check_name(directory)
     _check_finite(directory, trained.params)
     directory.mkdir(parents=True, exist_ok=True)
-    save_model(directory / "params", trained.params, {"stage": trained.stage})
+    saved_with = {"stage": trained.stage, "config": hash_of(dataclasses.asdict(trained.config))}
+    save_model(directory / "params", trained.params, saved_with)
     about = Record(
         kind=trained.kind,
         stage=trained.stage,
@@ -419,7 +420,7 @@ def _load_own(directory: Path) -> TrainedModel:
             f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
             f"{about.config.vocab_size}: put back the tokenizer that the model was trained with"
         )
-    params, _ = load_model(directory / "params")
+    params, saved_with = load_model(directory / "params")
     _, shapes = parameter_shapes(about.config, about.kind)
     found = {path: leaf.shape for path, leaf in tree_paths(params)}
     wanted = {path: leaf.shape for path, leaf in shapes.items()}
@@ -428,6 +429,11 @@ def _load_own(directory: Path) -> TrainedModel:
         raise CheckpointError(
             f"{directory}: the parameters are not those that model.json describes: "
             f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+        )
+    if saved_with.get("config", now := config_hash(directory)) != now:  # older ones do not say
+        raise CheckpointError(
+            f"{directory}: model.json has another config than the parameters were saved with: "
+            "copy the folder again"
         )
     history = (*about.history, about.stage)
     return TrainedModel(

@@ -115,16 +115,21 @@ def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained
         ({"d_model": "32"}, "d_model='32' is not of type int"),
         ({"norm": None}, "norm='None' is not of type str"),
         ({"num_heads": 3}, "d_model=32 is not a multiple of num_heads=3"),
-        ({"experts": 8}, "unknown experts; it was written by another version"),
     ],
 )
-def test_a_configuration_that_is_not_understood_is_told_with_its_file(
-    tmp_path, trained, changes, message
-):
+def test_a_value_that_no_version_writes_is_damage(tmp_path, trained, changes, message):
     record = save_trained(tmp_path, trained) / "model.json"
     about = json.loads(record.read_text())
     record.write_text(json.dumps(about | {"config": about["config"] | changes}))
-    with pytest.raises(ConfigError, match=rf"model\.json: config: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"model\.json: damaged: config: .*{message}"):
+        load_trained(tmp_path)
+
+
+def test_a_configuration_of_a_later_version_is_no_damage(tmp_path, trained):
+    record = save_trained(tmp_path, trained) / "model.json"
+    about = json.loads(record.read_text())
+    record.write_text(json.dumps(about | {"config": about["config"] | {"experts": 8}}))
+    with pytest.raises(ConfigError, match="unknown experts; it was written by another version"):
         load_trained(tmp_path)
 
 
@@ -165,6 +170,19 @@ def test_parameters_of_another_model_than_the_record_describes_are_refused(tmp_p
     record.write_text(json.dumps(about | {"kind": "scalar"}))
     with pytest.raises(CheckpointError, match=r"not those that model\.json describes: head/bias"):
         load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 4}, {"norm_eps": 0.1}, {"rope_theta": 9.0}])
+def test_a_configuration_that_the_parameters_were_not_saved_with_is_damage(
+    tmp_path, trained, changes
+):
+    record = save_trained(tmp_path, trained) / "model.json"
+    about = json.loads(record.read_text())
+    record.write_text(json.dumps(about | {"config": about["config"] | changes}, sort_keys=True))
+    with pytest.raises(CheckpointError, match="another config than the parameters were saved"):
+        load_trained(tmp_path)
+    record.write_text(json.dumps(about, sort_keys=True))
+    load_trained(tmp_path)
 
 
 def test_what_a_model_came_from_is_handed_on_through_the_stages(tmp_path, trained):
