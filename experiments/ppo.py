@@ -7,7 +7,7 @@
 configs/grpo.py and configs/rloo.py run critic-free algorithms through the same script.
 
 Writes WORKDIR/model (the exponential moving average of the policy, which is the one to use),
-metrics.jsonl, checkpoints and samples.jsonl. Run again, it resumes.
+ppo.jsonl (metrics), checkpoints and samples.jsonl. Run again, it resumes.
 """
 
 import dataclasses

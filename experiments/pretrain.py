@@ -3,8 +3,8 @@
     python experiments/pretrain.py --config=configs/pretrain.py:toyworld --workdir=runs/pretrain
     python experiments/sft.py --config=configs/sft.py:toyworld --config.init=runs/pretrain/model ...
 
-Writes WORKDIR/model (a model folder), metrics.jsonl, checkpoints and config.json; run again, it
-resumes.
+Writes WORKDIR/model (a model folder), pretrain.jsonl (metrics), checkpoints and config.json; run
+again, it resumes.
 """
 
 from collections.abc import Mapping

@@ -334,7 +334,9 @@ class _Lengths:
             return ""
         most, longest = int(np.ceil(np.percentile(self._met, 95))), max(self._met)
         raised = f"raise {_field(self._field, self._group)}"
-        enough = f"{most} is enough for 95 %, {longest} for all"
+        enough = f"{longest} is enough for all"
+        if self._limit < most < longest:  # less would be no raise
+            enough = f"{most} is enough for 95 %, {longest} for all"
         return f"{count} {what} {self._field} {self._limit} ({raised}: {enough})"
 
 

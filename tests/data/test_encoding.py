@@ -62,9 +62,22 @@ def test_a_cut_response_has_no_invented_eos_and_long_prompts_are_dropped_and_tol
     assert arrays["loss_mask"].sum(-1).tolist() == [4, 4]
     assert (
         "3 demonstrations encoded: 1 dropped, the prompt over prompt_length 4 (raise "
-        "config.sft.prompt_length: 5 is enough for 95 %, 5 for all); 1 responses cut to "
-        "response_length 4 (raise config.sft.response_length: 5 is enough for 95 %, 5 for all)"
+        "config.sft.prompt_length: 5 is enough for all); 1 responses cut to "
+        "response_length 4 (raise config.sft.response_length: 5 is enough for all)"
     ) in caplog.text
+
+
+def test_no_length_below_the_present_one_is_advised(caplog):
+    """Where fewer rows than one in twenty are too long, what is enough for 95 % is no raise."""
+    rows = [Demonstration("a", "x")] * 39 + [Demonstration("abcde", "x")]
+    with caplog.at_level(logging.WARNING):
+        encode_demonstrations(rows, TOKENIZER, prompt_length=4, response_length=4, group="c")
+    assert "raise c.prompt_length: 5 is enough for all)" in caplog.text
+    caplog.clear()
+    rows = [Demonstration(text, "x") for text in ["a"] * 34 + ["abcdef"] * 5 + ["abcdefg"]]
+    with caplog.at_level(logging.WARNING):
+        encode_demonstrations(rows, TOKENIZER, prompt_length=4, response_length=4, group="c")
+    assert "raise c.prompt_length: 6 is enough for 95 %, 7 for all)" in caplog.text
 
 
 def test_documents_run_on_with_eos_between_and_without_padding(caplog):
