@@ -22,7 +22,7 @@ from typing import Any
 
 from instruct_jax.cli import hush
 from instruct_jax.errors import CheckpointError, ConfigError, RunError
-from instruct_jax.files import read_object
+from instruct_jax.files import read_object, user_path
 from instruct_jax.training.keeping import damage_of, pin, prune, saved_steps
 from instruct_jax.training.ledger import account
 
@@ -148,17 +148,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     def command(name: str, function: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        sub.add_argument("workdir", type=Path, help="the run's directory")
+        sub.add_argument("workdir", type=user_path, help="the run's directory")
         sub.set_defaults(command=function)
         return sub
 
     command("list", list_steps)
     command("verify", verify).add_argument("--step", type=int, help="this one only")
     sub = command("export", export)
-    sub.add_argument("--to", type=Path, required=True, help="the model folder to write")
+    sub.add_argument("--to", type=user_path, required=True, help="the model folder to write")
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--part", choices=("policy", "value"), default="policy", help="of a PPO run")
-    sub.add_argument("--like", type=Path, help="a model folder of the same sizes and tokenizer")
+    sub.add_argument("--like", type=user_path, help="a model folder of its sizes and tokenizer")
     command("prune", prune_steps).add_argument("--keep", type=int, default=1)
     sub = command("pin", pin_step)
     sub.add_argument("--step", type=int, required=True)

@@ -43,7 +43,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.files import json_text
+from instruct_jax.files import json_text, user_path
 from instruct_jax.models.config import Attention, Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
@@ -96,8 +96,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
     flag("--estimate_only", action="store_true", help="do not compile")
     flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")
-    flag("--json", type=Path, metavar="FILE", help="also write the figures")
-    flag("--table", type=Path, metavar="FILE", help="tables of the plan-*.json in its folder")
+    flag("--json", type=user_path, metavar="FILE", help="also write the figures")
+    flag("--table", type=user_path, metavar="FILE", help="tables of the plan-*.json in its folder")
     rest, overrides = split_overrides(argv)
     return parser.parse_args(rest), overrides
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.files import read_lines
+from instruct_jax.files import read_lines, user_path
 
 # In the order of interest; a run has some of them.
 TELLING = (
@@ -106,9 +106,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="WORKDIR")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="WORKDIR")
     parser.add_argument("--metrics", help="names, with commas between")
-    parser.add_argument("--to", type=Path, default=Path("curves.png"), help="the PNG to write")
+    parser.add_argument("--to", type=user_path, default=Path("curves.png"), help="the PNG to write")
     return parser.parse_args(argv)
 
 

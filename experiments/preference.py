@@ -30,6 +30,7 @@ from instruct_jax.stages.inputs import (
     measured,
     no_held_out,
     paired,
+    where_held_out,
 )
 from instruct_jax.stages.preference import PreferenceConfig
 from instruct_jax.stages.stage import load_trained, save_trained
@@ -44,7 +45,10 @@ WRITES = ("preference.jsonl", "preference.json")
 class Config(Settings):
     """A run from the model in `init`, which is the reference too."""
 
-    acts_if: ClassVar[Mapping[str, str]] = data_acts("comparisons")
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("comparisons"),
+        "preference.eval_every": where_held_out("comparisons"),
+    }
 
     init: str = setting("runs/sft/model", "model folder to start from, and the reference")
     data: DataConfig = DataConfig()

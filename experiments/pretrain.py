@@ -22,7 +22,13 @@ from instruct_jax.models.config import check_length
 from instruct_jax.models.transformer import language_model
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import pretrain
-from instruct_jax.stages.inputs import check_batch, data_acts, held_out_loss_of, no_held_out
+from instruct_jax.stages.inputs import (
+    check_batch,
+    data_acts,
+    held_out_loss_of,
+    no_held_out,
+    where_held_out,
+)
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
 from instruct_jax.stages.text import held_out_text, text_rows
@@ -37,7 +43,10 @@ WRITES = ("pretrain.jsonl",)
 class Config(Settings):
     """A run from random weights; its tokenizer is trained on the rows, or given."""
 
-    acts_if: ClassVar[Mapping[str, str]] = data_acts("documents", demonstrations="tokenizer=None")
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("documents", demonstrations="tokenizer=None"),
+        "pretrain.eval_every": where_held_out("documents"),
+    }
 
     data: DataConfig = DataConfig()
     tokenizer: str | None = setting(

@@ -43,6 +43,7 @@ from instruct_jax.stages.inputs import (
     measured,
     no_held_out,
     paired,
+    where_held_out,
 )
 from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
 from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
@@ -59,9 +60,10 @@ WRITES = ("reward_model.jsonl", "accuracy.json")
 class Config(Settings):
     """A run from the trunk of the language model in `init`."""
 
-    acts_if: ClassVar[Mapping[str, str]] = data_acts(
-        "comparisons", demonstrations="reward_model.normalisation"
-    )
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("comparisons", demonstrations="reward_model.normalisation"),
+        "reward_model.eval_every": where_held_out("comparisons"),
+    }
 
     init: str = setting("runs/sft/model", "model folder of a language model, whose trunk it is")
     data: DataConfig = DataConfig()

@@ -190,13 +190,14 @@ def batched(stage: SFTConfig, rows: Encoded, *, pad_id: int) -> Encoded:
     """The rows, packed where the stage says so. ConfigError where they do not fill a batch."""
     kind, own = "demonstrations", stage.batch_size - stage.mixed
     if stage.pack_length is not None:
-        longest = int(rows["mask"].sum(1).max())
+        sizes = rows["mask"].sum(1)
+        longest, total = int(sizes.max()), int(sizes.sum())
         if longest > stage.pack_length:
             raise ConfigError(
                 f"config.sft.pack_length={stage.pack_length}: the longest demonstration has "
                 f"{longest} tokens; give as many or more"
             )
-        if stage.pack_length > (total := int(rows["mask"].sum())):
+        if stage.pack_length > total:
             raise ConfigError(
                 f"config.sft.pack_length={stage.pack_length}: all demonstrations together have "
                 f"{total:,} tokens; give as many or fewer"

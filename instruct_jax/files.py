@@ -26,6 +26,13 @@ def unfit_path(path: str | os.PathLike[str]) -> str | None:
     return f"arrays cannot be kept below a folder with {found[0]!r} in its name" if found else None
 
 
+def user_path(text: str) -> Path:
+    """A path of a command line; a tilde is the user's home, after an "=" too, where no shell reads
+    it so.
+    """
+    return Path(text).expanduser()
+
+
 def read_object(path: Path, *required: str) -> dict[str, Any]:
     """The JSON object in a file that a run has written, with at least the keys `required`.
 

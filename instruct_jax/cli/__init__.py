@@ -29,6 +29,7 @@ from instruct_jax.cli.help import field_help
 from instruct_jax.cli.names import suggest, suggest_field
 from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, Interrupted, RunError, StorageError
+from instruct_jax.files import user_path
 
 __all__ = [
     "HOST_DEVICE_FLAGS",
@@ -225,7 +226,7 @@ def _parse(
             raise ConfigError("--workdir is empty; name a directory for the run's files")
         if len(flags.workdir.splitlines()) > 1:
             raise ConfigError(f"--workdir={flags.workdir!r} has a line break; rename it")
-        flags.workdir = Path(os.path.expanduser(flags.workdir))  # no shell does after "="
+        flags.workdir = user_path(flags.workdir)
     if flags.host_devices is not None and flags.host_devices < 1:
         raise ConfigError(f"--host_devices={flags.host_devices}: expected 1 or more")
     return flags, overrides

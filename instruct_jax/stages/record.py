@@ -62,8 +62,8 @@ class Record(NamedTuple):
 def read_record(directory: Path) -> Record:
     """The model.json of a model folder.
 
-    Raises CheckpointError where it is damaged, ConfigError where it describes a model that this
-    version does not know.
+    Raises CheckpointError where it is damaged, and a value that no version writes is damage too;
+    ConfigError where its configuration has fields of another version.
     """
     path = directory / RECORD
     about = read_object(path, "kind", "stage", "config")
@@ -73,7 +73,7 @@ def read_record(directory: Path) -> Record:
             stage=_text(about, "stage"),
             history=tuple(_typed(about.get("history", []), "history", list)),
             base=_base(about.get("base")),
-            template=_template(path, about.get("template")),
+            template=_template(about.get("template")),
             notes=_typed(about.get("notes", {}), "notes", dict),
             config=_config(path, about.get("config")),
         )
@@ -108,13 +108,8 @@ def one_template(named: Mapping[str, str | None]) -> str | None:
     return known.get(first)
 
 
-def _template(path: Path, value: Any) -> str | None:
-    if value is None:
-        return None
-    try:
-        return template_named(_typed(value, "template", str)).name
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+def _template(value: Any) -> str | None:
+    return None if value is None else template_named(_typed(value, "template", str)).name
 
 
 def _config(path: Path, values: Any) -> TransformerConfig:

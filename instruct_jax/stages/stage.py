@@ -430,7 +430,8 @@ def _load_own(directory: Path) -> TrainedModel:
             f"{directory}: the parameters are not those that model.json describes: "
             f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
         )
-    if saved_with.get("config", now := config_hash(directory)) != now:  # older ones do not say
+    now = config_hash(directory)
+    if saved_with.get("config", now) != now:  # older ones do not say
         raise CheckpointError(
             f"{directory}: model.json has another config than the parameters were saved with: "
             "copy the folder again"

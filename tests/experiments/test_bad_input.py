@@ -246,3 +246,17 @@ def test_a_length_past_the_model_s_positions_is_refused_before_anything_is_compu
     line = refused(capsys, script, *arguments)
     assert field in line and "(its max_length)" in line
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("script", ["benchmark_peers", "benchmark_startup", "benchmark_tunix"])
+def test_a_script_that_another_starts_has_help(script, repository):
+    command = [sys.executable, str(repository / f"experiments/{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and "usage:" in done.stdout
+
+
+def test_a_packed_row_longer_than_all_rows_is_refused_before_it_is_made(tmp_path, capsys, inputs):
+    argv = sft_arguments(inputs, tmp_path / "run")
+    err = refused(capsys, "sft", *argv, "--config.sft.pack_length=1000000000")
+    assert "config.sft.pack_length=1000000000: all demonstrations together have" in err
+    assert not (tmp_path / "run").exists()

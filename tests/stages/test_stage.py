@@ -125,6 +125,13 @@ def test_a_value_that_no_version_writes_is_damage(tmp_path, trained, changes, me
         load_trained(tmp_path)
 
 
+def test_a_template_that_there_is_not_is_damage(tmp_path, trained):
+    record = save_trained(tmp_path, trained) / "model.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"template": "no_such"}))
+    with pytest.raises(CheckpointError, match=r"model\.json: damaged: .*no_such"):
+        load_trained(tmp_path)
+
+
 def test_a_configuration_of_a_later_version_is_no_damage(tmp_path, trained):
     record = save_trained(tmp_path, trained) / "model.json"
     about = json.loads(record.read_text())
