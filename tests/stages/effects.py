@@ -32,6 +32,7 @@ from instruct_jax.stages.preference import PreferenceConfig
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
+from instruct_jax.stages.stage import AdamConfig
 from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab, run_stage
 
@@ -51,7 +52,10 @@ FELT: dict[str, Any] = {
 
 def bases() -> dict[str, Settings]:
     """Small runs, between them with every choice that turns other fields on."""
+    # With Adam's usual eps a gradient that is zero but for rounding moves a parameter all the same.
+    adam = AdamConfig(eps=1e-3)
     fit: dict[str, Any] = {"batch_size": 8, "warmup": 2, "epochs": 2.0, "micro_batches": 2}
+    fit["adam"] = adam
     lora = LoraConfig(rank=2)
     few = {"completions": 3, "prompt_length": 2, "response_length": 6}
     rl = PPOConfig(
@@ -61,6 +65,7 @@ def bases() -> dict[str, Settings]:
         prompt_length=run_stage.PROMPT,
         response_length=run_stage.RESPONSE,
         warmup_iterations=2,
+        adam=adam,
         learning_rate=3e-3,
         value_learning_rate=3e-3,
     )
