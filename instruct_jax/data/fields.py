@@ -71,7 +71,7 @@ class Fields:
         """A list of whole numbers, 1.0 as good as 1."""
         values = self.listed(name)
         if not all(map(_is_whole, values)):
-            raise self.error("expected whole numbers", name)
+            raise self.error("expected whole numbers, such as ranks 0, 1, 1, 2 with a tie", name)
         return tuple(map(int, values))
 
     def choice(self, name: str, allowed: Sequence[int]) -> int:

@@ -19,9 +19,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, TypeVar
 
+from instruct_jax.data.cases import Case, Format, Kind
 from instruct_jax.data.fields import Fields
 from instruct_jax.data.files import hash_files, open_records
-from instruct_jax.data.layouts import FORMATS, Case, Format, Kind, read_cases
+from instruct_jax.data.layouts import FORMATS, read_cases
 from instruct_jax.data.records import Record
 from instruct_jax.data.rendering import (
     answer_of,

@@ -7,7 +7,7 @@ a ValueError, which the reader turns into an error of its line.
 
 from dataclasses import replace
 
-from instruct_jax.data.layouts import Case, Instruction, joined
+from instruct_jax.data.cases import Case, Instruction, joined
 from instruct_jax.data.rows import PromptText, Segment, Turn
 from instruct_jax.data.templates import ALPACA, CHAT, PLAIN, TEMPLATES, Template
 
