@@ -5,7 +5,7 @@ import importlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
@@ -30,6 +30,7 @@ from tests.experiments import scripts
 counts = st.lists(st.integers(1, 400), min_size=1, max_size=30).map(np.array)
 
 
+@settings(deadline=None)
 @given(counts, counts, st.integers(8, 300), st.integers(8, 300), st.integers(16, 600))
 def test_measured_lengths_hold_all_rows_or_as_many_as_they_can(
     prompts, responses, prompt, response, limit
@@ -103,6 +104,7 @@ def test_comparisons_without_a_pair_are_refused_and_labels_count_for_kto():
     assert paired(labelled, labels=True) == 1 and paired(labelled) == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=6))
 def test_prompts_with_a_pair_are_counted(rankings):
     ranks, where = np.zeros((len(rankings), 3), np.int32), np.zeros((len(rankings), 3), bool)
