@@ -116,7 +116,7 @@ def measured(
     )
     for count, what in ((fit.long_prompts, "prompts"), (fit.long_responses, "responses")):
         if count:
-            words += f"; {count:,} {what} are longer"
+            words += f"; {what} that are longer: {count:,}"
     lengths = {"prompt_length": fit.prompt, "response_length": fit.response}
     return dataclasses.replace(given, **lengths), words
 

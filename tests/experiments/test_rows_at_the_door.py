@@ -227,4 +227,4 @@ def test_lengths_are_measured_and_told(tmp_path, capsys, inputs):
     scripts.launch("sft", *command)
     err = capsys.readouterr().err
     assert "note: measured on " in err and "of 128 positions" in err
-    assert "are longer" not in err
+    assert "that are longer" not in err

@@ -57,13 +57,13 @@ def test_what_was_chosen_is_told_with_what_is_lost():
     assert (stage.prompt_length, stage.response_length) == (24, 32)
     assert words == (
         "measured on 3 rows: prompt_length 24, response_length 32, of 64 positions; "
-        "1 prompts are longer"
+        "prompts that are longer: 1"
     )
     # What is configured is the most that is taken.
     small = SFTConfig(prompt_length=8, response_length=16)
     stage, words = measured(small, prompts, responses, limit=64)
     assert (stage.prompt_length, stage.response_length) == (8, 16)
-    assert words.endswith("; 2 prompts are longer; 1 responses are longer")
+    assert words.endswith("; prompts that are longer: 2; responses that are longer: 1")
 
 
 def test_lengths_are_those_of_the_encoded_rows_with_the_end_of_every_answer():
