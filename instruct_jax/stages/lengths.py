@@ -65,6 +65,9 @@ def read_in_parts(
     forms = shorter_forms(where_of, where.shape[1], buckets)
 
     def one_part(part: Any) -> Any:
+        if buckets == 1:
+            return read(part)
+
         def in_form(cut: Callable[[Any], Any], rows: Any) -> Any:
             out, whole = read(cut(rows)), jax.eval_shape(read, rows)
             return jax.tree.map(_widened, out, whole)

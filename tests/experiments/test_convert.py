@@ -205,7 +205,8 @@ def test_a_card_names_base_licence_and_stages_and_no_path_of_this_machine(tmp_pa
     rows = scripts.write_rows(secret / "data")
     scripts.launch("sft", "--config=configs/sft.py:debug", "--config.data.source=files",
                    f"--config.init={secret / 'in/model'}", "--config.sft.epochs=0.1",
-                   "--config.data.valid_fraction=0.2", "--config.model.dtype=bfloat16",
+                   "--config.data.valid_fraction=0.2", "--config.sft.pack_length=none",
+                   "--config.model.dtype=bfloat16",
                    "--config.model.remat=products", "--config.model.attention=xla",
                    f"--config.data.demonstrations={rows['demonstrations']}",
                    f"--workdir={secret / 'sft'}")  # fmt: skip

@@ -180,9 +180,9 @@ def test_targets_are_patterns_and_the_count_is_theirs():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rank": -1}, "rank must be 0"),
-        ({"rank": 2, "alpha": 0.0}, "alpha must be above 0"),
-        ({"base": "int8"}, "base 'int8' is frozen: give a lora.rank above 0"),
+        ({"rank": -1}, "rank=-1: expected 0 or more"),
+        ({"rank": 2, "alpha": 0.0}, "alpha=0.0: expected above 0"),
+        ({"base": "int8"}, "base 'int8' is frozen: give a rank above 0"),
     ],
 )
 def test_values_that_make_no_adapter_are_refused(values, message):
