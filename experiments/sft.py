@@ -79,9 +79,9 @@ class Chats(NamedTuple):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
-    start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.sft, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    start = load_trained(config.init, kind="language", compute=config.model)
     if not config.measure_lengths:
         check_lengths(stage, start.config)
     source = open_source(config.data, template=start.template, model=config.init)

@@ -30,8 +30,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "d" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# The processes that tests start keep their compiled modules, as those of users do: else each of them
-# compiles the package anew, for a quarter of a second.
+# The processes that tests start keep their compiled modules, as those of users do: else each of
+# them compiles the package anew, for a quarter of a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # No test may reach for the network: a missing file fails at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -421,21 +421,14 @@ def _load_own(directory: Path) -> TrainedModel:
             f"{about.config.vocab_size}: put back the tokenizer that the model was trained with"
         )
     params, saved_with = load_model(directory / "params")
-    _, shapes = parameter_shapes(about.config, about.kind)
-    found = {path: leaf.shape for path, leaf in tree_paths(params)}
-    wanted = {path: leaf.shape for path, leaf in shapes.items()}
-    if found != wanted:
-        wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
-        raise CheckpointError(
-            f"{directory}: the parameters are not those that model.json describes: "
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
-        )
     now = config_hash(directory)
-    if saved_with.get("config", now) != now:  # older ones do not say
-        raise CheckpointError(
-            f"{directory}: model.json has another config than the parameters were saved with: "
-            "copy the folder again"
-        )
+    if saved_with.get("config") != now:
+        _check_shapes(directory, about, params)
+        if "config" in saved_with:  # older ones do not say
+            raise CheckpointError(
+                f"{directory}: model.json has another config than the parameters were saved with: "
+                "copy the folder again"
+            )
     history = (*about.history, about.stage)
     return TrainedModel(
         about.kind,
@@ -447,6 +440,19 @@ def _load_own(directory: Path) -> TrainedModel:
         history,
         about.template,
     )
+
+
+def _check_shapes(directory: Path, about: Record, params: Any) -> None:
+    """CheckpointError where the parameters are of another model than the record's."""
+    _, shapes = parameter_shapes(about.config, about.kind)
+    found = {path: leaf.shape for path, leaf in tree_paths(params)}
+    wanted = {path: leaf.shape for path, leaf in shapes.items()}
+    if found != wanted:
+        wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
+        raise CheckpointError(
+            f"{directory}: the parameters are not those that model.json describes: "
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+        )
 
 
 def _load_foreign(directory: Path) -> TrainedModel:
