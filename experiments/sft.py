@@ -81,6 +81,7 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     stage, mesh = config.sft, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    config.data.find()  # before the model is read
     start = load_trained(config.init, kind="language", compute=config.model)
     if not config.measure_lengths:
         check_lengths(stage, start.config)

@@ -149,6 +149,10 @@ class DataConfig(Settings):
         groups = (self, self.valid, self.test)
         return [path for group in groups for name in ROW_FIELDS for path in getattr(group, name)]
 
+    def find(self) -> list[str]:
+        """Every file and hub id that is named; DataError for a file that is not there."""
+        return list(_each_file(self.paths()))
+
     def token_folder(self, workdir: Path) -> Path:
         """Where a run with this work directory keeps tokenised documents."""
         return workdir / "tokens" if self.token_dir is None else Path(self.token_dir)

@@ -348,7 +348,8 @@ def save_trained(
     _check_name(directory)
     _check_finite(directory, trained.params)
     directory.mkdir(parents=True, exist_ok=True)
-    saved_with = {"stage": trained.stage, "config": hash_of(dataclasses.asdict(trained.config))}
+    config = hash_of(dataclasses.asdict(trained.config))
+    saved_with = {"stage": trained.stage, "kind": trained.kind, "config": config}
     save_model(directory / "params", trained.params, saved_with)
     about = Record(
         kind=trained.kind,
@@ -422,9 +423,9 @@ def _load_own(directory: Path) -> TrainedModel:
         )
     params, saved_with = load_model(directory / "params")
     now = config_hash(directory)
-    if saved_with.get("config") != now:
+    if (saved_with.get("kind"), saved_with.get("config")) != (about.kind, now):
         _check_shapes(directory, about, params)
-        if "config" in saved_with:  # older ones do not say
+        if saved_with.get("config", now) != now:  # older ones do not say
             raise CheckpointError(
                 f"{directory}: model.json has another config than the parameters were saved with: "
                 "copy the folder again"
