@@ -6,7 +6,9 @@ wrong number; warnings as errors (pyproject.toml). The environment is set before
 jax, and is inherited by the processes that tests start.
 """
 
+import gc
 import os
+import signal
 from pathlib import Path
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS
@@ -33,6 +35,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # The processes that tests start keep their compiled modules, as those of users do: else each of
 # them compiles the package anew, for a quarter of a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell starts what is in the background with Ctrl-C ignored, and a run that finds it so leaves it
+# so; the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test may reach for the network: a missing file fails at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,6 +46,11 @@ import jax
 import numpy as np
 import pytest
 
+# Every compiled program is some memory maps, of which Linux gives a process 65,530; one more ends
+# it in a segmentation fault. The suite has that many programs.
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -48,6 +58,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True)
 def _same_numpy_seed():
     np.random.seed(0)  # third-party code draws from the global generator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_compiled_programs():
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -400,7 +400,7 @@ def test_a_place_that_cannot_be_a_directory_is_one_line_and_nothing_is_made(
     (tmp_path / "pipe").touch()
     os.remove(tmp_path / "pipe")
     os.mkfifo(tmp_path / "pipe")
-    before = {p.name for p in tmp_path.iterdir()}
+    before = {p.name for p in tmp_path.iterdir()} | {"__pycache__"}  # of the presets
     places = [
         "file", "file/below", "dangling", "dangling/below", "loop", "loop/below", "pipe",
         "x" * 300, f"{'y' * 300}/run", "z/" * 3000, "a[b]", "a[b]/c", "a\\b", "x\udcffy", "gs:/x",
@@ -410,7 +410,7 @@ def test_a_place_that_cannot_be_a_directory_is_one_line_and_nothing_is_made(
         for flags in ((), (OVERWRITE,)):
             assert launch(f"--workdir={place}", *flags) == 2, ascii(place)
             one_line(capsys, "--workdir")
-    assert {p.name for p in tmp_path.iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} <= before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
