@@ -73,7 +73,7 @@ def verify(flags: argparse.Namespace, directory: Path) -> None:
 def export(flags: argparse.Namespace, directory: Path) -> None:
     """Write a model folder from a step."""
     # These load jax; list, pin and prune need not wait for it.
-    from instruct_jax.stages.stage import load_trained, save_trained
+    from instruct_jax.stages.trained import load_trained, save_trained
     from instruct_jax.training.checkpoint import load_item
 
     if flags.to.exists():

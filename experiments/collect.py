@@ -32,7 +32,7 @@ from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import NEVER, Settings, setting
 from instruct_jax.stages.inputs import data_acts, prompt_tokens
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("comparisons.jsonl", "comparisons.jsonl.sha256", "labelers.json")

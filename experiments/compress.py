@@ -44,8 +44,9 @@ from instruct_jax.stages import distill
 from instruct_jax.stages.distill import DistillConfig
 from instruct_jax.stages.inputs import data_acts
 from instruct_jax.stages.reward_model import score_answers
-from instruct_jax.stages.stage import TrainedModel, in_batches, load_trained, save_trained
+from instruct_jax.stages.stage import in_batches
 from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 
 ORIGINAL = "original"

@@ -33,7 +33,7 @@ from instruct_jax.models.vocabulary import resize_vocabulary
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.record import RECORD as MODEL_RECORD
 from instruct_jax.stages.record import Base, read_record
-from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = (

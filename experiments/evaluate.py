@@ -34,8 +34,8 @@ from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import NEVER, Settings, setting
 from instruct_jax.stages.inputs import data_acts, measured, prompt_tokens
 from instruct_jax.stages.reward_model import score_answers
-from instruct_jax.stages.stage import TrainedModel, load_trained
 from instruct_jax.stages.text import held_out_text, names_text
+from instruct_jax.stages.trained import TrainedModel, load_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("evaluation.json", "samples.jsonl")

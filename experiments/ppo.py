@@ -44,8 +44,13 @@ from instruct_jax.stages.ppo_models import on_the_policys_trunk
 from instruct_jax.stages.reward_model import score_rows
 from instruct_jax.stages.reward_sources import ModelReward, named_rewards
 from instruct_jax.stages.rewards import HostRewards
-from instruct_jax.stages.stage import TrainedModel, load_adapter, load_trained, save_trained
 from instruct_jax.stages.text import held_out_text, names_text, text_rows
+from instruct_jax.stages.trained import (
+    TrainedModel,
+    load_adapter,
+    load_trained,
+    save_trained,
+)
 from instruct_jax.training.mesh import make_mesh
 
 PROBES = 32

@@ -33,7 +33,7 @@ from instruct_jax.stages.inputs import (
     where_held_out,
 )
 from instruct_jax.stages.preference import PreferenceConfig
-from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.stages.trained import load_trained, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 

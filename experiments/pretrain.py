@@ -30,8 +30,9 @@ from instruct_jax.stages.inputs import (
     where_held_out,
 )
 from instruct_jax.stages.pretrain import PretrainConfig
-from instruct_jax.stages.stage import ModelConfig, TrainedModel, save_trained
+from instruct_jax.stages.stage import ModelConfig
 from instruct_jax.stages.text import held_out_text, text_rows
+from instruct_jax.stages.trained import TrainedModel, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 

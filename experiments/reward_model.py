@@ -46,7 +46,7 @@ from instruct_jax.stages.inputs import (
     where_held_out,
 )
 from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
-from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 

@@ -26,7 +26,7 @@ from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("selection.json",)

@@ -40,8 +40,8 @@ from instruct_jax.stages.inputs import (
     where_held_out,
 )
 from instruct_jax.stages.sft import SFTConfig
-from instruct_jax.stages.stage import load_trained, save_trained
 from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.trained import load_trained, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 

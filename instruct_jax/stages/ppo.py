@@ -56,7 +56,8 @@ from instruct_jax.stages.ppo_models import (
 from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
 from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.rewards import Given, HostRewards
-from instruct_jax.stages.stage import RULES, Adapter, place_params, save_adapter, trunk_fingerprint
+from instruct_jax.stages.stage import RULES, place_params
+from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop

@@ -23,7 +23,8 @@ from instruct_jax.models.adapters import freeze, init_adapter, merge
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import Model
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.stages.stage import ADAPTER, Adapter, TrainedModel, trunk_fingerprint
+from instruct_jax.stages.stage import ADAPTER
+from instruct_jax.stages.trained import Adapter, TrainedModel, trunk_fingerprint
 from instruct_jax.training.optim import Schedule, warmup_constant_schedule
 from instruct_jax.training.state import TrainState, init_state
 

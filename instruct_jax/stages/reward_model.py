@@ -38,12 +38,12 @@ from instruct_jax.settings import setting
 from instruct_jax.stages.rankings import TREE, by_prompt, refuse_labels, tree_batches
 from instruct_jax.stages.stage import (
     FitConfig,
-    TrainedModel,
     fit,
     in_batches,
     steps_of,
     trained_form,
 )
+from instruct_jax.stages.trained import TrainedModel
 from instruct_jax.training.state import LossFn, TrainState
 
 PairNorm = Literal["comb", "valid"]

@@ -28,7 +28,7 @@ from instruct_jax.errors import ConfigError, RewardError
 from instruct_jax.sampling.complete import Completion
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.rewards import Answers, Reward, Weighted, unique_names
-from instruct_jax.stages.stage import TrainedModel
+from instruct_jax.stages.trained import TrainedModel
 
 # Of what an endpoint may answer.
 LARGEST_REPLY = 64 * 1024 * 1024

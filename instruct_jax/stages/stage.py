@@ -1,53 +1,37 @@
-"""What the stages share: the optimizer's fields, one way to fit, and the folder a trained model is
-kept in.
-
-A stage hands its result on as a model folder, and only so:
-
-    DIR/model.json       what it is: kind ("language" or "scalar"), the stage that made it, the
-                         template of its prompts, its configuration
-    DIR/tokenizer.json   the tokenizer it was trained with
-    DIR/params/          the parameters, fp32
-"""
+"""What the stages share: the optimizer's fields, and one way to fit a model to one loss."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from instruct_jax.data.ragged import Rows
-from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
-from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from instruct_jax.files import json_text, read_object, unfit_path
+from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
-from instruct_jax.models.hf import inspect_pretrained, parameter_shapes, read_pretrained
 from instruct_jax.models.matrices import join
 from instruct_jax.models.transformer import (
     PARTITION_RULES,
     Model,
     TransformerConfig,
-    language_model,
-    scalar_model,
 )
 from instruct_jax.settings import INT32_MAX, Settings, setting
-from instruct_jax.stages.record import RECORD, Base, Record, config_hash, hash_of, read_record
+from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
-from instruct_jax.training.checkpoint import Checkpointer, load_model, save_model
+from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import (
     batch_sharding,
     check_batch_size,
-    tree_paths,
     tree_shardings,
 )
 from instruct_jax.training.metrics import MetricLogger
@@ -63,7 +47,6 @@ from instruct_jax.training.state import (
 )
 
 RULES = adapter_rules(PARTITION_RULES)
-READ_OUTS = ("unembedding", "head")
 # The role of the key that an adapter is drawn with. Steps count up from 0 and what is drawn once
 # counts down from the top of `fold_in`'s numbers, so that no two meet (ppo_lag.py has the first).
 ADAPTER = 2**32 - 2
@@ -313,213 +296,6 @@ def fit(
     if lora.rank:
         save_adapter(workdir / "adapter", Adapter(state.params, lora, trunk_fingerprint(params)))
     return merge(base, state.params, lora)
-
-
-class TrainedModel(NamedTuple):
-    """A model folder in memory.
-
-    `base` is what its weights came from, `history` the stages that it went through, its own last
-    where it was loaded: a stage says `trained._replace(params=..., stage=...)` and hands both on.
-    `template` names the one that it was fine-tuned on, if it was.
-    """
-
-    kind: str
-    config: TransformerConfig
-    params: Any
-    tokenizer: Tokenizer
-    stage: str
-    base: Base | None = None
-    history: tuple[str, ...] = ()
-    template: str | None = None
-
-    @property
-    def model(self) -> Model:
-        """The pure functions that `params` belong to."""
-        return (language_model if self.kind == "language" else scalar_model)(self.config)
-
-
-def save_trained(
-    directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
-) -> Path:
-    """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
-    `directory`; ConfigError where its name is one below which arrays cannot be kept, NonFiniteError
-    where a parameter is not finite. Then nothing is written.
-    """
-    _check_name(directory)
-    _check_finite(directory, trained.params)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = hash_of(dataclasses.asdict(trained.config))
-    saved_with = {"stage": trained.stage, "kind": trained.kind, "config": config}
-    save_model(directory / "params", trained.params, saved_with)
-    about = Record(
-        kind=trained.kind,
-        stage=trained.stage,
-        config=trained.config,
-        history=trained.history,
-        base=trained.base,
-        template=trained.template,
-        notes=notes or {},
-    )
-
-    def describe() -> None:
-        trained.tokenizer.save(directory)
-        # Written last: a folder with a model.json is complete.
-        (directory / RECORD).write_text(json_text(about.as_json()))
-
-    hosts.first_alone(describe)
-    return directory
-
-
-def _check_finite(directory: Path, params: Any) -> None:
-    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if not bool(hosts.fetch(_all_finite(floats))):
-        raise NonFiniteError(
-            f"{directory}: not written, a parameter is not finite; what was saved before stands"
-            f" ({directory.parent / 'checkpoints'}): lower the learning rate"
-        )
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-    """bool[], replicated whatever the sharding of the leaves."""
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
-
-
-def load_trained(
-    directory: str | Path, *, kind: str | None = None, compute: ComputeConfig | None = None
-) -> TrainedModel:
-    """Reads a model folder, or a Hugging Face folder of a language model with its tokenizer; it is
-    then computed as `compute` says, where that is given.
-
-    ConfigError when `directory` is neither, does not hold the `kind` asked for, or has a tokenizer
-    of another vocabulary than the model's; CheckpointError when it is damaged.
-    """
-    directory = Path(directory)
-    if (directory / RECORD).is_file():
-        trained = _load_own(directory)
-    elif (directory / "config.json").is_file():
-        trained = _load_foreign(directory)
-    else:
-        raise ConfigError(
-            f"{directory}: neither model.json nor config.json here; give the `model` folder that a "
-            "stage wrote, or a Hugging Face folder"
-        )
-    if kind is not None and trained.kind != kind:
-        raise ConfigError(
-            f"{directory}: holds a {trained.kind} model ({trained.stage}), a {kind} model is needed"
-        )
-    return trained if compute is None else trained._replace(config=compute.on(trained.config))
-
-
-def _load_own(directory: Path) -> TrainedModel:
-    about = read_record(directory)
-    if "\\" in str(directory.absolute()):  # what was written elsewhere cannot be read here either
-        _check_name(directory)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size != about.config.vocab_size:
-        raise ConfigError(
-            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
-            f"{about.config.vocab_size}: put back the tokenizer that the model was trained with"
-        )
-    params, saved_with = load_model(directory / "params")
-    now = config_hash(directory)
-    if (saved_with.get("kind"), saved_with.get("config")) != (about.kind, now):
-        _check_shapes(directory, about, params)
-        if saved_with.get("config", now) != now:  # older ones do not say
-            raise CheckpointError(
-                f"{directory}: model.json has another config than the parameters were saved with: "
-                "copy the folder again"
-            )
-    history = (*about.history, about.stage)
-    return TrainedModel(
-        about.kind,
-        about.config,
-        params,
-        tokenizer,
-        about.stage,
-        about.base,
-        history,
-        about.template,
-    )
-
-
-def _check_shapes(directory: Path, about: Record, params: Any) -> None:
-    """CheckpointError where the parameters are of another model than the record's."""
-    _, shapes = parameter_shapes(about.config, about.kind)
-    found = {path: leaf.shape for path, leaf in tree_paths(params)}
-    wanted = {path: leaf.shape for path, leaf in shapes.items()}
-    if found != wanted:
-        wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
-        raise CheckpointError(
-            f"{directory}: the parameters are not those that model.json describes: "
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
-        )
-
-
-def _load_foreign(directory: Path) -> TrainedModel:
-    found = inspect_pretrained(directory)
-    if found.tokenizer is None:
-        raise ConfigError(
-            f"{directory}: no tokenizer here; import the folder with experiments/convert.py and "
-            "--config.tokenizer=FILE"
-        )
-    config, params = read_pretrained(found)
-    base = Base(found.name, found.licence, found.raw["model_type"])
-    tokenizer, history = found.tokenizer, ("imported",)
-    return TrainedModel(found.kind, config, params, tokenizer, "imported", base, history)
-
-
-class Adapter(NamedTuple):
-    """An adapter folder in memory; `base` is the fingerprint of the trunk that it belongs to."""
-
-    params: Any
-    lora: LoraConfig
-    base: str
-
-
-def save_adapter(directory: Path, adapter: Adapter) -> None:
-    """Writes adapter.json (configuration and base) and the parameters of the adapter alone."""
-    _check_name(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
-    save_model(directory / "params", adapter.params, about)
-    text = json_text(about)
-    hosts.first_alone(lambda: _write(directory / "adapter.json", text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def _check_name(directory: Path) -> None:
-    if (reason := unfit_path(directory)) is not None:
-        raise ConfigError(f"{directory}: {reason}; choose another folder")
-
-
-def load_adapter(directory: str | Path) -> Adapter:
-    """Reads what `save_adapter` wrote. ConfigError when `directory` is no such folder,
-    CheckpointError when it is damaged.
-    """
-    directory = Path(directory)
-    if not (directory / "adapter.json").is_file():
-        raise ConfigError(f"{directory}: no adapter.json here; give the `adapter` folder of a run")
-    about = read_object(directory / "adapter.json", "lora", "base")
-    try:
-        lora = LoraConfig(**about["lora"] | {"targets": tuple(about["lora"]["targets"])})
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{directory / 'adapter.json'}: lora: {error}") from error
-    params, _ = load_model(directory / "params")
-    return Adapter(params, lora, about["base"])
-
-
-def trunk_fingerprint(params: Any) -> str:
-    """A hash of what language and scalar models share: tables, layers and the last norm."""
-    digest = hashlib.sha256()
-    trunk = {name: params[name] for name in sorted(params) if name not in READ_OUTS}
-    for path, leaf in tree_paths(trunk):
-        digest.update(path.encode())
-        digest.update(hosts.fetch(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def place_params(params: Any, mesh: Mesh) -> Any:

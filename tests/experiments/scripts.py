@@ -12,7 +12,7 @@ import jax
 from instruct_jax import cli
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
 from instruct_jax.models.transformer import TransformerConfig, language_model
-from instruct_jax.stages.stage import TrainedModel, save_trained
+from instruct_jax.stages.trained import TrainedModel, save_trained
 
 WORDS = [
     "the",

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from instruct_jax.models.transformer import scalar_from_language
-from instruct_jax.stages.stage import load_trained, save_trained
+from instruct_jax.stages.trained import load_trained, save_trained
 from tests.experiments import scripts
 
 SFT = ("--config=configs/sft.py:debug", "--config.data.source=files")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from instruct_jax.errors import CheckpointError, ConfigError
-from instruct_jax.stages.stage import load_adapter, load_trained
+from instruct_jax.stages.trained import load_adapter, load_trained
 from instruct_jax.training.integrity import write_manifest
 from instruct_jax.training.keeping import step_numbers
 from tests.experiments import scripts

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.models.transformer import scalar_from_language
-from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from tests.experiments import scripts
 
 VARIANTS = (

@@ -14,7 +14,7 @@ from instruct_jax.errors import ConfigError, UserError
 from instruct_jax.models import scalar_model
 from instruct_jax.models.hf import load_pretrained
 from instruct_jax.models.transformer import TransformerConfig
-from instruct_jax.stages.stage import TrainedModel, load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from tests.experiments import scripts
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 from tests.stages.lab import same_bits
 from tests.stages.run_ppo import fingerprint

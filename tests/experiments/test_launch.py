@@ -17,7 +17,7 @@ import pytest
 from experiments import launch
 from instruct_jax.cli import processes
 from instruct_jax.errors import ConfigError
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 from instruct_jax.training.checkpoint import Checkpointer
 from tests.experiments import scripts
 from tests.experiments.scripts import environment

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 from tests.experiments.own_files import write_own_files
 

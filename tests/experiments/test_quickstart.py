@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from instruct_jax.cli import replacing
-from instruct_jax.stages.stage import load_trained
+from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 from tests.stages.lab import same_bits
 

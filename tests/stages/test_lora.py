@@ -31,11 +31,10 @@ from instruct_jax.stages.ppo_models import (
     optimizers,
 )
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import (
+from instruct_jax.stages.stage import FitConfig, fit
+from instruct_jax.stages.trained import (
     Adapter,
-    FitConfig,
     TrainedModel,
-    fit,
     load_adapter,
     trunk_fingerprint,
 )

@@ -25,7 +25,8 @@ from instruct_jax.stages.reward_model import (
     score_rows,
     sequence_scores,
 )
-from instruct_jax.stages.stage import TrainedModel, steps_of
+from instruct_jax.stages.stage import steps_of
+from instruct_jax.stages.trained import TrainedModel
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import accumulate_gradients
 from tests.stages import lab as labs

@@ -20,7 +20,7 @@ from instruct_jax.stages import ppo
 from instruct_jax.stages.reward_model import sequence_scores
 from instruct_jax.stages.reward_sources import Endpoint, Ensemble, ModelReward, named_rewards
 from instruct_jax.stages.rewards import HostRewards, Weighted, answers_of
-from instruct_jax.stages.stage import TrainedModel
+from instruct_jax.stages.trained import TrainedModel
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab as labs

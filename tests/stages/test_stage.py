@@ -17,14 +17,12 @@ from instruct_jax.stages.record import Base, read_record
 from instruct_jax.stages.stage import (
     FitConfig,
     ModelConfig,
-    TrainedModel,
     in_batches,
-    load_trained,
     make_optimizer,
     make_step,
     place_params,
-    save_trained,
 )
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import init_state
 from tests.stages import lab as labs
