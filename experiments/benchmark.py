@@ -6,18 +6,18 @@
         --config.peer_python=/path/to/venv/bin/python
     python experiments/benchmark.py --config=configs/benchmark.py:startup --workdir=runs/startup
 
-The phases are the stages' own programs at the shape of the preset (instruct_jax/planning/). Seconds
-are medians of `repeats` runs, compilation apart. The roofline fraction is the time limit of
-instruct_jax/planning/costs.py, on real tokens, over the time measured; the limit's FLOP/s and
-bytes/s are those of a large matrix product and a large copy in the same run. MFU and MBU are shares
-of the vendor's peaks where the device is known, else of the measured ones.
+The phases are the stages' own programs at the shape of the preset (instruct_jax/benchmark/).
+Seconds are medians of `repeats` runs, compilation apart. The roofline fraction is the time limit of
+instruct_jax/models/costs.py, on real tokens, over the time measured; the limit's FLOP/s and bytes/s
+are those of a large matrix product and a large copy in the same run. MFU and MBU are shares of the
+vendor's peaks where the device is known, else of the measured ones.
 
 With `--config.peer=trl` the same work is done by TRL and transformers in another process, turn by
 turn with ours, and the ratio of the speeds is printed; with `tunix` by Tunix, which is in JAX. With
 `--config.profile=true` a jax.profiler trace of one run of each phase is left in WORKDIR/profile.
 
 `startup` times the stages' own scripts instead, to the end of their first step, with an empty
-compilation cache and with a full one (instruct_jax/planning/startup.py).
+compilation cache and with a full one (instruct_jax/benchmark/startup.py).
 
 Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
 """
@@ -36,6 +36,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax import cli
+from instruct_jax.benchmark import peers
+from instruct_jax.benchmark.measure import (
+    Machine,
+    describe_machine,
+    environment,
+    measure,
+    measure_machine,
+    seconds_of,
+)
+from instruct_jax.benchmark.shapes import Rows, Shape, random_models, synthetic_rows
+from instruct_jax.benchmark.startup import StartupConfig, make_inputs, measure_startup
+from instruct_jax.benchmark.tables import (
+    peer_table,
+    phase_table,
+    startup_table,
+    sweep_table,
+    write_roofline,
+    write_sweeps,
+)
+from instruct_jax.benchmark.workloads import BUILDERS, PHASES, check_phases
 from instruct_jax.data.encoding import (
     Encoded,
     encode_comparisons,
@@ -46,27 +66,7 @@ from instruct_jax.data.encoding import (
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
-from instruct_jax.evaluation.roofline import (
-    peer_table,
-    phase_table,
-    startup_table,
-    sweep_table,
-    write_roofline,
-    write_sweeps,
-)
 from instruct_jax.files import json_text
-from instruct_jax.planning import peers
-from instruct_jax.planning.measure import (
-    Machine,
-    describe_machine,
-    environment,
-    measure,
-    measure_machine,
-    seconds_of,
-)
-from instruct_jax.planning.shapes import Rows, Shape, random_models, synthetic_rows
-from instruct_jax.planning.startup import StartupConfig, make_inputs, measure_startup
-from instruct_jax.planning.workloads import BUILDERS, PHASES, check_phases
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.inputs import data_acts
 from instruct_jax.training.mesh import make_mesh

@@ -28,9 +28,10 @@ ROWS = {
     "sampling": 2,
     "stages": 3,
     "feedback": 3,
-    "evaluation": 3,
-    "serving": 3,
-    "planning": 4,
+    "evaluation": 4,
+    "serving": 4,
+    "planning": 5,
+    "benchmark": 5,
 }
 
 # Libraries that only the named rooms may import. Scripts and tests may import anything.
@@ -214,6 +215,7 @@ def test_no_loaded_file_can_run_code():
         ("instruct_jax.stages.ppo", "from instruct_jax.evaluation import win_rate"),
         ("instruct_jax.stages.ppo", "import orbax.checkpoint as ocp"),
         ("instruct_jax.stages.ppo", "from experiments import quickstart"),
+        ("instruct_jax.planning.report", "from instruct_jax.benchmark import measure"),
         ("instruct_jax.sampling.sampler", "if TYPE_CHECKING:\n    from ..stages import ppo"),
         ("instruct_jax.unheard_of", ""),
         ("instruct_jax", "import jax"),

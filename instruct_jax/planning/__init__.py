@@ -1,1 +1,1 @@
-"""Above the stages: what their programs cost at least, how long they take, where they fit."""
+"""What the programs of the stages cost: by formula, compiled for a machine, and where they fit."""

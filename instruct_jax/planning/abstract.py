@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from instruct_jax.models.costs import Cost, Kind
 from instruct_jax.models.transformer import TransformerConfig, language_model, scalar_model
-from instruct_jax.planning.costs import Cost, Kind
 from instruct_jax.stages.stage import RULES
 from instruct_jax.training.mesh import replicated, tree_shardings
 

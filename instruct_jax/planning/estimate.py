@@ -29,10 +29,10 @@ import jax
 from jax.sharding import Mesh
 
 from instruct_jax.losses.chunked import default_chunk
+from instruct_jax.models import costs
 from instruct_jax.models.attention import implementation
 from instruct_jax.models.sharding import platform
 from instruct_jax.models.transformer import TransformerConfig
-from instruct_jax.planning import costs
 from instruct_jax.planning.abstract import Program, device_bytes
 from instruct_jax.planning.jobs import Job
 

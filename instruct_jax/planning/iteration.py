@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instruct_jax.errors import ConfigError
+from instruct_jax.models import costs
 from instruct_jax.models.adapters import adapt
+from instruct_jax.models.costs import Cost
 from instruct_jax.models.transformer import TransformerConfig, language_model, scalar_model
-from instruct_jax.planning import costs
 from instruct_jax.planning.abstract import (
     Program,
     abstract_key,
@@ -21,7 +22,6 @@ from instruct_jax.planning.abstract import (
     on_mesh,
     placed,
 )
-from instruct_jax.planning.costs import Cost
 from instruct_jax.planning.jobs import Job
 from instruct_jax.sampling.sampler import Rollout, generate
 from instruct_jax.stages import ppo

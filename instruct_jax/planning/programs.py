@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from instruct_jax.models import costs
 from instruct_jax.models.adapters import split
 from instruct_jax.models.transformer import language_model, scalar_model
-from instruct_jax.planning import costs
 from instruct_jax.planning.abstract import (
     Program,
     Shapes,

@@ -12,9 +12,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from instruct_jax.models.costs import PEAKS, Cost, time_limit, total
 from instruct_jax.planning import estimate
 from instruct_jax.planning.abstract import Program
-from instruct_jax.planning.costs import PEAKS, Cost, time_limit, total
 from instruct_jax.planning.hlo import Collective, collectives, largest_temporaries
 from instruct_jax.planning.jobs import Job
 from instruct_jax.planning.programs import programs

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from instruct_jax.errors import ConfigError
-from instruct_jax.planning.costs import PEAKS, Peaks
+from instruct_jax.models.costs import PEAKS, Peaks
 from instruct_jax.training.mesh import AXES, parse_mesh
 
 # Bytes/s of a ring over one mesh axis: on a TPU both directions of one axis of the torus, on a card

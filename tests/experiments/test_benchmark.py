@@ -8,7 +8,7 @@ import pytest
 
 from experiments import benchmark
 from instruct_jax import cli
-from instruct_jax.planning.workloads import PHASES
+from instruct_jax.benchmark.workloads import PHASES
 
 DEBUG = "--config=configs/benchmark.py:debug"
 NUMBERS = (

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.planning.costs import PEAKS, Cost, Peaks, time_limit, total
+from instruct_jax.models.costs import PEAKS, Cost, Peaks, time_limit, total
 
 # The words of a device's kind that name a row of PEAKS.
 _KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e"}

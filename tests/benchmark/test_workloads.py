@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from instruct_jax.benchmark.measure import Account, Machine, Workload, measure, published_peaks
+from instruct_jax.benchmark.shapes import Shape, random_models, synthetic_rows, with_mean_length
+from instruct_jax.benchmark.workloads import sft_batch
 from instruct_jax.errors import ConfigError
+from instruct_jax.models import costs
 from instruct_jax.models.transformer import language_model
-from instruct_jax.planning import costs
-from instruct_jax.planning.measure import Account, Machine, Workload, measure, published_peaks
-from instruct_jax.planning.shapes import Shape, random_models, synthetic_rows, with_mean_length
-from instruct_jax.planning.workloads import sft_batch
 from instruct_jax.sampling.sampler import generate
 
 TINY = Shape(

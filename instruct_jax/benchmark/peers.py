@@ -30,6 +30,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.benchmark.measure import seconds_of
+from instruct_jax.benchmark.reinforcement import iteration
+from instruct_jax.benchmark.shapes import Models, Rows, Shape
+from instruct_jax.benchmark.workloads import Training
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.packing import pack
 from instruct_jax.data.tokenizer import Tokenizer
@@ -37,10 +41,6 @@ from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.hf import save_pretrained
 from instruct_jax.models.transformer import language_model, scalar_model
-from instruct_jax.planning.measure import seconds_of
-from instruct_jax.planning.reinforcement import iteration
-from instruct_jax.planning.shapes import Models, Rows, Shape
-from instruct_jax.planning.workloads import Training
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.reward_model import RewardModelConfig, reward_loss

@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from instruct_jax.errors import ConfigError, UserError
-from instruct_jax.planning.peers import (
+from instruct_jax.benchmark.peers import (
     LIBRARIES,
     Case,
     Turn,
@@ -16,7 +15,8 @@ from instruct_jax.planning.peers import (
     script_of,
     write_inputs,
 )
-from instruct_jax.planning.shapes import Models, Shape, random_models, synthetic_rows
+from instruct_jax.benchmark.shapes import Models, Shape, random_models, synthetic_rows
+from instruct_jax.errors import ConfigError, UserError
 
 ECHO = """
 import json, pathlib, sys

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from instruct_jax.evaluation.roofline import startup_table
-from instruct_jax.planning.startup import Start, Startup
+from instruct_jax.benchmark.startup import Start, Startup
+from instruct_jax.benchmark.tables import startup_table
 
 
 def test_a_stage_has_a_line_for_each_cache_and_its_ratio_at_the_second():

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.benchmark.measure import Account, Workload, compiled, seconds_of
+from instruct_jax.benchmark.shapes import Models, Rows, Shape, first_prompts
+from instruct_jax.models import costs
 from instruct_jax.models.transformer import language_model, scalar_model
-from instruct_jax.planning import costs
-from instruct_jax.planning.measure import Account, Workload, compiled, seconds_of
-from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
 from instruct_jax.stages.ppo_lag import behind, first_rollout, models_of

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from instruct_jax.models import costs
 from instruct_jax.models.families import PRESETS, preset
 from instruct_jax.models.transformer import TransformerConfig, language_model
-from instruct_jax.planning import costs
 
 GPT2 = preset("gpt2-small")
 SMALL = TransformerConfig(

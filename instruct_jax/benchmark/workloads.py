@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.benchmark import reinforcement
+from instruct_jax.benchmark.measure import Account, Workload, compiled, seconds_of
+from instruct_jax.benchmark.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.data.packing import pack
 from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import ranking_loss
+from instruct_jax.models import costs
 from instruct_jax.models.transformer import language_model, scalar_model
-from instruct_jax.planning import costs, reinforcement
-from instruct_jax.planning.measure import Account, Workload, compiled, seconds_of
-from instruct_jax.planning.shapes import Models, Rows, Shape, first_prompts
 from instruct_jax.sampling.choose import Sampling
 from instruct_jax.sampling.engine import Engine
 from instruct_jax.sampling.sampler import generate

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from instruct_jax.benchmark.startup import StartupConfig, account, make_inputs, measure_startup
 from instruct_jax.cli import from_config
 from instruct_jax.data.formats import read_comparisons
 from instruct_jax.errors import ConfigError
-from instruct_jax.planning.startup import StartupConfig, account, make_inputs, measure_startup
 
 # What is slow the first time: an empty cache. It ends by being killed, as a long run does.
 SCRIPT = """
