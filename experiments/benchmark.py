@@ -24,7 +24,6 @@ Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,11 +31,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax import cli
-from instruct_jax.benchmark import peers
+from instruct_jax.benchmark import peers, startup
 from instruct_jax.benchmark.measure import (
     Machine,
     describe_machine,
@@ -45,8 +43,9 @@ from instruct_jax.benchmark.measure import (
     measure_machine,
     seconds_of,
 )
-from instruct_jax.benchmark.shapes import Rows, Shape, random_models, synthetic_rows
-from instruct_jax.benchmark.startup import StartupConfig, make_inputs, measure_startup
+from instruct_jax.benchmark.rows import Rows, real_rows, synthetic_rows
+from instruct_jax.benchmark.shapes import Shape, random_models
+from instruct_jax.benchmark.startup import StartupConfig
 from instruct_jax.benchmark.tables import (
     peer_table,
     phase_table,
@@ -56,14 +55,8 @@ from instruct_jax.benchmark.tables import (
     write_sweeps,
 )
 from instruct_jax.benchmark.workloads import BUILDERS, PHASES, check_phases
-from instruct_jax.data.encoding import (
-    Encoded,
-    encode_comparisons,
-    encode_demonstrations,
-    encode_documents,
-    encode_prompts,
-)
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.cli import replacing
+from instruct_jax.data.sources import DataConfig
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.files import json_text
@@ -72,11 +65,12 @@ from instruct_jax.stages.inputs import data_acts
 from instruct_jax.training.mesh import make_mesh
 
 STARTUP_SCRIPT = "benchmark_startup.py"
-
-
+STARTUP, PEER, PROFILE = "startup", "peer", "profile"  # folders of the work directory
 # Beside what every run writes; --overwrite replaces these.
 WRITES = (
-    "benchmark.json", "benchmark.md", "sweep.png", "roofline.png", "profile", "startup", "peer"
+    "benchmark.json", "benchmark.md", "sweep.png", "roofline.png",
+    *(f"{PROFILE}/*/plugins/profile/*/*.{end}" for end in ("xplane.pb", "trace.json.gz")),
+    *(f"{STARTUP}/{name}" for name in startup.WRITES), *(f"{PEER}/{name}" for name in peers.WRITES),
 )  # fmt: skip
 
 
@@ -176,16 +170,14 @@ def check(config: Config, mesh: Mesh) -> None:
         check_phases(config.phases, shape, rows, mesh, packed=packed)
 
 
-def run_startup(config: Config, startup: StartupConfig, run: cli.Run) -> list[dict[str, Any]]:
+def run_startup(config: Config, chosen: StartupConfig, run: cli.Run) -> list[dict[str, Any]]:
     """The first start and `repeats` second ones of every stage."""
-    folder, script = run.workdir.absolute() / "startup", Path(__file__).with_name(STARTUP_SCRIPT)
-    shutil.rmtree(folder, ignore_errors=True)  # a first start has nothing to read
-    folder.mkdir()
-    make_inputs(startup, folder, script=script, mesh=run.mesh)
-    results = []
-    for stage in startup.stages:
-        result = measure_startup(
-            stage, startup, folder, script=script, mesh=run.mesh, repeats=config.repeats
+    folder = empty_folder(run, STARTUP)  # a first start has nothing to read
+    script, results = Path(__file__).with_name(STARTUP_SCRIPT), []
+    startup.make_inputs(chosen, folder, script=script, mesh=run.mesh)
+    for stage in chosen.stages:
+        result = startup.measure_startup(
+            stage, chosen, folder, script=script, mesh=run.mesh, repeats=config.repeats
         )
         print(
             f"{stage:13} {result.first.seconds:6.2f} s, then {result.second.seconds:6.2f} s"
@@ -194,6 +186,14 @@ def run_startup(config: Config, startup: StartupConfig, run: cli.Run) -> list[di
         )
         results.append(dataclasses.asdict(result))
     return results
+
+
+def empty_folder(run: cli.Run, name: str) -> Path:
+    """A folder of the work directory, in which nothing is left of what this run wrote before."""
+    replacing.delete(run.workdir, WRITES, among=(name,))
+    folder = run.workdir.absolute() / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def run_phases(
@@ -212,7 +212,7 @@ def run_phases(
                 flush=True,
             )
             if config.profile:
-                with jax.profiler.trace(str(run.workdir / "profile" / phase)):
+                with jax.profiler.trace(str(run.workdir / PROFILE / phase)):
                     seconds_of(workload.run)
             results.append(dataclasses.asdict(result))
     return results
@@ -234,19 +234,22 @@ def compare_peers(config: Config, run: cli.Run) -> list[dict[str, Any]]:
     rows, tokenizer = load_rows(config, config.shape)
     models = random_models(config.shape, eos_id=rows.eos_id)
     mesh, results = make_mesh(run.mesh), []
-    folder = run.workdir / "peer"
+    folder = empty_folder(run, PEER)
     library = peers.LIBRARIES[config.peer]
     peers.write_inputs(folder, library, config.shape, rows, models, tokenizer)
     with jax.set_mesh(mesh):
         for phase in config.phases:
-            for case in peers.cases(phase, library, config.shape, rows, models, mesh):
-                comparison = peers.compare(
-                    case,
-                    python=config.peer_python or peers.default_python(),
-                    script=peers.script_of(library),
-                    folder=folder,
-                    repeats=config.repeats,
-                )
+            for comparison in peers.comparisons(
+                phase,
+                library,
+                config.shape,
+                rows,
+                models,
+                mesh,
+                python=config.peer_python,
+                folder=folder,
+                repeats=config.repeats,
+            ):
                 print(
                     f"{phase} against {comparison.peer}: {comparison.ours:,.1f} and "
                     f"{comparison.theirs:,.1f} {comparison.unit}/s, ratio {comparison.ratio:.2f}",
@@ -261,28 +264,7 @@ def load_rows(config: Config, shape: Shape) -> tuple[Rows, Tokenizer | None]:
     if config.data is None or config.tokenizer is None:
         return synthetic_rows(shape), None
     tokenizer = load_tokenizer(config.tokenizer)
-    if shape.policy_config().vocab_size != tokenizer.vocab_size:
-        raise ConfigError(f"config.shape.vocab_size: the tokenizer has {tokenizer.vocab_size}")
-    rows, source = synthetic_rows(shape), open_source(config.data)
-    lengths = {"prompt_length": shape.prompt, "response_length": shape.response}
-    if config.data.demonstrations:
-        encoded = encode_demonstrations(source.demonstrations("train"), tokenizer, **lengths)
-        prompts = encode_prompts(source.prompts("train"), tokenizer, prompt_length=shape.prompt)
-        rows = rows._replace(demonstrations=_padded(encoded), prompts=_padded(prompts))
-    if config.data.comparisons:
-        encoded = encode_comparisons(
-            source.comparisons("train"), tokenizer, completions=shape.completions, **lengths
-        )
-        rows = rows._replace(comparisons=_padded(encoded))
-    if config.data.documents:
-        text = encode_documents(list(source.text("train")), tokenizer, length=shape.text_length)
-        rows = rows._replace(text=text["tokens"][: shape.text_rows])
-    return rows._replace(eos_id=tokenizer.eos_id), tokenizer
-
-
-def _padded(encoded: Encoded) -> dict[str, np.ndarray]:
-    """The whole arrays, as peers and workloads read them."""
-    return {name: np.asarray(array) for name, array in encoded.items()}
+    return real_rows(shape, config.data, tokenizer), tokenizer
 
 
 if __name__ == "__main__":

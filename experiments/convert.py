@@ -21,6 +21,7 @@ from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.hf import (
     chat_template_of,
+    exported_files,
     family_of,
     inspect_pretrained,
     model_card,
@@ -36,11 +37,7 @@ from instruct_jax.stages.record import Base, read_record
 from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = (
-    "hf/config.json", "hf/generation_config.json", "hf/model*.safetensors",
-    "hf/model.safetensors.index.json", "hf/scalar_head.safetensors", "hf/tokenizer.json",
-    "hf/tokenizer_config.json", "hf/chat_template.jinja", "hf/README.md", ".hf.partial",
-)  # fmt: skip
+WRITES = exported_files("hf")
 
 
 @dataclass(frozen=True)

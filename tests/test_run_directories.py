@@ -133,6 +133,20 @@ def test_overwrite_replaces_all_that_the_run_wrote_and_keeps_all_that_it_did_not
     assert all((workdir / name).read_text() == text for name, text in STRANGERS.items())
 
 
+def test_a_run_within_a_run_is_deleted_as_carefully(tmp_path):
+    """A part of the quickstart, a start of a benchmark: a folder of theirs, with records."""
+    for name in ("part/config.json", "part/checkpoints/7/state/d/0", "part/model/params/params/d/0",
+                 "part/damaged/3.1/_CHECKPOINT_METADATA", "part/start0/checkpoints/1/state/d/0",
+                 "part/checkpoints/7/notes.txt", "part/damaged/3.1/notes.txt",
+                 "part/start0/checkpoints/1/notes.txt", "part/model/params/notes.txt"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    replacing.delete(tmp_path, ("part/", "part/start#/"))
+    assert {path.rpartition("/")[2] for path in files(tmp_path)} == {"notes.txt"}
+    assert len(files(tmp_path)) == 4
+
+
 def fail_with(error):
     def main(config, run):
         assert not (run.workdir / "checkpoints/7").exists(), "the old run must not be taken up"

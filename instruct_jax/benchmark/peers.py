@@ -32,14 +32,15 @@ from jax.sharding import Mesh
 
 from instruct_jax.benchmark.measure import seconds_of
 from instruct_jax.benchmark.reinforcement import iteration
-from instruct_jax.benchmark.shapes import Models, Rows, Shape
+from instruct_jax.benchmark.rows import Rows
+from instruct_jax.benchmark.shapes import Models, Shape
 from instruct_jax.benchmark.workloads import Training
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.packing import pack
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.hf import save_pretrained
+from instruct_jax.models.hf import exported_files, save_pretrained
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages.pretrain import language_loss
@@ -60,6 +61,9 @@ LIBRARIES = {
     "trl": Library("benchmark_peers.py", "gpt2", ("rollout", "sft", "reward_model", "iteration")),
     "tunix": Library("benchmark_tunix.py", "qwen2", ("iteration",)),
 }
+
+# In the folder that both sides read.
+WRITES = ("spec.json", "rows.npz", "peer.log", *exported_files("model"))
 
 
 class Turn(NamedTuple):
@@ -146,6 +150,26 @@ def open_peer(python: str, script: Path, folder: Path) -> Iterator[Peer]:
     finally:
         process.kill()
         process.communicate()
+
+
+def comparisons(
+    phase: str,
+    library: Library,
+    shape: Shape,
+    rows: Rows,
+    models: Models,
+    mesh: Mesh,
+    *,
+    python: str | None,
+    folder: Path,
+    repeats: int,
+) -> Iterator[Comparison]:
+    """Those of a phase, on what `write_inputs` wrote; `python` is None for this interpreter."""
+    script = Path(__file__).resolve().parents[2] / "experiments" / library.script
+    for case in cases(phase, library, shape, rows, models, mesh):
+        yield compare(
+            case, python=python or sys.executable, script=script, folder=folder, repeats=repeats
+        )
 
 
 def compare(case: Case, *, python: str, script: Path, folder: Path, repeats: int) -> Comparison:
@@ -235,16 +259,6 @@ def cases(
         "seed": shape.seed,
     }
     return makers[phase](spec, shape, rows, models, mesh)
-
-
-def script_of(library: Library) -> Path:
-    """The library's script in this checkout."""
-    return Path(__file__).resolve().parents[2] / "experiments" / library.script
-
-
-def default_python() -> str:
-    """The interpreter that runs us."""
-    return sys.executable
 
 
 def _rollout(

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.benchmark.measure import Account, Workload, compiled, seconds_of
-from instruct_jax.benchmark.shapes import Models, Rows, Shape, first_prompts
+from instruct_jax.benchmark.rows import Rows, first_prompts
+from instruct_jax.benchmark.shapes import Models, Shape
 from instruct_jax.models import costs
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.sampling.sampler import generate

@@ -1,4 +1,4 @@
-"""The sizes of a benchmark, its rows and its random weights.
+"""The sizes of a benchmark, and its random weights.
 
 Where `mean_response` is given, the end token is made as probable as a mean length of that many
 tokens needs, so that skewed lengths come out of the sampler itself.
@@ -6,13 +6,10 @@ tokens needs, so that skewed lengths come out of the sampler itself.
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import Dtype, Remat
@@ -25,11 +22,8 @@ from instruct_jax.models.transformer import (
 )
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.ppo_config import PPOConfig
-from instruct_jax.training.mesh import batch_sharding
 
 END = 0
-# Prompts for each row of a batch: those of the engine.
-QUEUE = 4
 
 
 @dataclass(frozen=True)
@@ -126,52 +120,6 @@ class Shape(Settings):
         )
 
 
-class Rows(NamedTuple):
-    """What the phases read: the arrays that the loaders make, synthetic or of real rows."""
-
-    text: np.ndarray  # int32[N, T]
-    demonstrations: dict[str, np.ndarray]
-    comparisons: dict[str, np.ndarray]
-    prompts: dict[str, np.ndarray]  # left-padded
-    eos_id: int = END
-
-
-def synthetic_rows(shape: Shape) -> Rows:
-    """Random tokens: full rows, or with `mean_response` geometric lengths of responses."""
-    rng = np.random.default_rng(shape.seed)
-    config = shape.policy_config()
-    draw = partial(rng.integers, END + 1, config.vocab_size, dtype=np.int32)
-    p, width, k = shape.prompt, shape.prompt + shape.response, shape.completions
-
-    def padded(count: int) -> tuple[np.ndarray, np.ndarray]:
-        lengths = np.full(count, shape.response)
-        if shape.mean_response is not None:
-            lengths = np.minimum(rng.geometric(1 / shape.mean_response, count), shape.response)
-        mask = np.arange(width)[None] < p + lengths[:, None]
-        return np.where(mask, draw((count, width)), config.pad_id).astype(np.int32), mask
-
-    tokens, mask = padded(4 * shape.rows)
-    demonstrations = {
-        "tokens": tokens,
-        "mask": mask,
-        "loss_mask": mask & (np.arange(width) >= p)[None],
-    }
-    ranked, ranked_mask = (x.reshape(-1, k, width) for x in padded(shape.ranked * k))
-    ranked[:, :, :p] = ranked[:, :1, :p]
-    comparisons = {
-        "tokens": ranked,
-        "mask": ranked_mask,
-        "ranks": np.tile(np.arange(k, dtype=np.int32), (shape.ranked, 1)),
-        "where": np.ones((shape.ranked, k), bool),
-        "prompt_lengths": np.full(shape.ranked, p, np.int32),
-    }
-    prompts = {
-        "tokens": draw((QUEUE * shape.rows, p)),
-        "mask": np.ones((QUEUE * shape.rows, p), bool),
-    }
-    return Rows(draw((shape.text_rows, shape.text_length)), demonstrations, comparisons, prompts)
-
-
 class Models(NamedTuple):
     """Parameters of the policy and of the reward model, on the host's default device."""
 
@@ -222,11 +170,3 @@ def with_mean_length(
     logits = jax.jit(language_model(config).apply)(with_bias(jnp.float32(0.0)), tokens)
     others = jax.nn.logsumexp(logits.at[..., eos_id].set(-jnp.inf), axis=-1).mean()
     return with_bias(others - jnp.log(jnp.float32(mean - 1)))
-
-
-def first_prompts(shape: Shape, rows: Rows, mesh: Mesh) -> tuple[Any, ...]:
-    """Tokens, mask and keys of one batch of prompts, on the devices."""
-    spread = batch_sharding(mesh)
-    keys = jax.random.split(jax.random.key(shape.seed), shape.rows)
-    first = (rows.prompts[name][: shape.rows] for name in ("tokens", "mask"))
-    return tuple(jax.device_put(x, spread) for x in (*first, keys))

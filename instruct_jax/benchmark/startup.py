@@ -27,17 +27,28 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.settings import Settings, setting
 from instruct_jax.training import ledger
 
+# What jax keeps of programs that it has compiled.
+_CACHE = ("cache/*-cache", "cache/*-atime", "cache/xla_gpu_*/*")
+
 Stage = Literal["pretrain", "sft", "reward_model", "ppo", "preference"]
 # What a stage is given of `make_inputs`, as overrides of its script.
 _INIT = "--config.init={folder}/pretrain/model"
 _COMPARISONS = "--config.data.comparisons=('{folder}/comparisons.jsonl',)"
+_TOKENS = "--config.data.token_dir={folder}/{stage}/tokens"
 STAGES: dict[Stage, tuple[str, ...]] = {
-    "pretrain": (),
+    "pretrain": (_TOKENS,),
     "sft": (_INIT,),
     "reward_model": (_INIT, _COMPARISONS),
-    "ppo": (_INIT, "--config.reward_model={folder}/reward_model/model"),
+    "ppo": (_INIT, _TOKENS, "--config.reward_model={folder}/reward_model/model"),
     "preference": (_INIT, _COMPARISONS),
 }
+INPUTS: tuple[Stage, ...] = ("pretrain", "reward_model")
+# In the folder of all starts; a stage's own and those of its starts are work directories of runs.
+WRITES = (
+    "comparisons.jsonl", "comparisons.jsonl.sha256", *(f"{stage}.log" for stage in INPUTS), *_CACHE,
+    *(f"{stage}/{name}" for stage in STAGES
+      for name in ("", "start#/", "start#.log", "start#.events", *_CACHE)),
+)  # fmt: skip
 # The rankings of configs/collect.py:toyworld, whose answers here are the writers'.
 RANKINGS, COMPLETIONS = 4_000, 4
 
@@ -79,16 +90,11 @@ class Startup:
 
 
 def measure_startup(
-    stage: str, config: StartupConfig, folder: Path, *, script: Path, mesh: str, repeats: int
+    stage: Stage, config: StartupConfig, folder: Path, *, script: Path, mesh: str, repeats: int
 ) -> Startup:
     """The first start of `stage` and `repeats` later ones, with the inputs in `folder`."""
     place = folder / stage
-    argv = [
-        *_command(stage, config, mesh),
-        *(override.format(folder=folder) for override in STAGES[stage]),
-        f"--config.data.token_dir={place / 'tokens'}",
-        f"--config.{stage}.log_every=1",
-    ]
+    argv = start_flags(stage, config, folder, mesh=mesh)
     starts = [
         _start(stage, argv, place / f"start{i}", script=script, cache=place / "cache")
         for i in range(repeats + 1)
@@ -104,13 +110,11 @@ def make_inputs(config: StartupConfig, folder: Path, *, script: Path, mesh: str)
     """A language model and a reward model of one update each, and rankings, in `folder`."""
     world = ToyWorld()
     write_rows(folder / "comparisons.jsonl", _rankings(world, world.prompts(RANKINGS)))
-    for stage in ("pretrain", "reward_model"):
+    for stage in INPUTS:
         argv = [
             str(script.parent / f"{stage}.py"),
-            *_command(stage, config, mesh),
-            *(override.format(folder=folder) for override in STAGES[stage]),
+            *input_flags(stage, config, folder, mesh=mesh),
             f"--workdir={folder / stage}",
-            f"--config.{stage}.epochs=1e-6",
         ]
         log = folder / f"{stage}.log"
         with _process(argv, log, folder / "cache") as process:
@@ -118,8 +122,20 @@ def make_inputs(config: StartupConfig, folder: Path, *, script: Path, mesh: str)
                 raise _failure(stage, log)
 
 
-def _command(stage: str, config: StartupConfig, mesh: str) -> list[str]:
-    return [f"--config=configs/{stage}.py:{config.preset}", f"--mesh={mesh}"]
+def start_flags(stage: Stage, config: StartupConfig, folder: Path, *, mesh: str) -> list[str]:
+    """Of the script of a stage that is timed."""
+    return [*_flags(stage, config, folder, mesh), f"--config.{stage}.log_every=1"]
+
+
+def input_flags(stage: Stage, config: StartupConfig, folder: Path, *, mesh: str) -> list[str]:
+    """Of the script of a stage that makes an input of another: one update."""
+    one = (f"--config.{stage}.epochs=1e-6", f"--config.{stage}.warmup=0")
+    return [*_flags(stage, config, folder, mesh), *one]
+
+
+def _flags(stage: Stage, config: StartupConfig, folder: Path, mesh: str) -> list[str]:
+    own = (override.format(folder=folder, stage=stage) for override in STAGES[stage])
+    return [f"--config=configs/{stage}.py:{config.preset}", f"--mesh={mesh}", *own]
 
 
 def _rankings(world: ToyWorld, prompts: Iterable[Prompt]) -> Iterator[Comparison]:

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from instruct_jax.benchmark import reinforcement
 from instruct_jax.benchmark.measure import Account, Workload, compiled, seconds_of
-from instruct_jax.benchmark.shapes import Models, Rows, Shape, first_prompts
+from instruct_jax.benchmark.rows import Rows, first_prompts
+from instruct_jax.benchmark.shapes import Models, Shape
 from instruct_jax.data.packing import pack
 from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.errors import ConfigError

@@ -48,7 +48,7 @@ _ARRAYS = (
     _MANIFEST, f"{_MANIFEST}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt",
     "orbax.checkpoint", *(f"*/{name}" for name in _ITEM),
 )  # fmt: skip
-_HOLDS_ARRAYS = re.compile(r"(checkpoints|damaged)/[^/]*|(.*/)?params(\..*-tmp.*)?", re.DOTALL)
+_HOLDS_ARRAYS = re.compile(r"(.*/)?((checkpoints|damaged)/[^/]*|params(\..*-tmp.*)?)", re.DOTALL)
 # Of a run that has yet to save anything: without these it is as if it had not begun.
 TRACES = ("ledger.log", "tensorboard", "tokens", "config.tmp")
 _ASIDE = re.compile(r"replaced-\d{8}T\d{6}Z(\.\d+)?")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from instruct_jax.benchmark.peers import (
     Turn,
     cases,
     compare,
-    script_of,
     write_inputs,
 )
-from instruct_jax.benchmark.shapes import Models, Shape, random_models, synthetic_rows
+from instruct_jax.benchmark.rows import synthetic_rows
+from instruct_jax.benchmark.shapes import Models, Shape, random_models
 from instruct_jax.errors import ConfigError, UserError
 
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 ECHO = """
 import json, pathlib, sys
 spec = json.loads((pathlib.Path(sys.argv[1]) / "spec.json").read_text())
@@ -105,7 +107,13 @@ def test_a_script_tells_which_library_its_interpreter_has_not(tmp_path, library)
     python.chmod(0o755)
     case = Case("iteration", "", "episodes", lambda: Turn(1.0, 1.0), {"phase": "iteration"})
     with pytest.raises(ConfigError, match=r"has no (torch|tunix); name an interpreter with"):
-        compare(case, python=str(python), script=script_of(library), folder=tmp_path, repeats=1)
+        compare(
+            case,
+            python=str(python),
+            script=EXPERIMENTS / library.script,
+            folder=tmp_path,
+            repeats=1,
+        )
 
 
 TUNIX = """
@@ -132,7 +140,7 @@ def test_a_turn_is_from_one_batch_to_the_next(tmp_path):
     """The protocol of both scripts, with a learner that only asks for batches."""
     np.savez(tmp_path / "rows.npz", prompts=np.zeros((4, 2), np.int32))
     path = tmp_path / "peer.py"
-    path.write_text(TUNIX.format(experiments=str(script_of(LIBRARIES["tunix"]).parent)))
+    path.write_text(TUNIX.format(experiments=str(EXPERIMENTS)))
     spec = {"phase": "iteration", "rows": 3}
     case = Case("iteration", "", "episodes", lambda: Turn(1.0, 3.0), spec)
     result = compare(case, python=sys.executable, script=path, folder=tmp_path, repeats=2)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from instruct_jax.benchmark.measure import Account, Machine, Workload, measure, published_peaks
-from instruct_jax.benchmark.shapes import Shape, random_models, synthetic_rows, with_mean_length
+from instruct_jax.benchmark.rows import synthetic_rows
+from instruct_jax.benchmark.shapes import Shape, random_models, with_mean_length
 from instruct_jax.benchmark.workloads import sft_batch
 from instruct_jax.errors import ConfigError
 from instruct_jax.models import costs

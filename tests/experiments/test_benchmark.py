@@ -1,5 +1,6 @@
 """The benchmark as a user runs it: the record, the tables, and the mistakes."""
 
+import importlib
 import json
 import os
 from importlib.util import find_spec
@@ -8,7 +9,10 @@ import pytest
 
 from experiments import benchmark
 from instruct_jax import cli
+from instruct_jax.benchmark import peers, rows, shapes, startup
 from instruct_jax.benchmark.workloads import PHASES
+from instruct_jax.cli import replacing
+from instruct_jax.stages.stage import check_warmup
 
 DEBUG = "--config=configs/benchmark.py:debug"
 NUMBERS = (
@@ -19,8 +23,18 @@ NUMBERS = (
 
 def run(workdir, *extra):
     argv = [DEBUG, f"--workdir={workdir}", "--mesh=data:1", *extra]
-    cli.run(benchmark.main, benchmark.Config, default=DEBUG, argv=argv)
+    cli.run(benchmark.main, benchmark.Config, default=DEBUG, argv=argv, writes=benchmark.WRITES)
     return json.loads((workdir / "benchmark.json").read_text())
+
+
+def only_strangers_are_left(workdir):
+    """R19: every file of a run is known as its own, and no other one in its folders is."""
+    made = [path for path in workdir.rglob("*") if path.is_dir()]
+    for folder in made:
+        (folder / "notes.txt").write_text("mine")
+    replacing.delete(workdir, benchmark.WRITES)
+    left = [path for path in workdir.rglob("*") if not path.is_dir()]
+    assert sorted(left) == sorted(folder / "notes.txt" for folder in made)
 
 
 def check(report, workdir, phases):
@@ -45,6 +59,7 @@ def test_a_run_leaves_figures_a_table_a_picture_and_a_trace(tmp_path):
     assert report["phases"][0]["memory"]["peak"] > 0
     assert report["phases"][1]["occupancy"] == 1.0
     assert list((tmp_path / "profile" / "rollout").rglob("*.xplane.pb"))
+    only_strangers_are_left(tmp_path)
 
 
 def test_a_sweep_has_every_point_and_its_picture(tmp_path):
@@ -131,6 +146,49 @@ def test_the_second_start_reads_what_the_first_compiled(tmp_path):
     table = (tmp_path / "benchmark.md").read_text()
     assert "| reward_model | full |" in table
     assert report["environment"]["device"] == "cpu"
+    only_strangers_are_left(tmp_path)
+
+
+def test_what_is_written_for_a_peer_and_nothing_else_is_written_anew(tmp_path):
+    shape = shapes.Shape(model="tiny", num_layers=1, rows=2, minibatch=2, prompt=4, response=4)
+    rows_, models = rows.synthetic_rows(shape), shapes.random_models(shape)
+    (tmp_path / "config.json").write_text("{}")
+    for _ in range(2):
+        folder = benchmark.empty_folder(cli.Run(tmp_path), benchmark.PEER)
+        library = peers.LIBRARIES["trl"]
+        peers.write_inputs(folder, library, shape, rows_, models, None)
+    assert (tmp_path / "config.json").exists()
+    only_strangers_are_left(tmp_path)
+
+
+def test_starts_begin_with_empty_caches_and_a_user_s_files_stay(tmp_path):
+    for name in ("cache/jit_step-cafe-cache", "sft/cache/jit_step-cafe-atime", "sft/start1.events",
+                 "sft/start1/ledger.log", "pretrain/model/model.json", "pretrain/start0.log",
+                 "pretrain/tokens/train-0123456789ab/plan.json", "pretrain.log"):  # fmt: skip
+        path = tmp_path / benchmark.STARTUP / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    mine = tmp_path / benchmark.STARTUP / "mine" / "config.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    folder = benchmark.empty_folder(cli.Run(tmp_path), benchmark.STARTUP)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [mine]
+
+
+@pytest.mark.parametrize("preset", ["debug", "toyworld"])
+def test_the_scripts_of_the_stages_take_what_they_are_started_with(tmp_path, preset):
+    """Without running them: every field acts, and one update is enough for an input."""
+    config = startup.StartupConfig(preset=preset)
+
+    def found(stage, flags):
+        rest, overrides = cli.split_overrides(flags(stage, config, tmp_path, mesh="data:1"))
+        script = importlib.import_module(f"experiments.{stage}")
+        return cli.resolve(script.Config, cli.load_config(rest[0].partition("=")[2]), overrides)
+
+    for stage in config.stages:
+        found(stage, startup.start_flags)
+    for stage in startup.INPUTS:
+        check_warmup(getattr(found(stage, startup.input_flags), stage), steps=1)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from instruct_jax.errors import UserError
 from instruct_jax.models import PARTITION_RULES, preset, scalar_model
 from instruct_jax.models.hf import (
     chat_template_of,
+    exported_files,
     inspect_pretrained,
     load_pretrained,
     model_card,
@@ -163,6 +164,32 @@ def _without_spare_rows(config):
         return np.where(np.arange(len(x))[:, None] < config.vocab_size, x, np.float32(0))
 
     return cut
+
+
+def test_what_a_killed_export_left_is_replaced_and_nothing_else_is(tmp_path, models):
+    config, params = models(NAMES[0])
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes.txt: not of an export; move it away"):
+        save_pretrained(tmp_path / "out", config, params)
+    assert len(list(partial.iterdir())) == 2 and not (tmp_path / "out").exists()
+    (partial / "notes.txt").rename(tmp_path / "notes.txt")
+    out = save_pretrained(tmp_path / "out", config, params)
+    assert not partial.exists() and not list(out.glob("model-*-of-*"))
+    written = {f"{tmp_path}/out/{path.name}" for path in out.iterdir()}
+    assert written < {name for name in exported_files(str(tmp_path / "out"))}
+
+
+def test_a_link_in_the_place_of_a_half_written_export_is_not_followed(tmp_path, models):
+    config, params = models(NAMES[0])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="no folder of an export"):
+        save_pretrained(tmp_path / "out", config, params)
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == "mine"
 
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path, models):

@@ -14,12 +14,13 @@ from instruct_jax.models.hf.reading import (
     read_pretrained,
 )
 from instruct_jax.models.hf.text import chat_template_of, read_chat_template
-from instruct_jax.models.hf.writing import save_pretrained
+from instruct_jax.models.hf.writing import exported_files, save_pretrained
 
 __all__ = [
     "FAMILIES",
     "Pretrained",
     "chat_template_of",
+    "exported_files",
     "family_of",
     "inspect_pretrained",
     "load_pretrained",

@@ -14,7 +14,7 @@ scalar_head.safetensors keeps what was changed, and `load_pretrained` gives it b
 """
 
 import json
-import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,33 @@ from instruct_jax import __version__
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.hf.container import FLOATS, ToWrite, write_file, write_weights
+from instruct_jax.models.hf.container import (
+    FLOATS,
+    INDEX,
+    WEIGHTS,
+    ToWrite,
+    write_file,
+    write_weights,
+)
 from instruct_jax.models.hf.families import FAMILIES, family_of
 from instruct_jax.models.hf.layout import Piece, pieces
 from instruct_jax.models.hf.reading import DTYPES, HEAD_FILE
 from instruct_jax.models.hf.schema import write_config
-from instruct_jax.models.hf.text import write_tokenizer
+from instruct_jax.models.hf.text import CHAT_FILE, write_tokenizer
 from instruct_jax.models.transformer import Params
 
 SHARD_BYTES = 5_000_000_000
+# All that may be in a folder that is written here; "*" is any part of a name.
+_FILES = (
+    "config.json", "generation_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors", HEAD_FILE,
+    "tokenizer.json", "tokenizer_config.json", CHAT_FILE, "README.md",
+)  # fmt: skip
+
+
+def exported_files(directory: str) -> tuple[str, ...]:
+    """The names of what `save_pretrained` writes for `directory`, before it is whole as well."""
+    folders = (directory, str(_partial(Path(directory))))
+    return tuple(f"{folder}/{name}" for folder in folders for name in _FILES)
 
 
 def save_pretrained(
@@ -53,7 +71,8 @@ def save_pretrained(
 
     `params` are those of a language or a scalar model, on the host or on devices; they are read
     one tensor at a time. `family` is a model_type, by default the first that can hold `config`.
-    Raises UserError where none can, or where `directory` exists.
+    Raises UserError where none can, where `directory` exists, and where the folder beside it in
+    which it is made (`.NAME.partial`) holds anything but what a killed export has left.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -72,9 +91,8 @@ def save_pretrained(
     if kind == "scalar":
         flat, kept = _fold_bias(flat)
 
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _partial(directory)
+    _empty(partial)
     numbers = FLOATS[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]]
     write_weights(partial, _tensors(config, model_type, flat), numbers, max_bytes=shard_bytes)
     if kept:
@@ -97,6 +115,24 @@ def save_pretrained(
         directory.rmdir()
     partial.replace(directory)
     return directory
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def _empty(partial: Path) -> None:
+    """Makes the folder, and deletes in it what a killed export has left."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise UserError(f"{partial}: no folder of an export; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    found = sorted(partial.iterdir())
+    for path in found:
+        known = any(fnmatchcase(path.name, name) for name in _FILES)
+        if not known or path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: not of an export; move it away")
+    for path in found:
+        path.unlink()
 
 
 def _config_json(
