@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from instruct_jax.losses._array import full_precision, mask_like
-from instruct_jax.losses.masked import centered, masked_mean, masked_whiten, sum_and_count
+from instruct_jax.losses.masked import (
+    centered,
+    masked_mean,
+    masked_whiten,
+    not_overflown,
+    sum_and_count,
+)
 from instruct_jax.losses.shaping import generalized_advantages
 
 
@@ -31,16 +37,16 @@ def _deviations(
 
 
 def _standard_deviation(deviations: jax.Array, where: jax.Array, axis: int | None) -> jax.Array:
-    """Unbiased, 0 for fewer than two entries, with a finite gradient at 0."""
+    """Unbiased, 0 for fewer than two entries, with a finite gradient at 0; NaN if it overflows."""
     squares, count = sum_and_count(jnp.square(deviations), where=where, axis=axis)
-    variance = squares / jnp.maximum(count - 1.0, 1.0)
-    spread = variance > 0
+    variance = not_overflown(squares / jnp.maximum(count - 1.0, 1.0))
+    spread = ~(variance <= 0)
     return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
 
 
 def _divided(deviations: jax.Array, scale: jax.Array) -> jax.Array:
     """The quotient, 0 where the scale is 0: where there are no deviations."""
-    return deviations / jnp.where(scale > 0, scale, 1.0)
+    return deviations / jnp.where(scale <= 0, 1.0, scale)
 
 
 def grpo_advantages(
@@ -67,7 +73,8 @@ def grpo_advantages(
       epsilon: added to the deviation.
 
     Returns:
-      float[B, K]; 0 where masked and in a group whose rewards are all equal.
+      float[B, K]; 0 where masked and in a group whose rewards are all equal; NaN where the
+      deviation is too large for the type (of rewards over about 1e19).
 
     Raises:
       ValueError: an unknown scale.
@@ -80,10 +87,10 @@ def grpo_advantages(
         return deviations
     if scale == "group":
         spread = _standard_deviation(deviations, where, 1)[:, None]
-        return _divided(deviations, spread + epsilon)
+        return jnp.where(where, _divided(deviations, spread + epsilon), 0.0)
     if scale == "batch":
         spread = _standard_deviation(centered(rewards, where)[1], where, None)
-        return _divided(deviations, spread + epsilon)
+        return jnp.where(where, _divided(deviations, spread + epsilon), 0.0)
     raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
 
 

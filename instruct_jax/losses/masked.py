@@ -89,6 +89,13 @@ def centered(
     return mean, jnp.where(where, x - mean, 0.0)
 
 
+def not_overflown(scale: jax.Array) -> jax.Array:
+    """`scale`, NaN where it is infinite: what is divided by that would be 0, as if there were
+    nothing to learn, and an update of NaN is noticed.
+    """
+    return jnp.where(jnp.isinf(scale), jnp.nan, scale)
+
+
 def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) -> jax.Array:
     r"""Scales the valid entries to unit variance and, with `shift_mean`, to mean zero.
 
@@ -108,7 +115,8 @@ def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) 
 
     Returns:
       float[...], 0 on masked entries, and everywhere (or the mean) where the valid ones are all
-      equal. The gradient flows through the statistics; stop it outside when it should not.
+      equal; NaN where the variance is too large for the type (of entries over about 1e19). The
+      gradient flows through the statistics; stop it outside when it should not.
 
     >>> x = jnp.array([[1.0, 3.0, 99.0]])
     >>> print(masked_whiten(x, where=jnp.array([[True, True, False]])))
@@ -117,9 +125,9 @@ def masked_whiten(x: chex.Array, *, where: chex.Array, shift_mean: bool = True) 
     (x,) = full_precision(x)
     where = mask_like(where, x)
     mean, deviations = centered(x, where)
-    variance = masked_mean(jnp.square(deviations), where=where)
+    variance = not_overflown(masked_mean(jnp.square(deviations), where=where))
     white = deviations * jax.lax.rsqrt(variance + 1e-8)
-    return white if shift_mean else jnp.where(where, white + mean, 0.0)
+    return jnp.where(where, white if shift_mean else white + mean, 0.0)
 
 
 def loss_sum_and_count(

@@ -169,10 +169,12 @@ def make_experience(
             scale=config.group_scale,
             discount=config.discount,
         )
+    spread = jnp.std(advantages, where=where)  # as they came: of whitened ones it says nothing
     if config.whiten_advantages == "rollout":
         advantages = masked_whiten(advantages, where=where)
     experience = Experience(
         rollout.tokens, rollout.mask, where, *of_policy, advantages, readings.values, returns
     )
     metrics = rollout_logs(config, kl_coef, rollout, readings, raw, rewards, ended, returns)
+    metrics["advantage_sd"] = spread
     return jax.tree.map(jax.lax.stop_gradient, Scored(experience, metrics))

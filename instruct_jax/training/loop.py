@@ -21,11 +21,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import jax
 
 from instruct_jax.errors import ConfigError, NonFiniteError, RewardError
+from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
 from instruct_jax.training.ledger import Ledger
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.signals import StopSignal, catch_stop_signals
+from instruct_jax.training.state import TrainState
 
 State = TypeVar("State")
 StepFn = Callable[[State, Any, jax.Array], tuple[State, Mapping[str, jax.Array]]]
@@ -57,8 +59,11 @@ def train(
     interval; `batch_wait_seconds` is how long a step waited for its batch: 0 where that keeps up.
 
     Raises NonFiniteError once `max_skipped` steps in a row made no update (`skipped_in_a_row` of
-    `apply_gradients`); the state, which they did not touch, is saved first. `inputs` are hashes by
-    name of what the steps read beside the state: a run is taken up with the same alone (R20).
+    `apply_gradients`), and at the end of a run of any length none of whose updates was made, or
+    whose last one was not since something is not finite; the state, which they did not touch, is
+    saved first, and a run that is taken up with nothing left to do raises it again (R21). `inputs`
+    are hashes by name of what the steps read beside the state: a run is taken up with the same
+    alone (R20).
     """
     start = _newest(checkpointer, state, key, inputs)
     if start.step and checkpointer is not None:
@@ -70,7 +75,7 @@ def train(
     )
     every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
     run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs)
-    state = start.state
+    state, run.fault = start.state, start.fault
     signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
     with _accounted(ledger, logger):
         if start.evaluation_owed:
@@ -81,6 +86,7 @@ def train(
                 with run.kept(i, state):
                     state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
                 done = i + 1
+                run.fault = _fault(state, metrics) if done == steps else None
                 interval.add(metrics, waited)
                 due = done % log_every == 0 or done == steps
                 run.report(done, state, interval.end() if due else {})
@@ -92,6 +98,8 @@ def train(
                 if save_every and done % save_every == 0:
                     run.save(done, state)
         run.save(max(start.step, steps), state, wait=True)
+        if run.fault is not None:
+            raise NonFiniteError(f"step {max(start.step, steps)}: {run.fault}")
     return state
 
 
@@ -103,6 +111,7 @@ class _Start(NamedTuple):
     key: jax.Array
     evaluation_owed: bool = False
     productive: float = 0.0
+    fault: str | None = None
 
 
 def _newest(
@@ -129,10 +138,34 @@ def _newest(
         items["key"],
         metadata["evaluation_owed"],
         metadata.get("productive_seconds", 0.0),
+        metadata.get("fault"),
     )
 
 
-@dataclass(frozen=True)
+def _fault(state: Any, metrics: Mapping[str, jax.Array]) -> str | None:
+    """Why no model may be made of the `state` that a run ends with, or None."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TrainState))
+    trained = [x for x in leaves if isinstance(x, TrainState)]
+    for steps, skipped in hosts.fetch([(x.step, x.skipped) for x in trained]):
+        if skipped == steps:
+            return f"none of the {steps} updates of the run was made; {_CAUSES}"
+    row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if row.get("skipped_in_a_row") and (found := _not_finite(row)):
+        return f"the run ends with an update that was not made, {found}; {_CAUSES}"
+    return None
+
+
+_CAUSES = (
+    "no model is written: look at the learning rate, the optimizer's values and the rows or rewards"
+)
+
+
+def _not_finite(row: Mapping[str, float]) -> str:
+    names = [name for name, value in row.items() if not math.isfinite(value)]
+    return f"since {', '.join(names)} is not finite" if names else ""
+
+
+@dataclass
 class _Run:
     """What happens to a state between two steps, and where it is told."""
 
@@ -145,6 +178,8 @@ class _Run:
     eval_every: tuple[int, ...]
     max_skipped: int
     inputs: Mapping[str, str]
+    fault: str | None = None
+    """why no model may be made of the state, once all steps are done"""
 
     def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
         """A step ended, and with it a log interval where `row` is not empty.
@@ -157,10 +192,11 @@ class _Run:
         self.logger.write(done, row)
         in_a_row = row.get("skipped_in_a_row", 0)
         if in_a_row >= self.max_skipped:
+            found = _not_finite(row) or "since what would come of them is not finite or too large"
+            self.fault = f"{in_a_row:.0f} steps in a row made no update, {found}"
             self.save(done, state, wait=True)
             raise NonFiniteError(
-                f"step {done}: {in_a_row:.0f} steps in a row had a loss or gradient that is not"
-                " finite or too large; the parameters are as before them"
+                f"step {done}: {self.fault}; the parameters are as before them; {_CAUSES}"
             )
 
     @contextmanager
@@ -195,6 +231,7 @@ class _Run:
             "evaluation_owed": evaluation_owed,
             "productive_seconds": productive,
             "inputs": dict(self.inputs),
+            "fault": self.fault,
         }
         with self.ledger.aside():
             self.checkpointer.save(done, {"state": state, "key": self.key}, metadata)

@@ -4,9 +4,10 @@ A loss function returns sums and counts, never means. Sums are added over micro-
 `accumulate_gradients`) and over devices (by XLA, since every array is global), and divided once, by
 the global count. So the loss and the gradient do not depend on how a batch is split (JAX-4, JAX-5).
 
-The update is guarded. Where the gradient is not finite, or larger than a limit, the step keeps
-parameters, optimizer (its count too) and average bit for bit, and is counted. It takes the old
-state or the new: multiplying the update by zero would let a NaN through.
+The update is guarded. Where the gradient is not finite, or larger than a limit, or where anything
+that the update would make of the state is not finite (an `eps` of 0, an overflow, an optimizer of
+the user's), the step keeps parameters, optimizer (its count too) and average bit for bit, and is
+counted. It takes the old state or the new: multiplying the update by zero would let a NaN through.
 """
 
 import math
@@ -227,6 +228,42 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
 
 
+def _stays_finite(old: Any, new: Any) -> Array:
+    """bool[]: no element of `new`, a tree of which the first part is parameters, has ceased to be
+    finite. One that never was may be an optimizer's start, as the best loss so far; of a parameter
+    the loss shows it.
+
+    One pass a parameter, over it with its moments and its average: of a reduction each, XLA keeps
+    in memory what they share.
+    """
+    owner = _parameter_of(old[0])
+    checks: dict[Any, Array] = {}
+    paths, _ = jax.tree_util.tree_flatten_with_path(new)
+    for (path, after), before in zip(paths, jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(after.dtype, jnp.inexact):
+            fine = jnp.isfinite(after) | ~jnp.isfinite(before)
+            place = owner(path, after)
+            place = path if place is None else place
+            checks[place] = checks[place] & fine if place in checks else fine
+    return jnp.array([True] if not checks else [fine.all() for fine in checks.values()]).all()
+
+
+def _parameter_of(params: Any) -> Callable[[tuple[Any, ...], Any], tuple[Any, ...] | None]:
+    """(path, leaf) of a state -> the path in `params` of the parameter that it belongs to and has
+    the shape of: itself, a moment or an average; None where it is no such leaf.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {path: leaf.shape for path, leaf in leaves}
+
+    def owner(path: tuple[Any, ...], leaf: Any) -> tuple[Any, ...] | None:
+        # A moment's path ends with its parameter's: (1, mu) + (decoder, kernel). True under masks
+        # as well.
+        ends = (path[start:] for start in range(len(path) + 1))
+        return next((end for end in ends if shapes.get(end) == leaf.shape), None)
+
+    return owner
+
+
 def apply_gradients(
     state: TrainState,
     grads: Any,
@@ -238,9 +275,12 @@ def apply_gradients(
 ) -> tuple[TrainState, Metrics]:
     """One guarded update.
 
-    It is skipped unless `loss` (where given) is finite and the norm of `grads` is below
-    `skip_above`, which is infinite by default. Metrics: grad_norm before clipping, skipped (0 or
-    1), skipped_in_a_row.
+    It is skipped unless `loss` (where given) is finite, the norm of `grads` is below `skip_above`,
+    which is infinite by default, and parameters, optimizer state and average are finite after it.
+    Metrics: grad_norm before clipping, skipped (0 or 1), skipped_in_a_row.
+
+    `tx` is computed twice, once for what it makes to be looked at, which is not kept: holding the
+    new state beside the old would take the memory of both.
     """
     if ema_decay is not None and state.ema is None:
         raise ValueError("ema_decay is given, but the state has no ema (init_state(..., ema=True))")
@@ -252,14 +292,14 @@ def apply_gradients(
     def update() -> tuple[Any, Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer count
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else ema_update(state.ema, params, ema_decay)
         return params, opt_state, ema
 
+    kept = state.params, state.opt_state, state.ema
+    accepted &= _stays_finite(kept, update())
     # A branch: a select of every leaf would keep a second copy of the state alive.
-    params, opt_state, ema = jax.lax.cond(
-        accepted, update, lambda: (state.params, state.opt_state, state.ema)
-    )
+    params, opt_state, ema = jax.lax.cond(accepted, update, lambda: kept)
     skipped = (~accepted).astype(jnp.int32)
     in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
     state = replace(
@@ -336,19 +376,15 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> Tra
     """
     shardings = tree_shardings(mesh, rules, state.params)
     paths, _ = jax.tree_util.tree_flatten_with_path(state.params)
-    parameters = {
-        path: (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+    placed = {
+        path: sharding
+        for (path, _), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
     }
+    owner = _parameter_of(state.params)
 
     def like_parameter(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # A moment's path ends with its parameter's: (1, mu) + (decoder, kernel). True under masks
-        # as well.
-        for start in range(len(path) + 1):
-            shape, sharding = parameters.get(path[start:], (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated(mesh)
+        place = owner(path, leaf)
+        return replicated(mesh) if place is None else placed[place]
 
     return jax.tree_util.tree_map_with_path(like_parameter, state)
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.losses.jitted import (
     clipped_policy_loss,
+    grpo_advantages,
     loss_sum_and_count,
     masked_mean,
     masked_whiten,
@@ -161,3 +162,19 @@ def test_a_masked_mean_is_linear_and_between_the_extremes(values, shift):
     np.testing.assert_allclose(
         masked_mean(x + shift, where=where), mean + shift, rtol=1e-5, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("size", [1e20, 1e29, 3e38])
+def test_what_overflows_is_not_taken_for_nothing_to_learn(size):
+    """R21: rewards near 1e29 gave advantages of 0 without a word; NaN is noticed and skipped."""
+    x = jnp.array([[size, -size, 0.0, jnp.nan]])
+    where = jnp.array([[True, True, True, False]])
+    white = masked_whiten(x, where=where)
+    assert jnp.isnan(white[0, :3]).all() and white[0, 3] == 0
+    kept = masked_whiten(x, where=where, shift_mean=False)
+    assert jnp.isnan(kept[0, :3]).all() and kept[0, 3] == 0
+    equal = masked_whiten(jnp.full((1, 4), min(size, 1e38)), where=where)
+    assert (equal == 0).all()  # there is nothing to learn, whatever the size
+    for scale in ("group", "batch"):
+        advantages = grpo_advantages(x, where=where, scale=scale)
+        assert jnp.isnan(advantages[0, :3]).all() and advantages[0, 3] == 0

@@ -15,7 +15,9 @@ from instruct_jax.errors import NonFiniteError, UserError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train
 from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.optim import adamw, cosine_schedule
 from instruct_jax.training.signals import catch_stop_signals, hold_signals
+from instruct_jax.training.state import init_state, make_train_step
 from tests.training import tiny
 from tests.training.run_tiny import fingerprint, run
 
@@ -180,7 +182,9 @@ def test_non_finite_steps_in_a_row_stop_the_run_with_a_good_checkpoint(tmp_path)
     assert error.value.exit_code == 3
     assert [row["skipped"] for row in rows(tmp_path)] == [0] * 5 + [1] * 4
     assert rows(tmp_path)[-1]["loss"] is None
-    saved = run(tmp_path, 9)  # restores step 9 and has nothing to do
+    with pytest.raises(NonFiniteError, match="step 9: 4 steps in a row"):
+        run(tmp_path, 9)  # restores step 9 and has nothing to do: of that no model is made
+    saved = restored(tmp_path)
     assert (int(saved.step), int(saved.updates)) == (9, 5)
     good = {}
 
@@ -192,11 +196,52 @@ def test_non_finite_steps_in_a_row_stop_the_run_with_a_good_checkpoint(tmp_path)
     assert fingerprint((saved.params, saved.opt_state, saved.ema)) == good[5]
 
 
+def restored(workdir):
+    """The state of the newest checkpoint of `run`."""
+    tx = adamw(cosine_schedule(1e-2, steps=STEPS), weight_decay=0.1)
+    state = init_state(tiny.init(jax.random.key(1)), tx, ema=True)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        return checkpointer.restore({"state": state})[0]["state"]
+
+
+def test_a_run_of_any_length_without_an_update_is_none(tmp_path):
+    """R21: exit code 3, also of one of a single step, and again when it is run again."""
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="none of the 2 updates of the run was made") as e:
+            run(tmp_path, 2, batch_at=nan_from(0), save_every=1)
+        assert e.value.exit_code == 3
+    assert len(rows(tmp_path)) == 2
+    assert int(run(tmp_path, 3).updates) == 1  # a batch that is whole, and it is a run
+
+
+def test_a_run_that_ends_with_a_value_that_is_not_finite_is_refused(tmp_path):
+    """R21: the parameters are finite, but there is none of which the last loss is known."""
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=r"step 6: .* since .*loss is not finite"):
+            run(tmp_path, 6, batch_at=nan_from(5))
+    assert int(restored(tmp_path).updates) == 5
+
+
+def test_a_run_that_ends_with_a_spike_is_a_run(tmp_path):
+    """What is skipped for its size alone, as `skip_above` says, was finite."""
+    step = make_train_step(tiny.loss_fn, adamw(1e-2), skip_above=1e4)
+    state = init_state(tiny.init(jax.random.key(1)), adamw(1e-2))
+
+    def batch_at(i):
+        batch = tiny.batch(i)
+        return batch | {"y": batch["y"] * 1e6} if i == 2 else batch
+
+    with MetricLogger(tmp_path, "tiny", total=3) as logger:
+        options = {"steps": 3, "key": jax.random.key(0), "logger": logger}
+        state = train(jax.jit(step), state, batch_at=batch_at, **options)
+    assert (int(state.skipped), int(state.updates)) == (1, 2)
+
+
 def test_a_broken_streak_does_not_stop_the_run(tmp_path):
     def batch_at(i):
         return nan_from(0)(i) if i % 3 else tiny.batch(i)
 
-    state = run(tmp_path, 12, batch_at=batch_at, max_skipped=3)
+    state = run(tmp_path, 13, batch_at=batch_at, max_skipped=3)
     assert int(state.skipped) == 8
 
 

@@ -4,15 +4,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from instruct_jax.training.mesh import batch_sharding, make_mesh, shard_batch
-from instruct_jax.training.optim import adamw, warmup_constant_schedule
+from instruct_jax.training.optim import adam_tf_style, adamw, ema_update, warmup_constant_schedule
 from instruct_jax.training.state import (
     accumulate_gradients,
     apply_gradients,
     compile_step,
     fingerprint,
+    global_norm,
     init_state,
     make_train_step,
     shard_state,
@@ -133,6 +135,81 @@ def test_a_loss_that_is_not_finite_is_skipped_even_with_a_finite_gradient():
     state = init_state({"w": jnp.ones([])}, tx)
     after, metrics = make_train_step(loss_fn, tx)(state, {"x": np.zeros(2)}, KEY)
     assert metrics["skipped"] == 1 and same_bits(after.params, state.params)
+
+
+def of_the_user():
+    """An optimizer that keeps the best gradient so far, infinite at first, and divides by it."""
+
+    def init(params):
+        return {"best": jnp.float32(jnp.inf)}
+
+    def update(updates, state, params=None):
+        best = jnp.minimum(state["best"], global_norm(updates))
+        rate = -0.1 / (best - 2.0)
+        return jax.tree.map(lambda g: g.astype(jnp.float32) * rate, updates), {"best": best}
+
+    return optax.GradientTransformation(init, update)
+
+
+# What makes of a finite gradient a state that is not finite, and the gradients [used, unused].
+POISONS = {
+    "an eps of 0 where a gradient is 0": (adamw(1e-2, eps=0.0), None, 1.0),
+    "b1 of 1": (adamw(1e-2, b1=1.0), None, 1.0),
+    "b2 of 1 in TensorFlow's form": (adam_tf_style(1e-2, b2=1.0, eps=0.0), None, 1.0),
+    "the average's decay is no number": (adamw(1e-2), float("nan"), 1.0),
+    "a learning rate that overflows": (adamw(3e38, eps=1e-30), 0.9, 1.0),
+    "a learning rate that is no number": (adamw(float("nan")), None, 1.0),
+    "a second moment that overflows alone": (adamw(1e-2, clip=None), None, 1e22),
+    "an optimizer of the user's": (of_the_user(), None, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", POISONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_what_an_update_would_make_is_looked_at_before_it_is_kept(name, dtype):
+    """R21: parameters, optimizer and average stay to the bit, and it is counted as skipped."""
+    tx, decay, size = POISONS[name]
+    if dtype == jnp.float16 and size > 1e4:
+        size = 1e3
+    params = {"used": jnp.full(4, jnp.finfo(dtype).min), "unused": jnp.ones(3, dtype)}
+    state = init_state(params, tx, ema=decay is not None)
+    grads = {"used": jnp.full(4, size / 2, dtype), "unused": jnp.zeros(3, dtype)}
+    after, metrics = jax.jit(lambda s: apply_gradients(s, grads, tx, ema_decay=decay))(state)
+    for part in ("params", "opt_state", "ema"):
+        assert same_bits(getattr(state, part), getattr(after, part))
+    assert (int(after.step), int(after.skipped), int(after.updates)) == (1, 1, 0)
+    assert metrics["skipped"] == 1 and metrics["skipped_in_a_row"] == 1
+
+
+def test_what_is_infinite_from_the_start_does_not_hold_up_an_optimizer():
+    """As the best loss so far of `optax.contrib.reduce_on_plateau`."""
+    tx = of_the_user()
+    state = init_state({"w": jnp.ones(2)}, tx)
+    for updates in (1, 2):
+        state, metrics = apply_gradients(state, {"w": jnp.ones(2)}, tx)
+        assert metrics["skipped"] == 0 and int(state.updates) == updates
+
+
+def test_the_look_at_an_update_takes_no_memory():
+    """Parameters, moments and average are looked at in one pass: no second copy of any."""
+    tx = adamw(1e-3, weight_decay=0.1)
+    params = {"a": jnp.ones((512, 512)), "b": jnp.ones((4, 256, 256))}
+    state = init_state(params, tx, ema=True)
+
+    def temporaries(update):
+        compiled = jax.jit(update, donate_argnums=0).lower(state, params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def bare(state, grads):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new = optax.apply_updates(state.params, updates)
+        average = ema_update(state.ema, new, 0.9)
+        return dataclasses.replace(state, params=new, opt_state=opt_state, ema=average)
+
+    guarded = temporaries(lambda s, g: apply_gradients(s, g, tx, ema_decay=0.9))
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert guarded <= temporaries(bare) + size + 4096  # the gradient, clipped, goes into a branch
 
 
 def test_an_empty_batch_is_skipped(guarded):
