@@ -157,7 +157,7 @@ POISONS = {
     "b1 of 1": (adamw(1e-2, b1=1.0), None, 1.0),
     "b2 of 1 in TensorFlow's form": (adam_tf_style(1e-2, b2=1.0, eps=0.0), None, 1.0),
     "the average's decay is no number": (adamw(1e-2), float("nan"), 1.0),
-    "a learning rate that overflows": (adamw(3e38, eps=1e-30), 0.9, 1.0),
+    "a learning rate that overflows": (adamw(lambda _: jnp.float32(3e38)), 0.9, 1.0),
     "a learning rate that is no number": (adamw(float("nan")), None, 1.0),
     "a second moment that overflows alone": (adamw(1e-2, clip=None), None, 1e22),
     "an optimizer of the user's": (of_the_user(), None, 2.0),
