@@ -10,13 +10,12 @@ about as often, and GRPO with experiments/rewards.py:number makes it better. WOR
 has {"prompt", "completion"} rows, the first part of a sum and the right rest of it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from instruct_jax import cli
-from instruct_jax.files import write_text
+from instruct_jax.files import write_lines
 from instruct_jax.settings import Settings, setting
 
 WRITES = ("documents.jsonl", "questions.jsonl")
@@ -46,7 +45,7 @@ def main(config: Config, run: cli.Run) -> Path:
         asked, total = _sum(rng, config.largest)
         questions.append({"prompt": asked, "completion": f" {total}"})
     for name, rows in zip(WRITES, (texts, questions), strict=True):
-        write_text(run.workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(run.workdir / name, rows)
         run.say(f"{len(rows):,} rows: {run.workdir / name}")
     return run.workdir
 

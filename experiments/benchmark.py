@@ -23,7 +23,6 @@ Writes WORKDIR/benchmark.json, benchmark.md and roofline.png (and sweep.png).
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ from instruct_jax.cli import replacing
 from instruct_jax.data.sources import DataConfig
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
-from instruct_jax.files import json_text
+from instruct_jax.files import read_object, write_json, write_text
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.inputs import data_acts
 from instruct_jax.training.mesh import make_mesh
@@ -121,7 +120,7 @@ def main(config: Config, run: cli.Run) -> Path:
     report: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": json.loads((run.workdir / "config.json").read_text()).get("commit"),
+        "commit": read_object(run.workdir / "config.json").get("commit"),
     }
     if config.startup is not None:
         # Before anything here touches a device that the stages need.
@@ -132,8 +131,8 @@ def main(config: Config, run: cli.Run) -> Path:
         report["environment"] = environment()
         table = compare(config, run, report)
     out = run.workdir / "benchmark.json"
-    out.write_text(json_text(report))
-    (run.workdir / "benchmark.md").write_text(table)
+    write_json(out, report)
+    write_text(run.workdir / "benchmark.md", table)
     print("\n" + table)
     return out
 

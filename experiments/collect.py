@@ -27,7 +27,7 @@ from instruct_jax.feedback.labelers import (
     collect_rankings,
     simulated_labelers,
 )
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import NEVER, Settings, setting
@@ -139,7 +139,7 @@ def main(config: Config, run: cli.Run) -> Path:
     }
     path = run.workdir / "comparisons.jsonl"
     write_rows(path, rankings)
-    (run.workdir / "labelers.json").write_text(json_text(report))
+    write_json(run.workdir / "labelers.json", report)
     for name, value, error in (
         ("two labelers agree", agree.rate, agree.standard_error),
         ("the gold judge agrees", ceiling.rate, ceiling.standard_error),

@@ -32,7 +32,7 @@ from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import held_out_loss
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json, write_text
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.matrices import parameter_total, tree_bytes
 from instruct_jax.models.pruning import prune, sparse_bytes
@@ -143,9 +143,9 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         "held_out_tokens": int(documents.size),
         "variants": results,
     }
-    (run.workdir / "compression.json").write_text(json_text(report))
+    write_json(run.workdir / "compression.json", report)
     text = table(results)
-    (run.workdir / "compression.md").write_text(text)
+    write_text(run.workdir / "compression.md", text)
     print(text)
     return report
 

@@ -29,7 +29,6 @@ from instruct_jax.models.hf import (
     read_pretrained,
     save_pretrained,
 )
-from instruct_jax.models.hf.text import CHAT_FILE
 from instruct_jax.models.vocabulary import resize_vocabulary
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.record import RECORD as MODEL_RECORD
@@ -105,10 +104,8 @@ def from_hf(config: Config, run: cli.Run) -> Path:
         print(f"{config.source}: {added} tokens without a row got the mean of all embeddings")
     base = Base(found.name, config.licence or found.licence, found.raw["model_type"])
     trained = TrainedModel(found.kind, shape, params, tokenizer, "imported", base)
-    folder = save_trained(run.workdir / "model", trained)
     chat = read_chat_template(found.folder)
-    if chat is not None:
-        (folder / CHAT_FILE).write_text(chat, encoding="utf-8")
+    folder = save_trained(run.workdir / "model", trained, chat_template=chat)
     print(f"{config.source}: a {found.kind} model of {shape.num_layers} layers, now in {folder}")
     return folder
 

@@ -27,7 +27,7 @@ from instruct_jax.data.rows import Document, write_rows
 from instruct_jax.data.sources import DataConfig, Source, open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.data.tokens import TokenRows
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.inputs import data_acts
 from instruct_jax.stages.pretrain import language_rows
@@ -92,7 +92,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     }
     report["memory_mb"]["batches read"] = peak_memory()
     if run.writes:
-        (run.workdir / "corpus.json").write_text(json_text(report))
+        write_json(run.workdir / "corpus.json", report)
     run.say(json.dumps(report, indent=2))
     run.say(f"tokens: {kept['folder']} (train {report['train']['tokens']:,})")
     return report

@@ -9,7 +9,6 @@ once, at temperature 1; the baseline answers a second time, to be compared with.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from instruct_jax.evaluation.intervals import bootstrap_mean
 from instruct_jax.evaluation.language import Question, held_out_loss, task_accuracy
 from instruct_jax.evaluation.report import evaluation_table
 from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json, write_lines
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import NEVER, Settings, setting
@@ -153,7 +152,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
         "held_out_tokens": int(documents.size),
         "models": results,
     }
-    (run.workdir / "evaluation.json").write_text(json_text(report))
+    write_json(run.workdir / "evaluation.json", report)
     run.say(f"{evaluation_table(report)}\n")
     run.say(f"figures: {run.workdir / 'evaluation.json'} (of {len(prompts):,} held-out prompts)")
     run.say(f"every answer: {run.workdir / 'samples.jsonl'}")
@@ -329,16 +328,17 @@ def _write_samples(
     answers: dict[str, list[Completion]],
     world: ToyWorld | None,
 ) -> None:
-    with path.open("w") as file:
-        for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"prompt": plain_text(prompt.text)}
-            if "family" in prompt.meta:
-                row |= {name: prompt.meta[name] for name in ("family", "kind", "use_case")}
-            for name, given in answers.items():
-                row[name] = {"text": given[i].text, "ended": given[i].ended}
-                if world is not None:
-                    row[name]["gold"] = world.judge(prompt, given[i].text, given[i].ended).overall
-            file.write(json.dumps(row) + "\n")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"prompt": plain_text(prompt.text)}
+        if "family" in prompt.meta:
+            row |= {name: prompt.meta[name] for name in ("family", "kind", "use_case")}
+        for name, given in answers.items():
+            row[name] = {"text": given[i].text, "ended": given[i].ended}
+            if world is not None:
+                row[name]["gold"] = world.judge(prompt, given[i].text, given[i].ended).overall
+        rows.append(row)
+    write_lines(path, rows)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.files import json_text, user_path
+from instruct_jax.files import user_path, write_json, write_text
 from instruct_jax.models.config import Attention, Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
@@ -128,8 +128,7 @@ def main(argv: list[str]) -> None:
         words = [word for word in argv if not word.startswith("--json")]
         command = shlex.join(["python", "experiments/plan.py", *words])
         results = {"command": command, "models": job.origins, **results}
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json_text(results))
+        write_json(flags.json, results)
 
 
 def plan(flags: argparse.Namespace, job: Job, topology: Topology, spec: str) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def write_tables(path: Path) -> None:
     for result in found:
         if "scaling" in result:
             text += f"\n    {result['command']}\n\n{scaling_table(result['scaling'])}\n"
-    path.write_text(text)
+    write_text(path, text)
     print(f"{path}: {len(found)} files")
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from instruct_jax.errors import ConfigError, RunError
+from instruct_jax.evaluation.figure import save_figure
 from instruct_jax.files import read_lines, user_path
 
 # In the order of interest; a run has some of them.
@@ -95,7 +96,7 @@ def draw(runs: Mapping[str, Mapping[str, Curve]], metrics: Sequence[str], path: 
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(runs) > 1:
         figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9, frameon=False)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _telling(curves: Mapping[str, Curve]) -> list[str]:

@@ -11,7 +11,6 @@ ppo.jsonl (metrics), checkpoints and samples.jsonl. Run again, it resumes.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from instruct_jax.data.rows import Prompt, PromptText, plain_text
 from instruct_jax.data.sources import DataConfig, Source, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
+from instruct_jax.files import json_line
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import scalar_from_language
 from instruct_jax.sampling.complete import complete
@@ -166,7 +166,7 @@ def main(config: Config, run: cli.Run) -> Path:
             with (run.workdir / "samples.jsonl").open("a") as file:
                 for prompt, answer in zip(probes, answers, strict=True):
                     row = {"step": step, "prompt": plain_text(prompt), "response": answer.text}
-                    file.write(json.dumps(row | {"ended": answer.ended}) + "\n")
+                    file.write(json_line(row | {"ended": answer.ended}))
         return judge(params) | standard
 
     state = ppo.train(

@@ -17,7 +17,7 @@ from instruct_jax import cli
 from instruct_jax.data.encoding import encode_comparisons
 from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.evaluation.markup import percent
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import preference
@@ -109,7 +109,7 @@ def main(config: Config, run: cli.Run) -> Path:
     if judged:
         report = preference.judge_preferences(stage, model, params, start.params, valid, mesh=mesh)
         if run.writes:
-            (run.workdir / "preference.json").write_text(json_text(report))
+            write_json(run.workdir / "preference.json", report)
         figure = (
             f" (held-out accuracy {percent(report['accuracy'])}, loss {report['loss']:.3f} "
             f"on {len(valid['tokens']):,} comparisons)"

@@ -22,6 +22,7 @@ from instruct_jax.data.prompts import prepare_prompts, prompt_text
 from instruct_jax.data.rows import write_rows
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import write_text
 from instruct_jax.settings import Settings, setting
 
 READERS = {
@@ -107,7 +108,7 @@ def main(config: Config, run: cli.Run) -> Path:
     )
     for name, split in prepared.splits.items():
         write_rows(run.workdir / f"{name}.jsonl", split)
-    (run.workdir / "statistics.txt").write_text(f"{prepared}\n")
+    write_text(run.workdir / "statistics.txt", f"{prepared}\n")
     run.say(str(prepared))
     counts = ", ".join(f"{name} {len(rows):,}" for name, rows in prepared.splits.items())
     run.say(f"rows: {run.workdir}/{{train,valid,test}}.jsonl ({counts})")

@@ -29,7 +29,7 @@ from instruct_jax.evaluation.reward_model import (
     fit_length_baseline,
     ordered_pairs,
 )
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.settings import Settings, setting
@@ -125,7 +125,7 @@ def main(config: Config, run: cli.Run) -> Path:
     if judged:
         report = judge_reward_model(trained, rows, valid, standard, held_out)
         if run.writes:
-            (run.workdir / "accuracy.json").write_text(json_text(report))
+            write_json(run.workdir / "accuracy.json", report)
         notes = {"accuracy": report["accuracy"], "length_only": report["length_only"]}
         right, by_length = (notes[name]["mean"] for name in notes)
         figure = (

@@ -8,7 +8,6 @@ Writes WORKDIR/selection.json, every epoch's score and validation loss with the 
 WORKDIR/model, the chosen model folder.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
-from instruct_jax.stages.trained import load_trained
+from instruct_jax.stages.trained import load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("selection.json",)
@@ -103,7 +102,9 @@ def main(config: Config, run: cli.Run) -> Path:
         scores[epoch] = float(scored.mean())
         losses[epoch] = read_record(folder).notes.get("valid_loss")
     best = select_epoch(scores, losses=losses, path=run.workdir / "selection.json")
-    shutil.copytree(folders[best], run.workdir / "model", dirs_exist_ok=True)
+    chosen, notes = load_trained(folders[best]), read_record(folders[best]).notes
+    chosen = chosen._replace(history=chosen.history[:-1])  # it goes through no stage here
+    save_trained(run.workdir / "model", chosen, notes=notes)
     run.say(
         f"model: {run.workdir / 'model'} (epoch {best} of {max(folders)}, mean reward "
         f"{scores[best]:.3f} on {len(prompts):,} held-out prompts)"

@@ -15,6 +15,7 @@ work in them. What a turn is:
 Speeds are of useful work: drawn tokens, real tokens of the rows, pairs, episodes.
 """
 
+import io
 import json
 import os
 import statistics
@@ -40,6 +41,7 @@ from instruct_jax.data.packing import pack
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import json_text, write_bytes, write_text
 from instruct_jax.models.hf import exported_files, save_pretrained
 from instruct_jax.models.transformer import language_model, scalar_model
 from instruct_jax.sampling.sampler import generate
@@ -174,7 +176,7 @@ def comparisons(
 
 def compare(case: Case, *, python: str, script: Path, folder: Path, repeats: int) -> Comparison:
     """`repeats` turns of each side in alternation, after one that does not count."""
-    (folder / "spec.json").write_text(json.dumps(case.spec))
+    write_text(folder / "spec.json", json_text(case.spec))
     ours, theirs = [], []
     with open_peer(python, script, folder) as peer:
         about = peer.answer()
@@ -216,8 +218,9 @@ def write_inputs(
         family=library.family,
     )
     ranked, where = rows.comparisons, rows.comparisons["where"]
+    arrays = io.BytesIO()
     np.savez(
-        folder / "rows.npz",
+        arrays,
         prompts=rows.prompts["tokens"],
         prompt_mask=rows.prompts["mask"],
         tokens=rows.demonstrations["tokens"],
@@ -227,6 +230,7 @@ def write_inputs(
         ranked_mask=ranked["mask"] & where[..., None],
         ranks=ranked["ranks"],
     )
+    write_bytes(folder / "rows.npz", arrays.getvalue())
 
 
 def check_phase(phase: str, library: Library) -> None:

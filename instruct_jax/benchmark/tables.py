@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from instruct_jax.evaluation.figure import INK
+from instruct_jax.evaluation.figure import INK, save_figure
 
 PALETTE = ("#2f7fc1", "#d9621e", "#0b9a6d", "#b07fd8", "#868e96", "#b58900", "#c2255c", "#1098ad",
            "#5c940d")  # fmt: skip
@@ -124,7 +124,7 @@ def write_roofline(
     axes.set_ylabel("FLOP/s", color=INK)
     axes.set_title(title, color=INK, fontsize=10)
     _style(axes)
-    figure.savefig(path, transparent=True)
+    save_figure(path, figure, transparent=True)
 
 
 def write_sweeps(path: Path, rows: Sequence[Row]) -> None:
@@ -152,7 +152,7 @@ def write_sweeps(path: Path, rows: Sequence[Row]) -> None:
         if panel == 1:
             axes.set_ylabel("tokens / s", color=INK)
         _style(axes)
-    figure.savefig(path, transparent=True)
+    save_figure(path, figure, transparent=True)
 
 
 def _style(axes: Axes) -> None:

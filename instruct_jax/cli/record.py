@@ -21,6 +21,7 @@ from typing import Any
 
 from instruct_jax.cli.config import leaves
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import unseal
 from instruct_jax.settings import about
 
 RECORD = "config.json"
@@ -31,17 +32,20 @@ _MISSING = object()
 def read_record(workdir: Path) -> dict[str, Any] | None:
     """The record in `workdir`, None where there is no config.json.
 
-    ConfigError where there is one that cannot be read, or that is not ours.
+    ConfigError where there is one that cannot be read, or that is not ours; CheckpointError where
+    it was changed since it was written.
     """
     path = workdir / RECORD
     if not os.path.lexists(path):
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        record = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise _foreign(path, f"cannot be read ({_short(error)})") from error
     if not is_record(record):
         raise _foreign(path, "is not the record of a run")
+    unseal(path, data, record)
     if record.get("schema", SCHEMA) != SCHEMA:
         raise _foreign(path, f"is of schema {record['schema']!r}, this version reads {SCHEMA!r}")
     return record

@@ -21,20 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from instruct_jax.cli.record import RECORD, is_record
+from instruct_jax.files import PARTIAL, write_bytes
 
 _MODEL = (
     "model.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "params",
     "params.*-tmp*",
 )  # fmt: skip
 # "*" is any part of a name, "#" a number; a folder is meant with all that is in it. A name that
-# ends in "/" is a folder with a record, or at least the common names, of its own.
+# ends in "/" is a folder with a record, or at least the common names, of its own. A file that is
+# being written has PARTIAL behind its name.
 COMMON = (
-    RECORD, "config.tmp", "ledger.log", 
+    RECORD, "ledger.log",
     "checkpoints/#", "checkpoints/#.deleting", "checkpoints/#.*-tmp*", "checkpoints/pinned.json",
-    "checkpoints/pinned.json.tmp", "damaged/#", "damaged/#.#",
+    "damaged/#", "damaged/#.#",
     "tensorboard/*/events.out.tfevents.*",
-    "tokens/*-*/plan.json", "tokens/*-*/#.tokens", "tokens/*-*/#.json", "tokens/*-*/#.#.tmp",
-    "tokens/*-*/plan.#.tmp", *(f"model/{name}" for name in _MODEL),
+    "tokens/*-*/plan.json", "tokens/*-*/#.tokens", "tokens/*-*/#.json", "tokens/*-*/#.sums",
+    *(f"model/{name}" for name in _MODEL),
     "adapter/adapter.json", "adapter/params", "adapter/params.*-tmp*",
 )  # fmt: skip
 # What a save writes into a folder of arrays; once it is finished its manifest names all of it.
@@ -45,12 +47,12 @@ _ITEM = (
     *(f"ocdbt.process_#/{name}" for name in _STORE),
 )  # fmt: skip
 _ARRAYS = (
-    _MANIFEST, f"{_MANIFEST}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt",
+    _MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt",
     "orbax.checkpoint", *(f"*/{name}" for name in _ITEM),
 )  # fmt: skip
 _HOLDS_ARRAYS = re.compile(r"(.*/)?((checkpoints|damaged)/[^/]*|params(\..*-tmp.*)?)", re.DOTALL)
 # Of a run that has yet to save anything: without these it is as if it had not begun.
-TRACES = ("ledger.log", "tensorboard", "tokens", "config.tmp")
+TRACES = ("ledger.log", "tensorboard", "tokens", RECORD + PARTIAL)
 _ASIDE = re.compile(r"replaced-\d{8}T\d{6}Z(\.\d+)?")
 
 
@@ -97,7 +99,7 @@ def _matches(path: Path, pattern: str, *, whole: bool = True) -> bool:
 
 def _fits(name: str, pattern: str) -> bool:
     regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\#", r"\d+")
-    return re.fullmatch(regex, name, re.DOTALL) is not None
+    return re.fullmatch(f"{regex}({re.escape(PARTIAL)})?", name, re.DOTALL) is not None
 
 
 def _read(workdir: Path) -> Mapping[str, Any]:
@@ -132,7 +134,7 @@ def set_aside(workdir: Path, record: Mapping[str, Any]) -> str:
     paths = [path for path in written(workdir, _writes_of(record)) if path != Path(RECORD)]
     aside.mkdir()
     try:
-        shutil.copy2(workdir / RECORD, aside / RECORD)
+        write_bytes(aside / RECORD, (workdir / RECORD).read_bytes())
         for path in paths:
             (aside / path).parent.mkdir(parents=True, exist_ok=True)
             os.rename(workdir / path, aside / path)
@@ -232,7 +234,7 @@ def _listed(folder: Path) -> set[str]:
         sums = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return set()
-    return {_MANIFEST, f"{_MANIFEST}.tmp", *sums} if isinstance(sums, dict) else set()
+    return {_MANIFEST, _MANIFEST + PARTIAL, *sums} if isinstance(sums, dict) else set()
 
 
 def _sweep(root: Path, below: Path, patterns: Sequence[str]) -> None:

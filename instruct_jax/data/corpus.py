@@ -38,7 +38,7 @@ from instruct_jax.data.rows import DataError, Document
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.tokens import TokenRows, token_batches
 from instruct_jax.errors import CheckpointError
-from instruct_jax.files import read_object
+from instruct_jax.files import read_object, write_json
 
 FORMAT = 1
 PART_BYTES = 256 * 2**20
@@ -330,17 +330,8 @@ def _parts(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
     with _named(path):
-        try:
-            with partial.open("w") as file:
-                json.dump(value, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(path, value)
 
 
 @contextmanager

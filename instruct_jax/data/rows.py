@@ -7,7 +7,6 @@ contributor, use case, the hidden task of a judge; nothing in training reads it.
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instruct_jax.errors import UserError
+from instruct_jax.files import finite, hash_of_file, replacing, write_text
 
 Meta = Mapping[str, Any]
 HASH_SUFFIX = ".sha256"
@@ -171,28 +171,21 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     is whole by its looks, and the readers tell it by that.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(path.name + HASH_SUFFIX)
     count = 0
-    try:
-        with open(temporary, "wb") as file:
+    with replacing(path) as partial:
+        with partial.open("wb") as file:
             # No name and no time in the gzip header: equal rows give equal bytes.
             zipped = path.suffix == ".gz"
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) if zipped else file as packed:
                 for row in rows:
-                    line = json.dumps(_record(row), ensure_ascii=False)
+                    line = json.dumps(finite(_record(row)), ensure_ascii=False)
                     packed.write(line.encode("utf-8") + b"\n")
                     count += 1
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hash_of_file(partial)
         # Between these steps there is no hash, never a wrong one.
-        beside = path.with_name(path.name + HASH_SUFFIX)
         beside.unlink(missing_ok=True)
-        temporary.replace(path)
-        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-        temporary.replace(beside)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(beside, f"{digest}  {path.name}\n")
     return count
 
 

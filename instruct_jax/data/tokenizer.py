@@ -26,6 +26,7 @@ from instruct_jax.data.tokenizer_checks import (
     read_object,
     read_text,
 )
+from instruct_jax.files import write_text
 
 EOS = "<|endoftext|>"
 # The stop tokens of published tokenizers, for a tokenizer.json that does not name its own.
@@ -78,12 +79,17 @@ class Tokenizer:
         """sha256 of all that decides how text is encoded; equal for a saved and loaded copy."""
         return hashlib.sha256(f"{self.eos_id}\n{self._backend.to_str()}".encode()).hexdigest()
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer.json", self._backend.to_str())
-        _write(folder / "tokenizer_config.json", json.dumps({"eos_token": self.eos}) + "\n")
+    def save(self, directory: str | os.PathLike[str]) -> list[str]:
+        """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads; their
+        names.
+        """
+        texts = {
+            "tokenizer.json": self._backend.to_str(),
+            "tokenizer_config.json": json.dumps({"eos_token": self.eos}) + "\n",
+        }
+        for name, text in texts.items():
+            write_text(Path(directory) / name, text)
+        return list(texts)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos={self.eos!r}, eos_id={self.eos_id})"
@@ -193,10 +199,3 @@ def _eos_of(vocabulary: dict[str, int], folder: Path) -> str:
             return token
     hint = f"looked for {', '.join(_KNOWN_EOS)}; name it as eos_token in tokenizer_config.json"
     raise DataError("the tokenizer has no known end of text", path=folder, hint=hint)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes in one step: a killed process leaves the old file or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,6 +1,7 @@
 """The picture for the README: the paper's Figure 1 for a run of ours, as a PNG."""
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from instruct_jax.evaluation.markup import label_of
+from instruct_jax.files import write_bytes
 
 # Readable on white and on the dark page of a code host: mid-tones on a transparent ground.
 COLOURS = {
@@ -18,6 +20,13 @@ COLOURS = {
     "ppo_ptx": "#0b9a6d",
 }
 INK = "#808890"
+
+
+def save_figure(path: str | Path, figure: Figure, **options: Any) -> None:
+    """The picture as a file, as all files are written; `options` of `Figure.savefig`."""
+    picture = BytesIO()
+    figure.savefig(picture, **options)
+    write_bytes(Path(path), picture.getvalue())
 
 
 def write_win_rates(path: str | Path, win_rates: Mapping[str, Mapping[str, Any]]) -> None:
@@ -54,4 +63,4 @@ def write_win_rates(path: str | Path, win_rates: Mapping[str, Mapping[str, Any]]
     axes.grid(axis="y", color=INK, alpha=0.18, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, transparent=True)
+    save_figure(path, figure, transparent=True)

@@ -31,9 +31,7 @@ Models are named gpt, gpt_prompted, sft, ppo, ppo_ptx or anything else. Interval
 filled in; a number that is not finite is null.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ import numpy as np
 from instruct_jax.evaluation.figure import write_win_rates
 from instruct_jax.evaluation.markup import grade, label_of, number, percent
 from instruct_jax.evaluation.page import page
+from instruct_jax.files import write_json, write_text
 
 Report = Mapping[str, Any]
 
@@ -75,11 +74,10 @@ def write_report(directory: str | Path, report: Report) -> Path:
     """
     report = complete_report(report)
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "report.json", report)
     if "win_rate_vs_sft" in report:
         write_win_rates(folder / "figure1.png", report["win_rate_vs_sft"])
-    _replace(folder / "report.html", page(report))
+    write_text(folder / "report.html", page(report))
     return folder / "report.html"
 
 
@@ -218,9 +216,3 @@ def _aligned(rows: list[list[str]]) -> list[str]:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

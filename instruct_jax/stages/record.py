@@ -7,19 +7,21 @@ base       where its weights came from, for imported ones and all that is traine
 template   the one that its prompts were put into, once it was fine-tuned
 config     the `TransformerConfig`
 notes      metrics, hashes of data: whatever the stage put down
+files      sha256 of the other files of the folder, by name
+
+Its second line is the hash of the others (`files.py`). Older ones have neither that nor `files`.
 """
 
 import dataclasses
-import hashlib
-import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from instruct_jax.data.templates import template_named
 from instruct_jax.errors import CheckpointError, ConfigError
-from instruct_jax.files import read_object
+from instruct_jax.files import SEAL, hash_of_file, read_sealed
 from instruct_jax.models.transformer import TransformerConfig
 
 RECORD = "model.json"
@@ -50,13 +52,18 @@ class Record(NamedTuple):
     base: Base | None = None
     template: str | None = None
     notes: dict[str, Any] = {}  # noqa: RUF012  never changed
+    files: Mapping[str, str] = MappingProxyType({})
+    sealed: bool = False
+    """Whether it was read with its hash, which is right then."""
 
     def as_json(self) -> dict[str, Any]:
         """What `read_record` reads."""
-        return self._asdict() | {
+        values = self._asdict() | {
             "config": dataclasses.asdict(self.config),
             "base": None if self.base is None else self.base._asdict(),
+            "files": dict(self.files),
         }
+        return {name: value for name, value in values.items() if name != "sealed"}
 
 
 def read_record(directory: Path) -> Record:
@@ -66,7 +73,7 @@ def read_record(directory: Path) -> Record:
     ConfigError where its configuration has fields of another version.
     """
     path = directory / RECORD
-    about = read_object(path, "kind", "stage", "config")
+    about, sealed = read_sealed(path, "kind", "stage", "config")
     try:
         return Record(
             kind=_one_of(about, "kind", ("language", "scalar")),
@@ -76,21 +83,41 @@ def read_record(directory: Path) -> Record:
             template=_template(about.get("template")),
             notes=_typed(about.get("notes", {}), "notes", dict),
             config=_config(path, about.get("config")),
+            files=hashes_in(about),
+            sealed=sealed,
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}; copy the folder again") from error
 
 
-def config_hash(directory: Path) -> str:
-    """A hash of the configuration as model.json has it: the parameters are saved with it, so that
-    a change by hand to what no shape shows, such as `num_heads`, is seen.
-    """
-    return hash_of(read_object(directory / RECORD, "config")["config"])
+def hashes_in(about: Mapping[str, Any]) -> dict[str, str]:
+    """The `files` of a record; ValueError where they are no texts by name."""
+    files = _typed(about.get("files", {}), "files", dict)
+    for name, digest in files.items():
+        _typed(digest, f"files.{name}", str)
+    return files
 
 
-def hash_of(config: Mapping[str, Any]) -> str:
-    """sha256 of the values of a configuration, in whatever order."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The `files` of a record that is about to be written into `directory`."""
+    return {name: hash_of_file(directory / name) for name in names}
+
+
+def check_files(directory: Path, record: str, files: Mapping[str, str]) -> None:
+    """CheckpointError where a file of `directory` is not the one that its `record` names."""
+    for name, digest in files.items():
+        try:
+            found = hash_of_file(directory / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory / name} cannot be read ({error.strerror}); copy the folder again"
+            ) from error
+        if found != digest:
+            raise CheckpointError(
+                f"{directory / name} is not the file that {record} was saved with: copy the folder"
+                f" again or, if you changed it yourself, take it out of the files in {record} and"
+                f' delete "{SEAL}" there'
+            )
 
 
 def one_template(named: Mapping[str, str | None]) -> str | None:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Arrays, Batches, Mixture
 from instruct_jax.data.tokens import TokenRows
 from instruct_jax.errors import ConfigError
-from instruct_jax.files import json_text
+from instruct_jax.files import write_json
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
@@ -151,6 +151,5 @@ def select_epoch(scores: dict[int, float], *, losses: dict[int, float], path: Pa
         "by": "mean reward-model score of sampled validation responses",
         "epochs": {str(e): {"score": scores[e], "loss": losses.get(e)} for e in sorted(scores)},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_text(decision))
+    write_json(path, decision)
     return best

@@ -5,7 +5,9 @@
     DIR/tokenizer.json   the tokenizer it was trained with
     DIR/params/          the parameters, fp32
 
-and the one of an adapter alone: adapter.json (its rank, the trunk it belongs to) and params/.
+and the one of an adapter alone: adapter.json (its rank, the trunk it belongs to) and params/. The
+JSON file of either is written last, and names the hashes of the others: a folder that has one is
+whole, and what is read from it is what was saved.
 """
 
 import dataclasses
@@ -18,17 +20,31 @@ import jax.numpy as jnp
 
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from instruct_jax.files import json_text, read_object, unfit_path
+from instruct_jax.files import read_object, unfit_path, write_json, write_text
 from instruct_jax.models.adapters import LoraConfig
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.hf import inspect_pretrained, parameter_shapes, read_pretrained
+from instruct_jax.models.hf.text import CHAT_FILE
 from instruct_jax.models.transformer import Model, TransformerConfig, language_model, scalar_model
-from instruct_jax.stages.record import RECORD, Base, Record, config_hash, hash_of, read_record
+from instruct_jax.stages.record import (
+    RECORD,
+    Base,
+    Record,
+    check_files,
+    hashes_in,
+    hashes_of,
+    read_record,
+)
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import load_model, save_model
+from instruct_jax.training.integrity import MANIFEST
 from instruct_jax.training.mesh import tree_paths
 
 READ_OUTS = ("unembedding", "head")
+ADAPTER_RECORD = "adapter.json"
+PARAMS = "params"
+# With their hashes: the manifest of the arrays names those of all their files.
+_ARRAYS = f"{PARAMS}/{MANIFEST}"
 
 
 class TrainedModel(NamedTuple):
@@ -55,18 +71,20 @@ class TrainedModel(NamedTuple):
 
 
 def save_trained(
-    directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
+    directory: Path,
+    trained: TrainedModel,
+    *,
+    notes: dict[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> Path:
-    """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
-    `directory`; ConfigError where its name is one below which arrays cannot be kept, NonFiniteError
-    where a parameter is not finite. Then nothing is written.
+    """Writes a model folder; `notes` (metrics, data hashes) go into model.json, and the Jinja text
+    `chat_template`, of a model that came in with one, beside it. Returns `directory`; ConfigError
+    where its name is one below which arrays cannot be kept, NonFiniteError where a parameter is not
+    finite. Then nothing is written.
     """
     _check_name(directory)
     _check_finite(directory, trained.params)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = hash_of(dataclasses.asdict(trained.config))
-    saved_with = {"stage": trained.stage, "kind": trained.kind, "config": config}
-    save_model(directory / "params", trained.params, saved_with)
+    _save_arrays(directory, RECORD, trained.params, {"stage": trained.stage, "kind": trained.kind})
     about = Record(
         kind=trained.kind,
         stage=trained.stage,
@@ -78,21 +96,35 @@ def save_trained(
     )
 
     def describe() -> None:
-        trained.tokenizer.save(directory)
-        # Written last: a folder with a model.json is complete.
-        (directory / RECORD).write_text(json_text(about.as_json()))
+        names = [*trained.tokenizer.save(directory), _ARRAYS]
+        if chat_template is not None:
+            write_text(directory / CHAT_FILE, chat_template)
+            names.append(CHAT_FILE)
+        files = hashes_of(directory, names)
+        write_json(directory / RECORD, about._replace(files=files).as_json())
 
     hosts.first_alone(describe)
     return directory
 
 
+def _save_arrays(directory: Path, record: str, params: Any, about: dict[str, Any]) -> None:
+    """The parameters, in a folder that has no record until all of it is there again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    hosts.first_alone(lambda: (directory / record).unlink(missing_ok=True))
+    save_model(directory / PARAMS, params, about)
+
+
 def _check_finite(directory: Path, params: Any) -> None:
-    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if not bool(hosts.fetch(_all_finite(floats))):
+    if not _is_finite(params):
         raise NonFiniteError(
             f"{directory}: not written, a parameter is not finite; what was saved before stands"
             f" ({directory.parent / 'checkpoints'}): lower the learning rate"
         )
+
+
+def _is_finite(params: Any) -> bool:
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return bool(hosts.fetch(_all_finite(floats)))
 
 
 @jax.jit
@@ -108,7 +140,8 @@ def load_trained(
     then computed as `compute` says, where that is given.
 
     ConfigError when `directory` is neither, does not hold the `kind` asked for, or has a tokenizer
-    of another vocabulary than the model's; CheckpointError when it is damaged.
+    of another vocabulary than the model's; CheckpointError when it is damaged, or a parameter is
+    not finite.
     """
     directory = Path(directory)
     if (directory / RECORD).is_file():
@@ -120,6 +153,8 @@ def load_trained(
             f"{directory}: neither model.json nor config.json here; give the `model` folder that a "
             "stage wrote, or a Hugging Face folder"
         )
+    if not _is_finite(trained.params):
+        raise CheckpointError(f"{directory}: a parameter is not finite; take another model")
     if kind is not None and trained.kind != kind:
         raise ConfigError(
             f"{directory}: holds a {trained.kind} model ({trained.stage}), a {kind} model is needed"
@@ -131,21 +166,16 @@ def _load_own(directory: Path) -> TrainedModel:
     about = read_record(directory)
     if "\\" in str(directory.absolute()):  # what was written elsewhere cannot be read here either
         _check_name(directory)
+    check_files(directory, RECORD, about.files)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size != about.config.vocab_size:
         raise ConfigError(
             f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
             f"{about.config.vocab_size}: put back the tokenizer that the model was trained with"
         )
-    params, saved_with = load_model(directory / "params")
-    now = config_hash(directory)
-    if (saved_with.get("kind"), saved_with.get("config")) != (about.kind, now):
+    params, _ = load_model(directory / PARAMS)
+    if not about.sealed or not about.files:  # an older one, or one that was changed by hand
         _check_shapes(directory, about, params)
-        if saved_with.get("config", now) != now:  # older ones do not say
-            raise CheckpointError(
-                f"{directory}: model.json has another config than the parameters were saved with: "
-                "copy the folder again"
-            )
     history = (*about.history, about.stage)
     return TrainedModel(
         about.kind,
@@ -196,15 +226,14 @@ class Adapter(NamedTuple):
 def save_adapter(directory: Path, adapter: Adapter) -> None:
     """Writes adapter.json (configuration and base) and the parameters of the adapter alone."""
     _check_name(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     about = {"lora": dataclasses.asdict(adapter.lora), "base": adapter.base}
-    save_model(directory / "params", adapter.params, about)
-    text = json_text(about)
-    hosts.first_alone(lambda: _write(directory / "adapter.json", text))
+    _save_arrays(directory, ADAPTER_RECORD, adapter.params, about)
 
+    def describe() -> None:
+        files = hashes_of(directory, [_ARRAYS])
+        write_json(directory / ADAPTER_RECORD, about | {"files": files})
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    hosts.first_alone(describe)
 
 
 def _check_name(directory: Path) -> None:
@@ -217,14 +246,19 @@ def load_adapter(directory: str | Path) -> Adapter:
     CheckpointError when it is damaged.
     """
     directory = Path(directory)
-    if not (directory / "adapter.json").is_file():
+    path = directory / ADAPTER_RECORD
+    if not path.is_file():
         raise ConfigError(f"{directory}: no adapter.json here; give the `adapter` folder of a run")
-    about = read_object(directory / "adapter.json", "lora", "base")
+    about = read_object(path, "lora", "base")
     try:
         lora = LoraConfig(**about["lora"] | {"targets": tuple(about["lora"]["targets"])})
+        files = hashes_in(about)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{directory / 'adapter.json'}: lora: {error}") from error
-    params, _ = load_model(directory / "params")
+        raise CheckpointError(f"{path}: lora: {error}") from error
+    check_files(directory, ADAPTER_RECORD, files)
+    params, _ = load_model(directory / PARAMS)
+    if not _is_finite(params):
+        raise CheckpointError(f"{directory}: a parameter is not finite; take another adapter")
     return Adapter(params, lora, about["base"])
 
 

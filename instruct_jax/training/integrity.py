@@ -4,12 +4,12 @@ Neither the file system nor Orbax notices a flipped bit. `write_manifest` is the
 does, so a directory without a manifest was never finished.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from instruct_jax.files import PARTIAL, hash_of_file, json_text, write_text
 
 MANIFEST = "manifest.json"
 UNFINISHED = "the save was not finished (no manifest)"
@@ -23,12 +23,7 @@ def write_manifest(directory: Path) -> None:
         paths = list(_files(directory))
         measured = pool.map(lambda path: _measure(directory / path), paths)
         sums = dict(zip(map(str, paths), measured, strict=True))
-    partial = directory / f"{MANIFEST}.tmp"
-    with partial.open("w") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / MANIFEST)
+    write_text(directory / MANIFEST, json_text(sums))
 
 
 def find_damage(directory: Path) -> str | None:
@@ -65,13 +60,12 @@ def find_damage(directory: Path) -> str | None:
 def _files(directory: Path) -> Iterable[Path]:
     """Every file below `directory`, relative to it, but for the manifest itself."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.parent / MANIFEST != path and path.suffix != ".tmp":
+        if path.is_file() and path.parent / MANIFEST != path and path.suffix != PARTIAL:
             yield path.relative_to(directory)
 
 
 def _measure(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, hash_of_file(path)
 
 
 def _some(names: Iterable[str]) -> str:

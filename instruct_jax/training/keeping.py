@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from instruct_jax.errors import CheckpointError
+from instruct_jax.files import read_object, write_json
 from instruct_jax.training import ocp
 from instruct_jax.training.integrity import MANIFEST, UNFINISHED, find_damage
 
@@ -71,10 +72,13 @@ def damage_of(path: Path) -> str | None:
 def pinned_steps(directory: Path) -> set[int]:
     """The steps that stay; CheckpointError where the file of pins cannot be read."""
     path = directory / PINS
-    try:
-        return {int(step) for step in json.loads(path.read_text())}
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         return set()
+    try:
+        pins = json.loads(path.read_text())
+        if isinstance(pins, dict):  # older ones are the list alone, and have no hash
+            pins = read_object(path, "steps")["steps"]
+        return {int(step) for step in pins}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: expected a list of steps ({error})") from error
 
@@ -88,9 +92,7 @@ def pin(directory: Path, steps: Collection[int], *, pinned: bool = True) -> set[
         raise CheckpointError(f"{directory}: no step {', '.join(map(str, sorted(unknown)))}")
     before = pinned_steps(directory)
     after = before | set(steps) if pinned else before - set(steps)
-    partial = directory / f"{PINS}.tmp"
-    partial.write_text(json.dumps(sorted(after)) + "\n")
-    os.replace(partial, directory / PINS)
+    write_json(directory / PINS, {"steps": sorted(after)})
     return after
 
 

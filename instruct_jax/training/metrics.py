@@ -7,7 +7,6 @@ process 0 writes.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any, Self
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from instruct_jax.files import write_bytes
 
 PLAIN_LINE_SECONDS = 2.0  # off a terminal, at most one line in this time
 
@@ -53,9 +54,7 @@ class MetricLogger:
             kept = [line for line in before.splitlines() if _step_of(line) <= step]
             after = b"".join(line + b"\n" for line in kept)
             if after != before:
-                partial = self.path.with_suffix(".jsonl.tmp")
-                partial.write_bytes(after)
-                os.replace(partial, self.path)
+                write_bytes(self.path, after)
         self._open_board(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

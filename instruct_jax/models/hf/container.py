@@ -7,7 +7,6 @@ tensor at a time, in files of a bounded size with an index beside them.
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instruct_jax.errors import UserError
+from instruct_jax.files import json_text, replacing, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS: dict[str, np.dtype] = {
@@ -182,7 +182,7 @@ def write_weights(
     total = sum(math.prod(t.shape) for t in tensors) * dtype.itemsize
     where = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_text(directory / INDEX, json_text(index))
     return [*names, INDEX]
 
 
@@ -198,15 +198,13 @@ def write_file(path: Path, tensors: list[ToWrite], dtype: np.dtype) -> None:
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(_LENGTH.pack(len(text)) + text)
         for tensor in tensors:
             value = np.ascontiguousarray(tensor.make(), dtype)
             if value.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} is {value.shape}, not {tensor.shape}")
             file.write(value.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from instruct_jax.data.templates import Template
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
+from instruct_jax.files import json_text, write_text
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.container import read_json
 
@@ -42,9 +43,9 @@ def write_tokenizer(
         "model_max_length": config.max_length,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_text(directory / "tokenizer_config.json", json_text(described))
     if chat_template is not None:
-        (directory / CHAT_FILE).write_text(chat_template, encoding="utf-8")
+        write_text(directory / CHAT_FILE, chat_template)
 
 
 def chat_template_of(template: Template) -> str:

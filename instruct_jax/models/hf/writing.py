@@ -13,7 +13,6 @@ there are lower by the bias, which config.json and the model card name. In both 
 scalar_head.safetensors keeps what was changed, and `load_pretrained` gives it back to the bit.
 """
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from flax.traverse_util import flatten_dict
 from instruct_jax import __version__
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
+from instruct_jax.files import json_text, write_text
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.container import (
     FLOATS,
@@ -102,15 +102,15 @@ def save_pretrained(
     if kind == "scalar":
         folded = "final_norm/bias" in flat
         raw["instruct_jax"] |= {"head_bias": float(kept["head/bias"][0]), "bias_is_folded": folded}
-    _write_json(partial / "config.json", raw)
+    write_text(partial / "config.json", json_text(raw))
     if kind == "language":
         generation = {"pad_token_id": config.pad_id, "suppress_tokens": [config.pad_id]}
         ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_id}
-        _write_json(partial / "generation_config.json", generation | ends)
+        write_text(partial / "generation_config.json", json_text(generation | ends))
     if tokenizer is not None:
         write_tokenizer(partial, tokenizer, config, chat_template)
     if card is not None:
-        (partial / "README.md").write_text(card)
+        write_text(partial / "README.md", card)
     if directory.exists():
         directory.rmdir()
     partial.replace(directory)
@@ -197,7 +197,3 @@ def _tensors(config: TransformerConfig, model_type: str, flat: dict[str, Any]) -
 
 def _host(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x)).astype(np.float32)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
