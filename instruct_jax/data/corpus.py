@@ -3,6 +3,7 @@
     FOLDER/NAME-KEY/plan.json       what the tokens are of: files, their sizes and sha256; parts
     FOLDER/NAME-KEY/00000.tokens    the documents of part 0, EOS after each; uint16 or uint32
     FOLDER/NAME-KEY/00000.json      how much of part 0 is safely there, and whether that is all
+    FOLDER/NAME-KEY/00000.sums      once it is: checksums of its blocks, for whoever reads them
 
 KEY is a hash of the tokenizer and of the settings that choose the documents, so corpora lie side by
 side in one folder and are found again. Files that have changed since are noticed, never used in
@@ -15,6 +16,7 @@ again from its start but tokenises only what is missing. So the tokens are the s
 however often the work was stopped. Rows of any length are cut from the parts end to end.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -36,9 +38,9 @@ from instruct_jax.data.formats import FileReport
 from instruct_jax.data.progress import Progress
 from instruct_jax.data.rows import DataError, Document
 from instruct_jax.data.tokenizer import Tokenizer
-from instruct_jax.data.tokens import TokenRows, token_batches
+from instruct_jax.data.tokens import Part, TokenRows, block_sums, token_batches
 from instruct_jax.errors import CheckpointError
-from instruct_jax.files import read_object, write_json
+from instruct_jax.files import hash_of_file, read_object, write_bytes, write_json
 
 FORMAT = 1
 PART_BYTES = 256 * 2**20
@@ -77,16 +79,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Journal:
-    """How much of a part is safely in its file; `bad` are the verdicts on files with bad rows."""
+    """How much of a part is safely in its file; `bad` are the verdicts on files with bad rows.
+
+    `part` says whose it is, and `sums` has the sha256 of the checksums; older ones have neither.
+    """
 
     documents: int = 0
     tokens: int = 0
     complete: bool = False
     bad: tuple[str, ...] = ()
+    part: str = ""
+    sums: str = ""
 
     def after(self, documents: int, tokens: int) -> "Journal":
         """With so many more."""
-        return Journal(self.documents + documents, self.tokens + tokens)
+        counts = {"documents": self.documents + documents, "tokens": self.tokens + tokens}
+        return dataclasses.replace(self, **counts)
 
 
 class Corpus:
@@ -129,7 +137,10 @@ class Corpus:
         with _named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         parts = _parts(self.text.names, _sizes(groups))
-        _write_json(path, {"format": FORMAT, "files": found, "parts": parts})
+        plan = {"format": FORMAT, "corpus": self.directory.name, "files": found, "parts": parts}
+        with _locked(self.directory, os.O_RDONLY):  # of runs that begin together one writes it
+            if not path.exists():
+                _write_json(path, plan)
 
     def make(self, share: int = 0, of: int = 1) -> None:
         """Tokenises what is missing of the parts share, share + of, ...; shows how far it is.
@@ -143,7 +154,7 @@ class Corpus:
         with Progress(f"tokens of {self.text.name}", _sizes(groups)) as progress:
             for i in mine:
                 names = plan["parts"][i]
-                with self._locked(i):
+                with _locked(self._path(i), os.O_RDWR | os.O_CREAT):
                     try:
                         self._make_part(i, names, progress)
                     except DataError:
@@ -178,8 +189,22 @@ class Corpus:
                     "documents with data.split_text=paragraph"
                 )
             raise DataError(f"{total} tokens of text do not fill one row of {length}", hint=hint)
-        paths = [self._path(i) for i in range(len(journals))]
-        return TokenRows(paths, [j.tokens for j in journals], self.dtype, length)
+        parts = [
+            Part(self._path(i), journal.tokens, self._sums(i, journal))
+            for i, journal in enumerate(journals)
+        ]
+        limit = self.tokenizer.vocab_size
+        return TokenRows(parts, self.dtype, length, vocab_size=limit)
+
+    def _sums(self, i: int, journal: Journal) -> Path | None:
+        """The checksums of a part; CheckpointError where they are not those of its journal."""
+        if not journal.sums:  # made by an older version
+            return None
+        path = self._path(i).with_suffix(".sums")
+        with self._named_damage(path):
+            if not path.exists() or hash_of_file(path) != journal.sums:
+                raise CheckpointError(f"{path} is not the file that the journal beside it names")
+        return path
 
     def _make_part(self, i: int, names: Sequence[str], progress: Progress) -> None:
         done = self._journal(i)
@@ -210,7 +235,11 @@ class Corpus:
                         self._commit(i, done, file)
                         committed = done.tokens
             bad = tuple(str(report) for report in reports if report.bad)
-            self._commit(i, Journal(done.documents, done.tokens, True, bad), file)
+            file.flush()
+            sums = self._path(i).with_suffix(".sums")
+            write_bytes(sums, block_sums(self._path(i), self.dtype))
+            whole = {"complete": True, "bad": bad, "sums": hash_of_file(sums)}
+            self._commit(i, dataclasses.replace(done, **whole), file)
 
     def _commit(self, i: int, journal: Journal, file: BinaryIO) -> None:
         """The order is the point: a journal never counts what the file does not hold."""
@@ -237,15 +266,20 @@ class Corpus:
             plan = read_object(path, "format", "files", "parts")
         if plan["format"] != FORMAT:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
+        with self._named_damage(path):
+            _check_owner(path, plan.get("corpus"), self.directory.name)
         remember_hashes(plan["files"])
         return plan
 
     def _journal(self, i: int) -> Journal:
         path = self._path(i).with_suffix(".json")
+        part = f"{self.directory.name}/{i}"
         if not path.exists():
-            return Journal()
+            return Journal(part=part)
         with self._named_damage(path):
-            return Journal(**read_object(path))
+            journal = Journal(**read_object(path))
+            _check_owner(path, journal.part, part)
+            return journal
 
     @contextmanager
     def _named_damage(self, path: Path) -> Iterator[None]:
@@ -261,17 +295,24 @@ class Corpus:
     def _path(self, i: int) -> Path:
         return self.directory / f"{i:05}.tokens"
 
-    @contextmanager
-    def _locked(self, i: int) -> Iterator[None]:
-        """Within it no other run makes this part; the system lets go when the process ends."""
-        with _named(self._path(i)):
-            descriptor = os.open(self._path(i), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    """Within it no other run has `path`; the system lets go when the process ends."""
+    with _named(path):
+        descriptor = os.open(path, flags, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_owner(path: Path, said: str | None, wanted: str) -> None:
+    """CheckpointError where a file says that it is of something else; older ones do not say."""
+    if said and said != wanted:
+        raise CheckpointError(f"{path} is of {said}")
 
 
 def _files_of(name: str) -> dict[str, dict[str, Any]]:

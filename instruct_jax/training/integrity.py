@@ -23,7 +23,7 @@ def write_manifest(directory: Path) -> None:
         paths = list(_files(directory))
         measured = pool.map(lambda path: _measure(directory / path), paths)
         sums = dict(zip(map(str, paths), measured, strict=True))
-    write_text(directory / MANIFEST, json_text(sums))
+    write_text(directory / MANIFEST, json_text(sums).rstrip())
 
 
 def find_damage(directory: Path) -> str | None:

@@ -25,6 +25,7 @@ from instruct_jax.data.sources import DataConfig, open_source
 from instruct_jax.data.texts import pieces
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
 from instruct_jax.errors import CheckpointError
+from tests.edits import edit
 
 TOKENIZER = train_bpe(["abc"], vocab_size=257)  # one token a byte
 WORDS = ("tea", "für", "zwei", "and", "two", "for", "tea.")
@@ -276,9 +277,66 @@ def test_tokens_that_are_not_all_there_are_refused(tmp_path, folder, small_steps
     with pytest.raises(DataError, match=r"00001\.tokens: shorter than its journal says"):
         corpus.rows(5)
     plan = corpus.directory / "plan.json"
-    plan.write_text(plan.read_text().replace('"format": 1', '"format": 99'))
+    edit(plan, {"format": 99})
     with pytest.raises(DataError, match="format 99, this version reads 1"):
         corpus.rows(5)
+
+
+def test_a_flipped_bit_in_tokens_is_never_read(tmp_path, folder, small_steps):
+    """R20: every block has its checksum; the other blocks are read all the same."""
+    corpus = made(source_of(folder), tmp_path)
+    whole = corpus.rows(64)[:]
+    path = corpus.directory / "00000.tokens"
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in rng.integers(0, len(data), 20):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.integers(8)]) + data[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"00000\.tokens: block \d+ is not as it was wri"):
+            corpus.rows(64)[:]
+        last = len(whole) - 1  # of the last part
+        assert (corpus.rows(64)[last] == whole[last]).all()
+    path.write_bytes(data + b"x")
+    with pytest.raises(DataError, match="longer than its journal says"):
+        corpus.rows(64)
+    path.write_bytes(data)
+    assert (corpus.rows(64)[:] == whole).all()
+
+
+@pytest.mark.parametrize("suffix", [".sums", ".json"])
+def test_what_stands_beside_the_tokens_is_that_part_s_own(tmp_path, folder, small_steps, suffix):
+    corpus = made(source_of(folder), tmp_path)
+    paths = [(corpus.directory / f"0000{i}").with_suffix(suffix) for i in (0, 1)]
+    paths[0].write_bytes(paths[1].read_bytes())
+    with pytest.raises(CheckpointError, match=rf"00000\{suffix} is .*; delete .* are made again"):
+        corpus.rows(64)
+    paths[0].unlink()
+    with pytest.raises((CheckpointError, DataError)):
+        corpus.rows(64)
+
+
+def test_tokens_of_before_the_checksums_are_read_and_none_is_past_the_vocabulary(
+    tmp_path, folder, small_steps
+):
+    corpus = made(source_of(folder), tmp_path)
+    whole = corpus.rows(64)[:]
+    edit(corpus.directory / "plan.json", {"corpus": None})
+    for path in corpus.directory.glob("0*.json"):
+        edit(path, {"part": None, "sums": None})
+        path.with_suffix(".sums").unlink()
+    assert (corpus.rows(64)[:] == whole).all()
+    path = corpus.directory / "00000.tokens"
+    tokens = np.fromfile(path, corpus.dtype)
+    tokens[70] = TOKENIZER.vocab_size
+    path.write_bytes(tokens.tobytes())
+    with pytest.raises(CheckpointError, match=rf"token {TOKENIZER.vocab_size} is past the vocab"):
+        corpus.rows(64)[1]
+
+
+def test_tokens_renamed_to_those_of_another_tokenizer_are_refused(tmp_path, folder):
+    corpus = made(source_of(folder), tmp_path)
+    other = Corpus(corpus.text, train_bpe(["a b c"] * 3, vocab_size=260), tmp_path)
+    shutil.move(corpus.directory, other.directory)
+    with pytest.raises(CheckpointError, match=r"plan\.json is of train-"):
+        other.rows(64)
 
 
 # --- killed, or wrong ---------------------------------------------------------------------------
@@ -333,13 +391,15 @@ def test_a_killed_preparation_is_completed_wherever_it_was_killed(
     assert code == 0 and places > 20, done.stderr
     source, kept = source_of(folder), 0
     whole = made(source, tmp_path / "whole").directory
-    expected = {p.name: p.read_bytes() for p in whole.glob("*.tokens")}
+    expected = {p.name: p.read_bytes() for p in whole.iterdir() if p.name != "plan.json"}
     for place in range(1, places):
         journals = [*(tmp_path / "killed" / str(place)).glob("*/0*.json")]
         kept += sum(json.loads(path.read_text())["tokens"] for path in journals)
         again = made(source, tmp_path / "killed" / str(place)).directory
-        assert {p.name: p.read_bytes() for p in again.glob("*.tokens")} == expected, place
-        assert {p.suffix for p in again.iterdir()} <= {".tokens", ".json", ".tmp"}
+        assert {
+            p.name: p.read_bytes() for p in again.iterdir() if p.name in expected
+        } == expected, place
+        assert {p.suffix for p in again.iterdir()} <= {".tokens", ".json", ".sums"}
     assert kept > 0, "some work outlived a kill"
 
 

@@ -12,6 +12,7 @@ import pytest
 from instruct_jax.evaluation.charts import Mark, Series, interval_chart, line_chart, nice_ticks
 from instruct_jax.evaluation.markup import duration, number, percent, thin
 from instruct_jax.evaluation.report import complete_report, summary_table, write_report
+from instruct_jax.files import read_object
 
 MODELS = ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx")
 HOSTILE = '<script>alert(1)</script> & "quotes" \'n <b>'
@@ -242,7 +243,7 @@ def test_a_report_written_twice_is_the_same_page(report, tmp_path):
     assert write_report(tmp_path, report).read_text() == first
     assert not list(tmp_path.glob("*.tmp"))
     # What was written can be read and written again.
-    again = json.loads((tmp_path / "report.json").read_text())
+    again = read_object(tmp_path / "report.json")
     assert write_report(tmp_path / "again", again).read_text() == first
 
 

@@ -15,6 +15,7 @@ from instruct_jax.models import scalar_model
 from instruct_jax.models.hf import load_pretrained
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
+from tests.edits import edit
 from tests.experiments import scripts
 
 
@@ -23,10 +24,7 @@ def run(tmp_path_factory):
     """A finished run: its record, its model, and both conversions of it."""
     folder = tmp_path_factory.mktemp("convert")
     model = scripts.write_model(folder / "sft" / "model")
-    about = json.loads((model / "model.json").read_text())
-    (model / "model.json").write_text(
-        json.dumps(about | {"notes": {"valid_loss": 1.5}, "template": "hh"})
-    )
+    edit(model / "model.json", {"notes": {"valid_loss": 1.5}, "template": "hh"})
     record = {"config": {"sft": {"epochs": 2}}, "data": {"rows.jsonl": "cafe"}}
     (folder / "sft" / "config.json").write_text(json.dumps(record))
     scripts.launch(
@@ -162,6 +160,7 @@ def test_a_token_that_the_model_lacks_is_refused_at_import_and_at_load(
 
 def test_a_folder_of_ours_with_another_tokenizer_is_refused(run, tmp_path):
     folder = shutil.copytree(run.model, tmp_path / "model")
+    edit(folder / "model.json", {"files": None})  # as its owner takes them out
     for words in (["one", "two"], [f"word{i}" for i in range(200)]):
         other = train_bpe([" ".join(words)] * 4, vocab_size=270 if len(words) == 2 else 400)
         other.save(folder)

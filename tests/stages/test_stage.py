@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from instruct_jax.stages.stage import (
     place_params,
 )
 from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
+from instruct_jax.training.checkpoint import save_model
 from instruct_jax.training.mesh import make_mesh
 from instruct_jax.training.state import init_state
+from tests.edits import edit
 from tests.stages import lab as labs
 
 TOKENIZER = train_bpe(["hello world"], vocab_size=260)
@@ -101,7 +104,7 @@ def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained
     for file in sorted((tmp_path / "params").rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     (tmp_path / "params").rmdir()
-    with pytest.raises(CheckpointError, match="no model here"):
+    with pytest.raises(CheckpointError, match=r"params/manifest\.json cannot be read"):
         load_trained(tmp_path)
 
 
@@ -118,14 +121,14 @@ def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained
 def test_a_value_that_no_version_writes_is_damage(tmp_path, trained, changes, message):
     record = save_trained(tmp_path, trained) / "model.json"
     about = json.loads(record.read_text())
-    record.write_text(json.dumps(about | {"config": about["config"] | changes}))
+    edit(record, {"config": about["config"] | changes})
     with pytest.raises(CheckpointError, match=rf"model\.json: damaged: config: .*{message}"):
         load_trained(tmp_path)
 
 
 def test_a_template_that_there_is_not_is_damage(tmp_path, trained):
     record = save_trained(tmp_path, trained) / "model.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"template": "no_such"}))
+    edit(record, {"template": "no_such"})
     with pytest.raises(CheckpointError, match=r"model\.json: damaged: .*no_such"):
         load_trained(tmp_path)
 
@@ -133,7 +136,7 @@ def test_a_template_that_there_is_not_is_damage(tmp_path, trained):
 def test_a_configuration_of_a_later_version_is_no_damage(tmp_path, trained):
     record = save_trained(tmp_path, trained) / "model.json"
     about = json.loads(record.read_text())
-    record.write_text(json.dumps(about | {"config": about["config"] | {"experts": 8}}))
+    edit(record, {"config": about["config"] | {"experts": 8}})
     with pytest.raises(ConfigError, match="unknown experts; it was written by another version"):
         load_trained(tmp_path)
 
@@ -169,25 +172,71 @@ def test_parameters_of_another_model_than_the_record_describes_are_refused(tmp_p
     record = save_trained(tmp_path, trained) / "model.json"
     about = json.loads(record.read_text())
     for changes in ({"num_layers": 3}, {"max_length": 7}, {"tie_embeddings": False}):
-        record.write_text(json.dumps(about | {"config": about["config"] | changes}))
+        edit(record, {"config": about["config"] | changes})
         with pytest.raises(CheckpointError, match=r"not those that model\.json describes: "):
             load_trained(tmp_path)
-    record.write_text(json.dumps(about | {"kind": "scalar"}))
+    edit(record, {"config": about["config"], "kind": "scalar"})
     with pytest.raises(CheckpointError, match=r"not those that model\.json describes: head/bias"):
         load_trained(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"num_heads": 4}, {"norm_eps": 0.1}, {"rope_theta": 9.0}])
-def test_a_configuration_that_the_parameters_were_not_saved_with_is_damage(
+def test_an_edit_that_no_shape_shows_is_refused_until_its_author_owns_it(
     tmp_path, trained, changes
 ):
     record = save_trained(tmp_path, trained) / "model.json"
-    about = json.loads(record.read_text())
-    record.write_text(json.dumps(about | {"config": about["config"] | changes}, sort_keys=True))
-    with pytest.raises(CheckpointError, match="another config than the parameters were saved"):
+    text = record.read_text()
+    about = json.loads(text)
+    record.write_text(json.dumps(about | {"config": about["config"] | changes}, indent=2) + "\n")
+    with pytest.raises(CheckpointError, match='if you changed it yourself, delete its "sha256"'):
         load_trained(tmp_path)
-    record.write_text(json.dumps(about, sort_keys=True))
-    load_trained(tmp_path)
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(line for line in lines if '"sha256":' not in line))
+    assert load_trained(tmp_path).config == dataclasses.replace(SHAPE, **changes)
+
+
+def test_another_tokenizer_or_other_arrays_are_refused_and_the_message_says_what_to_do(
+    tmp_path, trained
+):
+    save_trained(tmp_path / "a", trained)
+    save_trained(tmp_path / "b", trained._replace(params=parameters(seed=1)))
+    other = train_bpe(["another text, and as long"] * 3, vocab_size=TOKENIZER.vocab_size)
+    assert other.vocab_size <= TOKENIZER.vocab_size
+    other.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not .*: .*take it out"):
+        load_trained(tmp_path / "a")
+    files = json.loads((tmp_path / "a/model.json").read_text())["files"]
+    TOKENIZER.save(tmp_path / "a")
+    assert load_trained(tmp_path / "a").kind == "language"
+    (tmp_path / "a/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "mine": 1}')
+    edit(
+        tmp_path / "a/model.json", {"files": {k: v for k, v in files.items() if "config" not in k}}
+    )
+    assert load_trained(tmp_path / "a").kind == "language"
+    shutil.rmtree(tmp_path / "a/params")
+    shutil.copytree(tmp_path / "b/params", tmp_path / "a/params")
+    with pytest.raises(CheckpointError, match=r"params/manifest\.json is not the file"):
+        load_trained(tmp_path / "a")
+
+
+def test_a_model_of_before_the_hashes_loads_and_its_shapes_are_looked_at(tmp_path, trained):
+    record = save_trained(tmp_path, trained) / "model.json"
+    config = json.loads(record.read_text())["config"]
+    edit(record, {"files": None})
+    assert labs.same_bits(load_trained(tmp_path).params, trained.params)
+    edit(record, {"config": config | {"num_layers": 3}})
+    with pytest.raises(CheckpointError, match=r"not those that model\.json describes: "):
+        load_trained(tmp_path)
+
+
+def test_parameters_that_are_not_finite_are_refused_at_load(tmp_path, trained):
+    leaves, tree = jax.tree.flatten(trained.params)
+    leaves[0] = leaves[0].at[0].set(jnp.nan)
+    save_trained(tmp_path, trained)
+    save_model(tmp_path / "params", jax.tree.unflatten(tree, leaves), {})
+    edit(tmp_path / "model.json", {"files": None})
+    with pytest.raises(CheckpointError, match="a parameter is not finite; take another model"):
+        load_trained(tmp_path)
 
 
 def test_what_a_model_came_from_is_handed_on_through_the_stages(tmp_path, trained):
