@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from instruct_jax import __version__
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
-from instruct_jax.files import json_text, write_text
+from instruct_jax.files import PARTIAL, json_text, write_text
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.hf.container import (
     FLOATS,
@@ -128,7 +128,7 @@ def _empty(partial: Path) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     found = sorted(partial.iterdir())
     for path in found:
-        known = any(fnmatchcase(path.name, name) for name in _FILES)
+        known = any(fnmatchcase(path.name.removesuffix(PARTIAL), name) for name in _FILES)
         if not known or path.is_symlink() or not path.is_file():
             raise UserError(f"{path}: not of an export; move it away")
     for path in found:
