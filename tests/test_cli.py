@@ -18,6 +18,7 @@ from instruct_jax.cli import Run, from_config
 from instruct_jax.cli.config import load_config, resolve
 from instruct_jax.cli.help import field_help
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from instruct_jax.files import read_object
 from instruct_jax.settings import NEVER, Settings, setting
 
 CONFIGS = """
@@ -589,7 +590,7 @@ def test_the_door_itself_does_not_load_jax():
 
 def test_a_run_outside_a_script_can_be_recorded(tmp_path):
     Run(tmp_path / "notebook").record(data="x")
-    assert json.loads((tmp_path / "notebook" / "config.json").read_text()) == {"data": "x"}
+    assert read_object(tmp_path / "notebook" / "config.json") == {"data": "x"}
 
 
 @dataclass(frozen=True)
