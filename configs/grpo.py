@@ -9,8 +9,11 @@ The reward of a sample is measured against the other samples of its prompt; ther
 toyworld      Shao et al. 2024 (DeepSeekMath) on the embedded world: KL in the loss
 toyworld_ptx  GRPO with the pretraining mix
 dr_grpo       Liu et al. 2025: no scale by the deviation, no length bias, no KL
-dapo          Yu et al. 2025: a higher upper clip, token mean, no KL; no dynamic sampling
+dapo          Yu et al. 2025: a higher upper clip, token mean, no KL, dynamic sampling
 gspo          Zheng et al. 2025: one ratio a response, their clip range
+gspo_token    the same ratio, with the gradient of each token
+cispo         MiniMax 2025: bounded weights in the place of a clip, otherwise as dapo
+sapo          Gao et al. 2025: a smooth gate in the place of a clip
 verifiable    sums of experiments/arithmetic.py and a reward in Python: whether the number is right
 debug         two iterations of a few rows
 deepseekmath  Shao et al. 2024, section 4.2: 64 samples a prompt, 1,024 a batch, KL 0.04, 1e-6; the
@@ -50,6 +53,8 @@ TOYWORLD = GRPO | {
     "ppo.eval_every": 10,
 }
 NO_KL = {"ppo.kl_loss_coef": 0.0}
+GSPO_CLIP = {"ppo.clip": 3e-4, "ppo.clip_high": 4e-4}
+DYNAMIC = {"ppo.loss_reduction": "token_mean", "ppo.max_resamples": 3}
 
 PRESETS = {
     "toyworld": TOYWORLD,
@@ -57,10 +62,11 @@ PRESETS = {
     "dr_grpo": TOYWORLD
     | NO_KL
     | {"ppo.group_scale": "none", "ppo.loss_reduction": "seq_sum_const"},
-    "dapo": TOYWORLD | NO_KL | {"ppo.clip_high": 0.28, "ppo.loss_reduction": "token_mean"},
-    "gspo": TOYWORLD
-    | NO_KL
-    | {"ppo.ratio": "sequence_mean", "ppo.clip": 3e-4, "ppo.clip_high": 4e-4},
+    "dapo": TOYWORLD | NO_KL | DYNAMIC | {"ppo.clip_high": 0.28},
+    "gspo": TOYWORLD | NO_KL | GSPO_CLIP | {"ppo.ratio": "sequence_mean"},
+    "gspo_token": TOYWORLD | NO_KL | GSPO_CLIP | {"ppo.ratio": "sequence_mean_token"},
+    "cispo": TOYWORLD | NO_KL | DYNAMIC | {"ppo.policy_loss": "cispo"},
+    "sapo": TOYWORLD | NO_KL | {"ppo.policy_loss": "sapo"},
     "debug": TOYWORLD
     | {
         "data.toy_documents": 128,

@@ -176,6 +176,7 @@ def main(config: Config, run: cli.Run) -> Path:
         start.params,
         reward_params,
         Batches(prompts, stage.prompts, seed=stage.seed),
+        more_prompts=Batches(prompts, stage.prompts, seed=stage.seed + 2),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,
         mesh=mesh,

@@ -1,7 +1,7 @@
 """The critic-free algorithms as configurations of PPO's iteration, with their papers' values.
 
     PPOConfig()  RLOOConfig()  ReinforcePlusPlusConfig()  GRPOConfig()  DrGRPOConfig()  DAPOConfig()
-    GSPOConfig()
+    GSPOConfig()  GSPOTokenConfig()  CISPOConfig()  SAPOConfig()
 
 What makes each is in the table of ppo_config.py. Any field may be given another value; where what
 comes of that is no algorithm of these, `named` says what sets it apart, and a run says it first of
@@ -15,7 +15,8 @@ from instruct_jax.settings import about, why_idle
 from instruct_jax.stages.ppo_config import PPOConfig
 
 Estimator = Literal["gae", "rloo", "grpo", "reinforce++"]
-Ratio = Literal["token", "sequence", "sequence_mean"]
+Ratio = Literal["token", "sequence", "sequence_mean", "sequence_mean_token"]
+PolicyLoss = Literal["clip", "cispo", "sapo"]
 Reduction = Literal["token_mean", "seq_mean", "seq_sum_const"]
 Whitening = Literal["rollout", "minibatch", "none"]
 
@@ -72,9 +73,10 @@ class DrGRPOConfig(GRPOConfig):
 
 @dataclass(frozen=True)
 class DAPOConfig(GRPOConfig):
-    """Yu et al. 2025, sections 3 and 4.1: a higher upper clip, tokens weigh alike, no KL.
+    """Yu et al. 2025, sections 3 and 4.1: a higher upper clip, tokens weigh alike, no KL, groups
+    without signal replaced. The paper sets no bound on that; 10 is that of its published script.
 
-    Not done here: dynamic sampling, and the soft punishment of overlong responses.
+    Not done here: the soft punishment of overlong responses.
     """
 
     loss_reduction: Reduction = "token_mean"
@@ -83,6 +85,7 @@ class DAPOConfig(GRPOConfig):
     minibatch: int = 512
     clip_high: float | None = 0.28
     kl_loss_coef: float = 0.0
+    max_resamples: int = 10
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,32 @@ class GSPOConfig(GRPOConfig):
     kl_loss_coef: float = 0.0
 
 
+@dataclass(frozen=True)
+class GSPOTokenConfig(GSPOConfig):
+    """Zheng et al. 2025, section 4.3: the ratio of the response, the gradient of each token."""
+
+    ratio: Ratio = "sequence_mean_token"
+
+
+@dataclass(frozen=True)
+class CISPOConfig(DAPOConfig):
+    """MiniMax 2025 (MiniMax-M1), section 3.1: bounded weights in DAPO's place of a clip, with its
+    token mean and its dynamic sampling. The upper bound is of Khatri et al. 2025.
+    """
+
+    policy_loss: PolicyLoss = "cispo"
+    clip_high: float | None = None
+
+
+@dataclass(frozen=True)
+class SAPOConfig(GRPOConfig):
+    """Gao et al. 2025, section 4: a smooth gate in place of the clip, four minibatches, no KL."""
+
+    policy_loss: PolicyLoss = "sapo"
+    minibatch: int = 256
+    kl_loss_coef: float = 0.0
+
+
 ALGORITHMS: dict[str, PPOConfig] = {
     "RLOO": RLOOConfig(),
     "REINFORCE++": ReinforcePlusPlusConfig(),
@@ -103,10 +132,13 @@ ALGORITHMS: dict[str, PPOConfig] = {
     "Dr. GRPO": DrGRPOConfig(),
     "DAPO": DAPOConfig(),
     "GSPO": GSPOConfig(),
+    "GSPO-token": GSPOTokenConfig(),
+    "CISPO": CISPOConfig(),
+    "SAPO": SAPOConfig(),
 }
-_MAKES = ("ratio", "loss_reduction", "group_scale", "whiten_advantages")
+_MAKES = ("policy_loss", "ratio", "loss_reduction", "group_scale", "whiten_advantages")
 # How much there is of these is a matter of tuning, whether there is any is not.
-_SWITCHES = ("kl_coef", "kl_loss_coef")
+_SWITCHES = ("kl_coef", "kl_loss_coef", "max_resamples")
 
 
 def named(config: PPOConfig) -> str:
@@ -117,18 +149,22 @@ def named(config: PPOConfig) -> str:
     """
     if config.estimator == "gae":
         mix = "-ptx" if config.ptx_coef else ""
-        other = config.ratio != "token" or config.loss_reduction != "token_mean"
-        apart = f" but for loss_reduction {config.loss_reduction!r}, there 'token_mean'"
-        return f"PPO{mix}{apart if other else ''}"
+        own = ((n, getattr(config, n), getattr(PPOConfig(), n)) for n in _MAKES[:3])
+        apart = "; ".join(f"{n} {x!r}, there {usual!r}" for n, x, usual in own if x != usual)
+        return f"PPO{mix}{apart and ' but for '}{apart}"
     apart_from = {
         name: _apart(config, usual)
         for name, usual in ALGORITHMS.items()
         if usual.estimator == config.estimator
     }
-    # What has a ratio says most of an algorithm.
+    # What has a ratio, and what becomes of it, say most of an algorithm.
     name = min(
         apart_from,
-        key=lambda name: (ALGORITHMS[name].ratio != config.ratio, len(apart_from[name])),
+        key=lambda name: (
+            ALGORITHMS[name].ratio != config.ratio,
+            ALGORITHMS[name].policy_loss != config.policy_loss,
+            len(apart_from[name]),
+        ),
     )
     differences = "; ".join(apart_from[name])
     return f"{name} but for {differences}" if differences else name

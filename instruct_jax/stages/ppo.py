@@ -55,6 +55,7 @@ from instruct_jax.stages.ppo_models import (
 )
 from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
 from instruct_jax.stages.pretrain import language_rows
+from instruct_jax.stages.resampling import Answered, Refill, first_look, lively, refilled
 from instruct_jax.stages.rewards import Given, HostRewards
 from instruct_jax.stages.stage import RULES, place_params
 from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
@@ -78,6 +79,8 @@ class Programs(NamedTuple):
     """all forward passes over a rollout"""
     score: Callable[[jax.Array, Rollout, Readings, Given | None], Scored]
     """(kl_coef, rollout, readings, rewards from elsewhere) -> rewards, advantages and logs"""
+    refill: Refill
+    """what replaces groups without signal"""
     update: Callable[..., tuple[PPOState, Metrics]]
     """(state, frozen, experience, text, kl, key) -> (state, metrics); the state is donated"""
 
@@ -104,6 +107,10 @@ def make_programs(recipe: Recipe, state: PPOState, mesh: Mesh) -> Programs:
     return Programs(
         jax.jit(read, out_shardings=rows),
         jax.jit(partial(make_experience, recipe), out_shardings=Scored(rows, whole)),
+        Refill(
+            jax.jit(partial(first_look, recipe), out_shardings=whole),
+            jax.jit(partial(refilled, recipe), out_shardings=rows),
+        ),
         jax.jit(update, donate_argnums=0, out_shardings=(kept, whole)),
     )
 
@@ -113,7 +120,8 @@ class Iteration(NamedTuple):
 
     `batch` holds `prompts` int32[N, P] (left-padded), each read once and answered
     `samples_per_prompt` times in a row, `prompt_mask`, with rewards from elsewhere `index` int[N],
-    and with a pretraining mix `text`, rows of `language_loss` as [updates, rows, T].
+    with `max_resamples` a list `more` of so many such batches, and with a pretraining mix `text`,
+    rows of `language_loss` as [updates, rows, T].
     """
 
     recipe: Recipe
@@ -131,15 +139,33 @@ class Iteration(NamedTuple):
 
     def gather(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Scored:
         """Experience of the models as they are: a response to every prompt, read and scored."""
+        logs: dict[str, Any] = {}
+
+        def answer(batch: dict[str, Any], key: jax.Array) -> Answered:
+            answered, of_rewards = self.answer(state, batch, key)
+            logs.update(of_rewards | logs)  # of the first rollout
+            return answered
+
+        if self.recipe.config.max_resamples:
+            answered, counts = lively(answer, self.programs.refill, batch, key)
+            logs |= counts
+        else:
+            answered = answer(batch, key)
+        scored = self.programs.score(state.kl_coef, *answered)
+        return scored._replace(metrics=scored.metrics | logs)
+
+    def answer(
+        self, state: PPOState, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[Answered, dict[str, Any]]:
+        """A response to every prompt, read, with its rewards from elsewhere and their logs."""
         rollout = self.sample(state, batch, key)
         readings = self.programs.read(state, self.frozen, rollout)
-        given, logs = None, {}
-        if self.rewards is not None:  # the device is at the readings meanwhile
-            given, logs = self.rewards(rollout, batch["index"])
-            given = hosts.spread(given, batch_sharding(self.mesh))
-            logs = hosts.spread(logs, replicated(self.mesh))
-        scored = self.programs.score(state.kl_coef, rollout, readings, given)
-        return scored._replace(metrics=scored.metrics | logs)
+        if self.rewards is None:
+            return Answered(rollout, readings, None), {}
+        # The device is at the readings meanwhile.
+        given, logs = self.rewards(rollout, batch["index"])
+        given = hosts.spread(given, batch_sharding(self.mesh))
+        return Answered(rollout, readings, given), hosts.spread(logs, replicated(self.mesh))
 
     def sample(self, state: PPOState, batch: dict[str, Any], key: jax.Array) -> Rollout:
         """Responses of the policy to the prompts of `batch`."""
@@ -183,20 +209,25 @@ def make_iteration(
 
 
 class IterationBatches(NamedTuple):
-    """Of iteration i: the prompts that it answers, those of i + `lag`, and for PPO-ptx its
-    pretraining rows; a pure function of i.
+    """Of iteration i: the prompts that it answers, those of i + `lag`, of `tries` more rollouts the
+    prompts of a stream of their own, and for PPO-ptx its pretraining rows; a pure function of i.
     """
 
     prompts: Callable[[int], dict[str, np.ndarray]]
     text: Callable[[int], dict[str, np.ndarray]] | None
     updates: int
     lag: int = 0
+    more: Callable[[int], dict[str, np.ndarray]] | None = None
+    tries: int = 0
 
     def answered(self, step: int) -> dict[str, Any]:
         """The prompts that iteration `step` answers."""
-        rows = self.prompts(step + self.lag)
-        batch = {"prompts": rows["tokens"], "prompt_mask": rows["mask"]}
-        return batch | ({"index": rows["index"]} if "index" in rows else {})
+        step += self.lag
+        batch = _asked(self.prompts(step))
+        if self.more is not None:
+            at = range(step * self.tries, (step + 1) * self.tries)
+            batch["more"] = [_asked(self.more(i)) for i in at]
+        return batch
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of iteration `step`."""
@@ -206,6 +237,11 @@ class IterationBatches(NamedTuple):
             shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
             batch["text"] = language_rows(shaped)
         return batch
+
+
+def _asked(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    index = {"index": rows["index"]} if "index" in rows else {}
+    return {"prompts": rows["tokens"], "prompt_mask": rows["mask"]} | index
 
 
 def check_batches(config: PPOConfig, mesh: Mesh) -> None:
@@ -225,6 +261,7 @@ def train(
     reward_params: Any,
     prompts: Callable[[int], dict[str, np.ndarray]],
     *,
+    more_prompts: Callable[[int], dict[str, np.ndarray]] | None = None,
     ptx: Callable[[int], dict[str, np.ndarray]] | None = None,
     eos_id: int,
     mesh: Mesh,
@@ -235,7 +272,8 @@ def train(
 ) -> PPOState:
     """Runs PPO (or PPO-ptx when `config.ptx_coef` > 0) from M3; returns the final state.
 
-    `prompts(step)` gives tokens int32[config.prompts, P] left-padded and mask; `ptx(step)` tokens
+    `prompts(step)` gives tokens int32[config.prompts, P] left-padded and mask, and so does
+    `more_prompts`, of the rollouts that `max_resamples` adds; `ptx(step)` tokens
     int32[updates * minibatch * ptx_ratio, T] of packed pretraining text. `policy_params` becomes
     the policy and the frozen reference; `reward_params` the reward model and, with estimator "gae",
     the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`, whole
@@ -249,8 +287,7 @@ def train(
     trunk of `policy_params`: that trunk then serves all four models (`ppo_models.py`). The average
     of the policy's adapter is also left in `workdir/adapter`.
     """
-    if config.ptx_coef > 0 and ptx is None:
-        raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
+    batch_at = _batches(config, prompts, ptx, more_prompts)
     check_batches(config, mesh)
     recipe = Recipe(
         config,
@@ -262,8 +299,6 @@ def train(
     )
     frozen, state = placed_models(recipe, policy_params, reward_params, mesh)
     iteration = make_iteration(recipe, frozen, state, mesh, rewards)
-    text = ptx if config.ptx_coef > 0 else None
-    batch_at = IterationBatches(prompts, text, config.updates, config.rollout_lag)
 
     def shown(step: int, state: PPOState | Lagging) -> dict[str, float]:
         assert evaluate is not None
@@ -275,6 +310,24 @@ def train(
     base = trunk_fingerprint(policy_params)
     save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
     return merged(config, frozen, state)
+
+
+def _batches(
+    config: PPOConfig,
+    prompts: Callable[[int], dict[str, np.ndarray]],
+    ptx: Callable[[int], dict[str, np.ndarray]] | None,
+    more_prompts: Callable[[int], dict[str, np.ndarray]] | None,
+) -> IterationBatches:
+    if not config.ptx_coef:
+        ptx = None
+    elif ptx is None:
+        raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
+    if not config.max_resamples:
+        more_prompts = None
+    elif more_prompts is None:
+        raise ConfigError(f"max_resamples {config.max_resamples} needs more prompts")
+    lag, tries = config.rollout_lag, config.max_resamples
+    return IterationBatches(prompts, ptx, config.updates, lag, more_prompts, tries)
 
 
 def _run(

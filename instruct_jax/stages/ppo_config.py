@@ -3,22 +3,26 @@
 The critic-free algorithms are the same iteration with another `estimator` of the advantages, which
 then needs several samples of every prompt, or another `ratio` in the clipped loss:
 
-============  ==============================  ==============  ===============  =====================
-algorithm     estimator                       ratio           loss_reduction   KL
-============  ==============================  ==============  ===============  =====================
-PPO           gae                             token           token_mean       kl_coef (reward)
-RLOO          rloo                            sequence        any              kl_coef (reward)
-REINFORCE++   reinforce++                     token           token_mean       kl_coef (reward)
-GRPO          grpo                            token           seq_mean         kl_loss_coef (loss)
-Dr. GRPO      grpo, group_scale "none"        token           seq_sum_const    none
-DAPO          grpo, clip_high 0.28            token           token_mean       none
-GSPO          grpo                            sequence_mean   any              none
-============  ==============================  ==============  ===============  =====================
+============  ==========================  ===================  ===============  ===================
+algorithm     estimator                   ratio                loss_reduction   KL
+============  ==========================  ===================  ===============  ===================
+PPO           gae                         token                token_mean       kl_coef (reward)
+RLOO          rloo                        sequence             any              kl_coef (reward)
+REINFORCE++   reinforce++                 token                token_mean       kl_coef (reward)
+GRPO          grpo                        token                seq_mean         kl_loss_coef (loss)
+Dr. GRPO      grpo, group_scale "none"    token                seq_sum_const    none
+DAPO          grpo, clip_high 0.28        token                token_mean       none
+GSPO          grpo                        sequence_mean        any              none
+GSPO-token    grpo                        sequence_mean_token  seq_mean         none
+CISPO         grpo, policy_loss "cispo"   token                token_mean       none
+SAPO          grpo, policy_loss "sapo"    token                seq_mean         none
+============  ==========================  ===================  ===============  ===================
 
 None of the critic-free ones whitens its advantages once more (`whiten_advantages` "none"); those
-whose KL is in the loss, or that have none, set `kl_coef` to 0; GSPO clips at 3e-4 and 4e-4.
+whose KL is in the loss, or that have none, set `kl_coef` to 0; GSPO clips at 3e-4 and 4e-4; DAPO
+and CISPO draw groups again whose rewards are all equal (`max_resamples`).
 algorithms.py has a constructor of each, and `named`, which says what a configuration makes.
-Sources: losses/group.py. All of them take the pretraining mix.
+Sources: losses/group.py, losses/policy_gradient.py. All of them take the pretraining mix.
 """
 
 from dataclasses import dataclass
@@ -30,6 +34,9 @@ from instruct_jax.stages.stage import AdamConfig, RunConfig
 
 # Which advantages are of whole responses, and so have a sequence's ratio.
 GROUPED = ("rloo", "grpo")
+# Ratios of which a response has one.
+OF_RESPONSES = ("sequence", "sequence_mean")
+TOKENS = "ratio=token|sequence_mean_token"
 # Where the policy that is updated is not the one that sampled, so that ratios leave 1.
 MOVES = "updates>1 or rollout_lag or old_log_probs=sampler"
 
@@ -63,6 +70,26 @@ class PPOConfig(RunConfig):
     old_log_probs: Literal["forward", "sampler"] = setting(
         "forward",
         "where the log-probs of the policy that sampled come from; forward: a pass over whole rows",
+    )
+    # A sampler with other kernels or another precision draws from another distribution than the one
+    # whose log-probs the ratio uses (losses/mismatch.py).
+    mismatch: Literal["none", "token", "sequence"] = setting(
+        "none",
+        "whether the policy's loss is weighed by trainer over sampler, of tokens or of responses",
+        needs="old_log_probs=forward",
+    )
+    mismatch_outside: Literal["truncate", "mask"] = setting(
+        "truncate", "what becomes of such a weight outside of its bounds", needs="mismatch"
+    )
+    mismatch_low: float = setting(0.0, "the least of these weights", low=0.0, needs="mismatch")
+    mismatch_high: float = setting(2.0, "the largest", above=0.0, needs="mismatch")
+    # Dynamic sampling: each rollout has prompts of its own, and its groups fill the places of those
+    # without signal.
+    max_resamples: int = setting(
+        0,
+        "rollouts that an iteration may add to replace groups whose scores are all equal",
+        low=0,
+        needs="estimator=rloo|grpo",
     )
     # Off-policy by the updates of one iteration (`ppo.py`). On one mesh that saves no time.
     rollout_lag: Literal[0, 1] = setting(
@@ -116,24 +143,51 @@ class PPOConfig(RunConfig):
         high=1.0,
         needs="estimator=gae",
     )
+    bootstrap_truncated: bool = setting(
+        False,
+        "whether a response that its budget cut off is worth what the value model says of its end",
+        needs="estimator=gae",
+    )
     whiten_advantages: Literal["rollout", "minibatch", "none"] = setting(
         "rollout", "over what advantages get mean 0 and deviation 1"
     )
-    # The clipped losses.
-    ratio: Literal["token", "sequence", "sequence_mean"] = setting(
-        "token", "what has one probability ratio: a token, a response, or the mean token of one"
+    # The losses of the policy and of the value model.
+    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = setting(
+        "token",
+        "what has one probability ratio: a token, a response, the mean token of one, or each token "
+        "that of the mean",
+    )
+    policy_loss: Literal["clip", "cispo", "sapo"] = setting(
+        "clip",
+        "what a ratio far from 1 does to a gradient: clip takes it away, cispo bounds it, sapo "
+        "fades it out",
+        needs=MOVES,
     )
     clip: float = setting(
-        0.2, "epsilon, how far the ratio moves before it is clipped", above=0.0, needs=MOVES
+        0.2,
+        "epsilon, how far the ratio moves before it is clipped",
+        above=0.0,
+        needs="policy_loss=clip and " + MOVES,
     )
     clip_high: float | None = setting(
-        None, "epsilon above 1; none: the same as below", above=0.0, needs=MOVES
+        None,
+        "epsilon above 1; none: the same as below",
+        above=0.0,
+        needs="policy_loss=clip and " + MOVES,
     )
     dual_clip: float | None = setting(
         None,
         "bound of the ratio where the advantage is negative; none sets none",
         above=1.0,
-        needs=MOVES,
+        needs="policy_loss=clip and " + MOVES,
+    )
+    cispo_low: float = setting(0.0, "the least weight", low=0.0, needs="policy_loss=cispo")
+    cispo_high: float = setting(5.0, "the largest weight", above=0.0, needs="policy_loss=cispo")
+    sapo_sharpness: float = setting(
+        1.0, "how soon gradients fade, of positive advantages", above=0.0, needs="policy_loss=sapo"
+    )
+    sapo_sharpness_negative: float = setting(
+        1.05, "the same of all others", above=0.0, needs="policy_loss=sapo"
     )
     value_clip: float = setting(
         0.2,
@@ -142,10 +196,10 @@ class PPOConfig(RunConfig):
         needs="estimator=gae and " + MOVES,
     )
     kl_loss_coef: float = setting(
-        0.0, "what a nat of KL costs in the loss, token by token", low=0.0, needs="ratio=token"
+        0.0, "what a nat of KL costs in the loss, token by token", low=0.0, needs=TOKENS
     )
     loss_reduction: Literal["token_mean", "seq_mean", "seq_sum_const"] = setting(
-        "token_mean", "how the losses of tokens become one (ppo_losses.py)", needs="ratio=token"
+        "token_mean", "how the losses of tokens become one (ppo_losses.py)", needs=TOKENS
     )
     # The pretraining mix.
     ptx_coef: float = setting(
@@ -205,21 +259,38 @@ class PPOConfig(RunConfig):
                 "whiten_rewards leaves the mean of the rewards, and pays it once a token: without "
                 f"a value model, as with estimator {self.estimator!r}, that is paid for length"
             )
-        grouped = self.estimator in GROUPED
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        grouped, whole = self.estimator in GROUPED, self.ratio in OF_RESPONSES
         if grouped and self.samples_per_prompt < 2:
             raise ConfigError(
                 f"estimator {self.estimator!r} compares the samples of a prompt; "
                 f"samples_per_prompt is {self.samples_per_prompt}, expected 2 or more"
             )
-        if self.ratio != "token" and not grouped:
+        if whole and not grouped:
             raise ConfigError(
                 f"ratio {self.ratio!r} needs one advantage a response, "
                 f"which estimator {self.estimator!r} does not give; use 'rloo' or 'grpo'"
             )
-        if self.ratio != "token" and self.kl_loss_coef:
+        if whole and self.kl_loss_coef:
             raise ConfigError(
                 f"kl_loss_coef is a token loss and ratio is {self.ratio!r}; use kl_coef"
             )
+        if self.policy_loss != "clip" and self.ratio != "token":
+            raise ConfigError(
+                f"policy_loss {self.policy_loss!r} is of the ratio of a token, and ratio is "
+                f"{self.ratio!r}"
+            )
+        if whole and self.mismatch == "token":
+            raise ConfigError(
+                f"mismatch 'token' weighs tokens, and with ratio {self.ratio!r} a response has "
+                "one loss; use 'sequence'"
+            )
+        for name in ("cispo", "mismatch"):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            if low > high:
+                raise ConfigError(f"{name}_low {low:g} is above {name}_high {high:g}")
 
     def _check_batches(self) -> None:
         divided = (

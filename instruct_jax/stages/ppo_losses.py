@@ -1,4 +1,4 @@
-"""The three losses of an update: clipped policy, clipped value, pretraining mix (PPO-10, 11, 13).
+"""The three losses of an update: policy, clipped value, pretraining mix (PPO-10, 11, 13).
 
 Each is a `LossFn`: a sum and its count, so that micro-batches and devices change nothing.
 """
@@ -9,24 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from instruct_jax.losses import (
+    cispo_loss,
     clipped_policy_loss,
     clipped_value_loss,
     kl_estimate,
     loss_sum_and_count,
+    masked_mean,
     policy_clipped,
+    sapo_loss,
     sequence_log_probs,
     sum_and_count,
     value_clipped,
 )
 from instruct_jax.models.transformer import Model, response_values
 from instruct_jax.stages.experience import Experience, response_scores
-from instruct_jax.stages.ppo_config import PPOConfig
+from instruct_jax.stages.ppo_config import OF_RESPONSES, PPOConfig
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.training.state import LossFn
 
 
 def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
-    """The clipped policy loss (PPO-10) of one minibatch of `Experience`, as a sum and its count.
+    """The policy loss of one minibatch of `Experience`, as a sum and its count: PPO-10, or what
+    `policy_loss` puts in the place of its clip.
 
     The log-probs are those of the tempered distribution that sampled, so that the ratio starts at
     1. Reductions: "token_mean" weighs tokens alike (long answers weigh more), "seq_mean" answers
@@ -44,10 +48,9 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
         scores = response_scores(policy, params, *rows, temperature=config.temperature)
         log_probs = scores.log_probs
         new, old, advantages, of = _ratio_terms(config, log_probs, batch)
-        bounds = {"clip": config.clip, "clip_high": config.clip_high}
-        losses = clipped_policy_loss(
-            new, old, advantages, where=of, dual_clip=config.dual_clip, **bounds
-        )
+        losses, bounded = _surrogate(config, new, old, advantages, of)
+        if batch.weights is not None:
+            losses *= batch.weights if losses.shape == where.shape else batch.weights[:, :1]
         if config.kl_loss_coef:
             k3 = kl_estimate(log_probs, batch.ref_log_probs, where=where, kind="k3")
             losses += config.kl_loss_coef * k3
@@ -55,13 +58,36 @@ def policy_loss(config: PPOConfig, policy: Model) -> LossFn:
             losses,
             where=of,
             reduction=config.loss_reduction,
-            length=config.response_length if config.ratio == "token" else 1,
+            length=1 if config.ratio in OF_RESPONSES else config.response_length,
         )
-        clipped = policy_clipped(new, old, advantages, **bounds)
-        metrics = {**_ratio_sums(new - old, of), "clip_fraction": sum_and_count(clipped, where=of)}
+        metrics = _ratio_sums(new - old, of)
+        if bounded is not None:
+            metrics["clip_fraction"] = sum_and_count(bounded, where=of)
         return total, count, metrics
 
     return loss
+
+
+def _surrogate(
+    config: PPOConfig, new: jax.Array, old: jax.Array, advantages: jax.Array, of: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The loss of whatever has a ratio, and where that is bounded; None where nothing is."""
+    if config.policy_loss == "cispo":
+        low, high = config.cispo_low, config.cispo_high
+        ratio = jnp.exp(new - old)
+        losses = cispo_loss(new, old, advantages, where=of, low=low, high=high)
+        return losses, ((ratio < low) | (ratio > high)).astype(jnp.float32)
+    if config.policy_loss == "sapo":
+        taus = {
+            "sharpness": config.sapo_sharpness,
+            "sharpness_negative": config.sapo_sharpness_negative,
+        }
+        return sapo_loss(new, old, advantages, where=of, **taus), None
+    bounds = {"clip": config.clip, "clip_high": config.clip_high}
+    losses = clipped_policy_loss(
+        new, old, advantages, where=of, dual_clip=config.dual_clip, **bounds
+    )
+    return losses, policy_clipped(new, old, advantages, **bounds)
 
 
 def _ratio_sums(log_ratio: jax.Array, of: jax.Array) -> dict[str, Any]:
@@ -102,16 +128,22 @@ def _ratio_terms(
 
     Tokens, all float32[B, R]; or responses, float32[B, 1], with the sum of their tokens' log-probs
     (RLOO) or the mean (GSPO's geometric mean of ratios). A response has at least one token, and all
-    its tokens have the same advantage.
+    its tokens have the same advantage. "sequence_mean_token" is `gspo_token_loss`: each token has
+    its response's ratio, of the mean, and a gradient of its own.
     """
     where = batch.where
-    if config.ratio == "token":
-        return log_probs, batch.log_probs, batch.advantages, where
-    mean = config.ratio == "sequence_mean"
-    new, old = (
-        sequence_log_probs(x, where=where, mean=mean)[:, None] for x in (log_probs, batch.log_probs)
-    )
-    return new, old, batch.advantages[:, :1], where.any(axis=1, keepdims=True)
+    if config.ratio in OF_RESPONSES:
+        mean = config.ratio == "sequence_mean"
+        new, old = (
+            sequence_log_probs(x, where=where, mean=mean)[:, None]
+            for x in (log_probs, batch.log_probs)
+        )
+        return new, old, batch.advantages[:, :1], where.any(axis=1, keepdims=True)
+    old = batch.log_probs
+    if config.ratio == "sequence_mean_token":
+        of_response = masked_mean(log_probs - old, where=where, axis=1)[:, None]
+        old = jax.lax.stop_gradient(log_probs - of_response)
+    return log_probs, old, batch.advantages, where
 
 
 def value_loss(config: PPOConfig, scalar: Model) -> LossFn:

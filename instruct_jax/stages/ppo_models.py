@@ -65,6 +65,7 @@ class Readings(NamedTuple):
     ref_log_probs: jax.Array  # float32[B, R], of the reference
     scores: jax.Array  # float32[B], the reward model's; 0 where it is not asked
     values: jax.Array | None  # float32[B, R]
+    end_values: jax.Array | None = None  # float32[B], after the last token
 
 
 class Frozen(NamedTuple):

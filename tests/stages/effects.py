@@ -47,6 +47,10 @@ FELT: dict[str, Any] = {
     "clip_high": 0.01,
     "clip": 0.01,
     "value_clip": 0.01,
+    "cispo_low": 1.5,
+    "cispo_high": 0.5,
+    "mismatch_low": 1.5,  # the sampler's log-probs are the trainer's but for rounding
+    "mismatch_high": 0.5,
 }
 
 
@@ -86,7 +90,11 @@ def bases() -> dict[str, Settings]:
             rl, ptx_coef=0.5, ptx_ratio=2, kl_target=1.0, missing_eos="subtract", lora=lora
         ),
         "ppo rloo": dataclasses.replace(rl, **group, estimator="rloo", ratio="sequence"),
-        "ppo grpo": dataclasses.replace(rl, **group, estimator="grpo", kl_loss_coef=0.1),
+        "ppo grpo": dataclasses.replace(
+            rl, **group, estimator="grpo", kl_loss_coef=0.1, mismatch="sequence"
+        ),
+        "ppo cispo": dataclasses.replace(rl, **group, estimator="grpo", policy_loss="cispo"),
+        "ppo sapo": dataclasses.replace(rl, policy_loss="sapo"),
         "ppo reinforce++": dataclasses.replace(rl, **group, estimator="reinforce++"),
     }
 
@@ -248,6 +256,7 @@ def _train(name: str, config: Any, workdir: Path) -> Any:
         params,
         scalar_params,
         Batches(run_stage.prompts(), config.prompts, seed=config.seed),
+        more_prompts=Batches(run_stage.prompts(), config.prompts, seed=config.seed + 2),
         ptx=Batches({"tokens": text}, size, seed=1),
         eos_id=run_stage.EOS,
         **where,

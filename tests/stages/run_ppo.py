@@ -64,6 +64,7 @@ def run(
         labs.policy_params(),
         labs.reward_params(),
         prompts,
+        more_prompts=lambda i: labs.prompt_rows(100 + i, rows=config.prompts),
         ptx=labs.text_rows,
         eos_id=labs.EOS,
         mesh=make_mesh(mesh),
