@@ -16,7 +16,8 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.models import families
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.transformer import language_model
-from instruct_jax.training.optim import cosine_schedule, warmup_constant_schedule
+from instruct_jax.stages.ppo_models import learning_rates
+from instruct_jax.training.optim import schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -173,10 +174,9 @@ def test_fine_tuning_follows_the_paper(name, batch, rate):
     assert sft.pretrain_fraction == 0.0
     assert adam(sft.adam) == (0.9, 0.95, 1e-8, 0.0, 1.0)
     assert config.keep_epochs, "the epoch is selected by reward-model score (SFT-4)"
-    schedule = cosine_schedule(
-        sft.learning_rate, steps=100, final=sft.final_fraction, warmup=sft.warmup
-    )
-    rates = [float(schedule(s)) / rate for s in (0, 50, 100)]
+    shape = {"final": sft.final_fraction, "warmup": sft.warmup}
+    at = schedule(sft.learning_rate, sft.schedule, steps=100, **shape)
+    rates = [float(at(s)) / rate for s in (0, 50, 100)]
     np.testing.assert_allclose(rates, [1.0, 0.55, 0.1], rtol=1e-6)
 
 
@@ -233,8 +233,12 @@ def test_ppo_follows_the_paper(name, rate, ptx_rate, value_rate, ptx):
     assert ppo.value_learning_rate == value_rate
     assert ppo.ema_decay == 0.992
     assert adam(ppo.adam) == (0.9, 0.95, 1e-5, 0.0, 1.0)
-    schedule = warmup_constant_schedule(ppo.learning_rate, warmup=ppo.warmup_iterations)
-    rates = [float(schedule(i)) / ppo.learning_rate for i in (0, 5, 10, 11)]
+    policy, value = learning_rates(ppo)
+    every = [i * ppo.updates for i in (0, 5, 10, 11, 499)]
+    np.testing.assert_allclose(
+        [value(i) / policy(i) for i in every], value_rate / (ptx_rate if ptx else rate), rtol=1e-6
+    )
+    rates = [float(policy(i)) / ppo.learning_rate for i in every[:4]]
     np.testing.assert_allclose(rates, [0.1, 0.55, 1.0, 1.0], rtol=1e-6)
 
 

@@ -30,7 +30,8 @@ from typing import Literal
 
 from instruct_jax.errors import ConfigError
 from instruct_jax.settings import setting
-from instruct_jax.stages.stage import AdamConfig, RunConfig
+from instruct_jax.stages.optimizers import AdamConfig
+from instruct_jax.stages.stage import RunConfig
 
 # Which advantages are of whole responses, and so have a sequence's ratio.
 GROUPED = ("rloo", "grpo")
@@ -223,6 +224,16 @@ class PPOConfig(RunConfig):
     )
     warmup_iterations: int = setting(
         10, "iterations in which the rates rise from a tenth", low=0, unit="iterations"
+    )
+    schedule: Literal["constant", "linear"] = setting(
+        "constant", "how the rates go on from there, to the end of the run"
+    )
+    final_fraction: float = setting(
+        0.0,
+        "the rates at the end, in parts of their peak",
+        low=0.0,
+        high=1.0,
+        needs="schedule=linear",
     )
     adam: AdamConfig = AdamConfig(eps=1e-5)
     ema_decay: float = setting(

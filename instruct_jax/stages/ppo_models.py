@@ -25,7 +25,7 @@ from instruct_jax.models.transformer import Model
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.stage import ADAPTER
 from instruct_jax.stages.trained import Adapter, TrainedModel, trunk_fingerprint
-from instruct_jax.training.optim import Schedule, warmup_constant_schedule
+from instruct_jax.training.optim import Schedule, schedule
 from instruct_jax.training.state import TrainState, init_state
 
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
@@ -107,17 +107,23 @@ class Recipe(NamedTuple):
 
 def learning_rates(config: PPOConfig) -> tuple[Schedule, Schedule]:
     """Of the policy and of the value model, by the updates made (PPO-3)."""
-    warmup = config.warmup_iterations * config.updates
     policy, value = (
-        warmup_constant_schedule(rate, warmup=warmup)
+        schedule(
+            rate,
+            config.schedule,
+            steps=config.iterations * config.updates,
+            warmup=config.warmup_iterations * config.updates,
+            start=0.1,
+            final=config.final_fraction,
+        )
         for rate in (config.learning_rate, config.value_learning_rate)
     )
     return policy, value
 
 
 def optimizers(config: PPOConfig) -> Optimizers:
-    """Adam for the policy and for the value model (PPO-12)."""
-    policy, value = map(config.adam.optimizer, learning_rates(config))
+    """Of the policy and of the value model, of one kind (PPO-12: Adam)."""
+    policy, value = map(config.make_optimizer, learning_rates(config))
     return policy, value
 
 

@@ -23,7 +23,8 @@ from instruct_jax.data.tokens import TokenRows
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.settings import setting
-from instruct_jax.stages.stage import AdamConfig, FitConfig, fit, steps_of, trained_form
+from instruct_jax.stages.optimizers import AdamConfig
+from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 

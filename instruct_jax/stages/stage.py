@@ -1,11 +1,11 @@
-"""What the stages share: the optimizer's fields, and one way to fit a model to one loss."""
+"""What the stages share: the fields of every run, and one way to fit a model to one loss."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,7 +24,8 @@ from instruct_jax.models.transformer import (
     Model,
     TransformerConfig,
 )
-from instruct_jax.settings import INT32_MAX, Settings, setting
+from instruct_jax.settings import INT32_MAX, setting
+from instruct_jax.stages.optimizers import OptimizerConfig
 from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
@@ -35,7 +36,7 @@ from instruct_jax.training.mesh import (
     tree_shardings,
 )
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.optim import Schedule, adam_tf_style, adamw, cosine_schedule
+from instruct_jax.training.optim import Shape, schedule
 from instruct_jax.training.state import (
     LossFn,
     TrainState,
@@ -50,32 +51,6 @@ RULES = adapter_rules(PARTITION_RULES)
 # The role of the key that an adapter is drawn with. Steps count up from 0 and what is drawn once
 # counts down from the top of `fold_in`'s numbers, so that no two meet (ppo_lag.py has the first).
 ADAPTER = 2**32 - 2
-
-
-@dataclass(frozen=True)
-class AdamConfig(Settings):
-    """Adam as the paper uses it (betas 0.9, 0.95); eps, decay and clip are not printed there."""
-
-    b1: float = setting(0.9, "how much of the mean gradient an update keeps", low=0.0, below=1.0)
-    b2: float = setting(0.95, "how much of the mean squared gradient", low=0.0, below=1.0)
-    eps: float = setting(1e-8, "added to the root of the mean squared gradient", above=0.0)
-    weight_decay: float = setting(0.0, "share of a matrix taken off, times the rate", low=0.0)
-    clip: float = setting(1.0, "the norm that a larger gradient is cut to; 0 cuts none", low=0.0)
-    form: Literal["pytorch", "tensorflow"] = setting(
-        "pytorch", "whether eps is added after the bias correction, or before it as in 2019"
-    )
-
-    def optimizer(self, schedule: Schedule) -> optax.GradientTransformation:
-        """Adam with these values and rates."""
-        make = adam_tf_style if self.form == "tensorflow" else adamw
-        return make(
-            schedule,
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
 
 
 @dataclass(frozen=True)
@@ -98,13 +73,12 @@ class ModelConfig(ComputeConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig(Settings):
+class RunConfig(OptimizerConfig):
     """What every stage has; a step is an update, of PPO an iteration.
 
     An update is skipped whose gradient is not finite, and with `skip_above` one that is that large.
     """
 
-    adam: AdamConfig = AdamConfig()
     lora: LoraConfig = LoraConfig()
     micro_batches: int = setting(1, "parts of a batch, one after the other, to save memory", low=1)
     skip_above: float | None = setting(
@@ -134,20 +108,30 @@ class RunConfig(Settings):
 class FitConfig(RunConfig):
     """What every stage that minimises one loss has; each stage sets the paper's values.
 
-    The schedule is the paper's: cosine from `learning_rate` to `final_fraction` of it, over the
-    run, after `warmup` linear updates.
+    The paper's schedule is a cosine from `learning_rate` to `final_fraction` of it, over the run,
+    after `warmup` linear updates.
     """
 
     epochs: float = setting(1.0, "passes over the rows", above=0.0, high=1e6, may_change="more")
     batch_size: int = setting(64, "rows of an update", low=1, unit="rows")
-    learning_rate: float = setting(
-        1e-4, "learning rate at its peak, from which it falls along a cosine", above=0.0
-    )
+    learning_rate: float = setting(1e-4, "learning rate at its peak", above=0.0)
+    schedule: Shape = setting("cosine", "how the learning rate goes on from its peak")
     warmup: int = setting(
         0, "updates in which the learning rate rises to its peak", low=0, unit="updates"
     )
     final_fraction: float = setting(
-        0.1, "the learning rate at the end, in parts of its peak", low=0.0, high=1.0
+        0.1,
+        "the learning rate at the end, in parts of its peak",
+        low=0.0,
+        high=1.0,
+        needs="schedule=cosine|linear|warmup_stable_decay",
+    )
+    decay_fraction: float = setting(
+        0.2,
+        "share of the run, at its end, in which the learning rate falls",
+        above=0.0,
+        high=1.0,
+        needs="schedule=warmup_stable_decay",
     )
     residual_dropout: float = setting(
         0.0, "share dropped of what a layer adds to its input", low=0.0, below=1.0
@@ -212,11 +196,16 @@ def steps_of(epochs: float, rows: int, batch_size: int) -> int:
 
 
 def make_optimizer(config: FitConfig, *, steps: int) -> optax.GradientTransformation:
-    """Adam over a cosine of `steps` updates."""
-    schedule = cosine_schedule(
-        config.learning_rate, steps=steps, final=config.final_fraction, warmup=config.warmup
+    """The optimizer of `config`, its schedule over `steps` updates."""
+    rate = schedule(
+        config.learning_rate,
+        config.schedule,
+        steps=steps,
+        warmup=config.warmup,
+        final=config.final_fraction,
+        decay=config.decay_fraction,
     )
-    return config.adam.optimizer(schedule)
+    return config.make_optimizer(rate)
 
 
 def make_step(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from instruct_jax.training.hosts import fetch, place
 from instruct_jax.training.mesh import (
@@ -367,8 +367,9 @@ def compile_step(step: Callable[..., Any], mesh: Mesh, state: Any, *fixed: Any) 
 def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
     """The sharding of every leaf of `state` (arrays, or shapes from `jax.eval_shape`).
 
-    Moments and average are sharded like their parameter. jit alone would replicate the moments,
-    whatever the sharding of the parameters, so a state too large for one device is born with
+    Moments and average are sharded like their parameter, the means of a moment over one of its axes
+    (Adafactor's) like what is left of it. jit alone would replicate the moments, whatever the
+    sharding of the parameters, so a state too large for one device is born with
 
         make = lambda key: init_state(model.init(key), tx)
         abstract = jax.eval_shape(make, key)
@@ -377,16 +378,38 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> Tra
     shardings = tree_shardings(mesh, rules, state.params)
     paths, _ = jax.tree_util.tree_flatten_with_path(state.params)
     placed = {
-        path: sharding
-        for (path, _), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
     }
     owner = _parameter_of(state.params)
 
     def like_parameter(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         place = owner(path, leaf)
-        return replicated(mesh) if place is None else placed[place]
+        if place is not None:
+            return placed[place][1]
+        ends = (path[start:] for start in range(len(path) + 1))
+        shape, sharding = next((placed[end] for end in ends if end in placed), ((), None))
+        if sharding is None:
+            return replicated(mesh)
+        by_row = ".v_row" in map(str, path)
+        return NamedSharding(mesh, _without_an_axis(sharding.spec, shape, leaf.shape, last=by_row))
 
     return jax.tree_util.tree_map_with_path(like_parameter, state)
+
+
+def _without_an_axis(
+    sharding: NamedSharding, shape: tuple[int, ...], rest: tuple[int, ...], *, last: bool
+) -> NamedSharding:
+    """Of an array of shape `rest` which is one of `shape` without an axis; of any other, whole.
+
+    Of axes of one length it is the `last`, or the first.
+    """
+    gone = [axis for axis in range(len(shape)) if shape[:axis] + shape[axis + 1 :] == rest]
+    if not gone:
+        return replicated(sharding.mesh)
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    del spec[gone[-1] if last else gone[0]]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:

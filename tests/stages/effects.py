@@ -27,12 +27,12 @@ from instruct_jax.models.transformer import language_model, scalar_from_language
 from instruct_jax.settings import Settings, about
 from instruct_jax.stages import distill, ppo, preference, pretrain, reward_model, sft, stage
 from instruct_jax.stages.distill import DistillConfig
+from instruct_jax.stages.optimizers import AdamConfig
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.preference import PreferenceConfig
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
-from instruct_jax.stages.stage import AdamConfig
 from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab, run_stage
 

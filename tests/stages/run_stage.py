@@ -33,11 +33,11 @@ from instruct_jax.models.transformer import (
     scalar_model,
 )
 from instruct_jax.stages import ppo, pretrain, reward_model, sft
+from instruct_jax.stages.optimizers import AdamConfig
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.reward_model import RewardModelConfig
 from instruct_jax.stages.sft import SFTConfig
-from instruct_jax.stages.stage import AdamConfig
 from instruct_jax.training import checkpoint, hosts
 from instruct_jax.training.checkpoint import load_item
 from instruct_jax.training.mesh import make_mesh

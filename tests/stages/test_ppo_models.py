@@ -14,9 +14,10 @@ from instruct_jax.sampling.choose import Sampling
 from instruct_jax.sampling.engine import respond
 from instruct_jax.sampling.sampler import generate
 from instruct_jax.stages import ppo
+from instruct_jax.stages.optimizers import AdamConfig
 from instruct_jax.stages.ppo_lag import BEFORE
 from instruct_jax.stages.ppo_models import Recipe, frozen_models, initial_state, optimizers
-from instruct_jax.stages.stage import ADAPTER, AdamConfig
+from instruct_jax.stages.stage import ADAPTER, RunConfig
 from instruct_jax.training.mesh import make_mesh
 from tests.stages import lab as labs
 from tests.stages.run_ppo import CONFIG as RUN
@@ -113,7 +114,8 @@ def test_the_form_of_adam_is_a_field():
     """JAX-6: in TensorFlow's form eps weighs 1 / sqrt(1 - b2^t) as much, 4.5 times at t = 1."""
     first = []
     for form in ("pytorch", "tensorflow"):
-        tx = AdamConfig(eps=1e-5, clip=0.0, form=form).optimizer(lambda count: jnp.float32(1.0))
+        run_config = RunConfig(adam=AdamConfig(eps=1e-5, clip=0.0, form=form))
+        tx = run_config.make_optimizer(lambda count: jnp.float32(1.0))
         params = {"w": jnp.zeros(1)}
         with jax.numpy_dtype_promotion("standard"):  # as in `apply_gradients`
             updates, _ = tx.update({"w": jnp.full(1, 1e-5)}, tx.init(params), params)

@@ -13,7 +13,7 @@ from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train
 from instruct_jax.training.mesh import batch_sharding, make_mesh
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.optim import adamw, cosine_schedule
+from instruct_jax.training.optim import adamw, schedule
 from instruct_jax.training.state import compile_step, init_state, make_train_step, shard_state
 from tests.training import tiny
 
@@ -34,7 +34,7 @@ def fingerprint(tree):
 def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=None, **options):
     """Trains with everything that a checkpoint must hold: moments, average, keys, schedule."""
     target = make_mesh(mesh)
-    tx = adamw(cosine_schedule(1e-2, steps=steps), weight_decay=0.1)
+    tx = adamw(schedule(1e-2, "cosine", steps=steps), weight_decay=0.1)
     state = shard_state(init_state(tiny.init(jax.random.key(1)), tx, ema=True), target, tiny.RULES)
     step = make_train_step(noisy_loss, tx, micro_batches=2, ema_decay=0.9)
 

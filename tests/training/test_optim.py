@@ -1,3 +1,6 @@
+import functools
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +8,17 @@ import optax
 import pytest
 
 from instruct_jax.training.optim import (
-    adam_tf_style,
+    Shape,
+    adafactor,
     adamw,
-    cosine_schedule,
     ema_update,
     is_matrix,
-    warmup_constant_schedule,
+    lion,
+    muon,
+    schedule,
 )
+
+adam_tf_style = functools.partial(adamw, tf_style=True)
 
 
 def update(tx, *arguments):
@@ -19,39 +26,47 @@ def update(tx, *arguments):
         return tx.update(*arguments)
 
 
+def rates(counts, *args, **kwargs):
+    rate = schedule(*args, **kwargs)
+    return [float(rate(s)) for s in counts]
+
+
 def test_cosine_ends_at_a_tenth_of_the_peak():
     """T33: the golden values of SFT-2."""
-    schedule = cosine_schedule(9.65e-6, steps=1000)
     np.testing.assert_allclose(
-        [schedule(s) for s in (0, 500, 1000, 2000)],
+        rates((0, 500, 1000, 2000), 9.65e-6, "cosine", steps=1000),
         np.array([1.0, 0.55, 0.1, 0.1]) * 9.65e-6,
         rtol=1e-6,
     )
 
 
-def test_cosine_with_warmup_is_continuous_and_never_zero():
-    schedule = cosine_schedule(1.0, steps=110, warmup=10)
-    values = np.array([schedule(s) for s in range(111)])
+@pytest.mark.parametrize("shape", typing.get_args(Shape))
+def test_a_schedule_with_warmup_is_continuous_and_never_zero(shape):
+    values = np.array(rates(range(112), 1.0, shape, steps=110, warmup=10))
     assert values[0] == pytest.approx(1 / 11) and values[10] == pytest.approx(1.0)
     assert values.argmax() == 10 and np.abs(np.diff(values)).max() < 0.1
-    assert values[110] == pytest.approx(0.1)
+    np.testing.assert_allclose(values[110:], 1.0 if shape == "constant" else 0.1, rtol=1e-6)
 
 
 def test_warmup_is_linear_from_a_tenth_then_constant():
     """T33: the golden values of PPO-3."""
-    schedule = warmup_constant_schedule(2.0, warmup=10)
-    np.testing.assert_allclose(
-        [schedule(i) for i in (0, 5, 10, 11, 500)], [0.2, 1.1, 2.0, 2.0, 2.0], rtol=1e-6
-    )
-    assert warmup_constant_schedule(2.0, warmup=0)(0) == 2.0
+    found = rates((0, 5, 10, 11, 500), 2.0, warmup=10, start=0.1)
+    np.testing.assert_allclose(found, [0.2, 1.1, 2.0, 2.0, 2.0], rtol=1e-6)
+    assert rates([0], 2.0) == [2.0]
 
 
-@pytest.mark.parametrize(
-    "schedule", [cosine_schedule(1e-3, steps=8), warmup_constant_schedule(1e-3, warmup=4)]
-)
-def test_a_schedule_is_traced_on_the_optimizers_count(schedule):
-    count = jnp.int32(3)
-    np.testing.assert_allclose(jax.jit(schedule)(count), schedule(3), rtol=1e-6)
+def test_linear_falls_evenly_and_a_stable_rate_at_the_end_alone():
+    found = rates((0, 50, 100, 101), 2.0, "linear", steps=100, final=0.0)
+    np.testing.assert_allclose(found, [2.0, 1.0, 0.0, 0.0], atol=1e-6)
+    shape: dict = {"shape": "warmup_stable_decay", "steps": 100, "warmup": 10, "decay": 0.2}
+    found = rates((10, 79, 80, 90, 100, 200), 2.0, final=0.1, **shape)
+    np.testing.assert_allclose(found, [2.0, 2.0, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", typing.get_args(Shape))
+def test_a_schedule_is_traced_on_the_optimizers_count(shape):
+    rate = schedule(1e-3, shape, steps=8, warmup=2)
+    np.testing.assert_allclose(jax.jit(rate)(jnp.int32(3)), rate(3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
@@ -118,3 +133,114 @@ def test_half_of_the_average_is_replaced_in_86_updates():
     assert ema["w"].dtype == jnp.float32
     np.testing.assert_allclose(ema["w"], np.full(3, 1 - 0.992**86), rtol=1e-5)
     assert float(ema["w"][0]) == pytest.approx(0.499, abs=5e-4)
+
+
+# --- each is optax's ----------------------------------------------------------------------------
+
+RATE = schedule(0.05, "cosine", steps=6, warmup=2)
+L, D, F = 3, 6, 10
+
+
+def stacked(rng):
+    """A model of three layers, of which the second has large weights."""
+    scale = np.array([1.0, 30.0, 0.1], np.float32)[:, None, None]
+    kernel = jnp.asarray(rng.normal(size=(L, D, F)) * scale, jnp.float32)
+    return {
+        "layers": {"kernel": kernel, "bias": jnp.asarray(rng.normal(size=(L, F)), jnp.float32)},
+        "table": jnp.asarray(rng.normal(size=(F, D)), jnp.float32),
+    }
+
+
+def path_of(tx, params, grads):
+    """The parameters after each update with these gradients."""
+    state, found = tx.init(params), []
+    for g in grads:
+        updates, state = update(tx, g, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def layer(tree, i):
+    return {"layers": jax.tree.map(lambda x: x[i], tree["layers"]), "table": tree["table"]}
+
+
+def plain(name, tree):
+    """The optimizer as optax hands it out, on one layer."""
+    decayed = is_matrix(tree)
+    if name == "adamw":
+        return optax.adamw(RATE, b2=0.95, weight_decay=0.1, mask=decayed)
+    if name == "lion":
+        return optax.lion(RATE, weight_decay=0.1, mask=decayed)
+    if name == "adafactor":
+        return optax.adafactor(RATE, min_dim_size_to_factor=4)
+    return optax.contrib.muon(
+        RATE,
+        weight_decay=0.1,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers={
+            "layers": {"kernel": optax.contrib.MuonDimensionNumbers(), "bias": None},
+            "table": None,
+        },
+    )
+
+
+OURS = {
+    "adamw": lambda: adamw(RATE, weight_decay=0.1, clip=None),
+    "lion": lambda: lion(RATE, weight_decay=0.1, clip=None),
+    "adafactor": lambda: adafactor(RATE, min_factored=4, clip=None),
+    "muon": lambda: muon(RATE, weight_decay=0.1, clip=None),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_optimizer_is_optaxs_of_every_layer_by_itself(name, rng):
+    params = stacked(rng)
+    grads = [stacked(rng) for _ in range(6)]
+    found = path_of(OURS[name](), params, grads)
+    for i in range(L):
+        alone = layer(params, i)
+        expected = path_of(plain(name, alone), alone, [layer(g, i) for g in grads])
+        for ours, theirs in zip(found, expected, strict=True):
+            ours, theirs = layer(ours, i), dict(theirs)
+            if name == "muon":  # of the rest optax makes Nesterov's Adam; ours is adamw
+                ours, theirs = ours["layers"]["kernel"], theirs["layers"]["kernel"]
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_muon_moves_what_is_in_no_layer_as_adamw_does(rng):
+    params, grads = stacked(rng), [stacked(rng) for _ in range(4)]
+    ends = [path_of(OURS[name](), params, grads)[-1] for name in ("muon", "adamw")]
+    for tree in ends:
+        del tree["layers"]["kernel"]
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_update_of_muon_is_nearly_orthogonal_and_of_the_size_said(rng):
+    """All singular values near sqrt(max(D, F)) rms, so that its elements have that as their RMS."""
+    params, grads = stacked(rng), stacked(rng)
+    tx = muon(1.0, rms=0.2, clip=None)
+    step, _ = update(tx, grads, tx.init(params), params)
+    values = np.linalg.svd(step["layers"]["kernel"], compute_uv=False)
+    assert values.shape == (L, D)
+    assert (values > 0.6 * 0.2 * F**0.5).all() and (values < 1.3 * 0.2 * F**0.5).all()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_clip_and_the_decay_are_those_of_adam(name, rng):
+    """A gradient beyond the clip is one of that norm; matrices without a gradient only shrink."""
+    make = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "muon": muon}[name]
+    params, grads = stacked(rng), stacked(rng)
+    clipped, _ = optax.clip_by_global_norm(0.5).update(grads, optax.EmptyState())
+    ends = [
+        path_of(make(0.1, clip=clip), params, [g, jax.tree.map(jnp.zeros_like, g)])[-1]
+        for clip, g in ((0.5, grads), (None, clipped))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    tx = make(0.5, weight_decay=0.1)
+    step, _ = update(tx, jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(step["table"], -0.05 * params["table"], rtol=1e-6)
+    assert not step["layers"]["bias"].any()

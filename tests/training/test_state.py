@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from instruct_jax.training.mesh import batch_sharding, make_mesh, shard_batch
-from instruct_jax.training.optim import adam_tf_style, adamw, ema_update, warmup_constant_schedule
+from instruct_jax.training.optim import adamw, ema_update, schedule
 from instruct_jax.training.state import (
     accumulate_gradients,
     apply_gradients,
@@ -155,7 +155,7 @@ def of_the_user():
 POISONS = {
     "an eps of 0 where a gradient is 0": (adamw(1e-2, eps=0.0), None, 1.0),
     "b1 of 1": (adamw(1e-2, b1=1.0), None, 1.0),
-    "b2 of 1 in TensorFlow's form": (adam_tf_style(1e-2, b2=1.0, eps=0.0), None, 1.0),
+    "b2 of 1 in TensorFlow's form": (adamw(1e-2, b2=1.0, eps=0.0, tf_style=True), None, 1.0),
     "the average's decay is no number": (adamw(1e-2), float("nan"), 1.0),
     "a learning rate that overflows": (adamw(lambda _: jnp.float32(3e38)), 0.9, 1.0),
     "a learning rate that is no number": (adamw(float("nan")), None, 1.0),
@@ -233,7 +233,7 @@ def test_skips_without_a_break_are_counted(guarded):
 
 def test_the_schedule_counts_updates_and_not_batches():
     """T33: a skipped batch leaves the learning rate where it was."""
-    tx = adamw(warmup_constant_schedule(1.0, warmup=10), eps=1e-12, clip=None)
+    tx = adamw(schedule(1.0, warmup=10, start=0.1), eps=1e-12, clip=None)
     state = init_state({"w": jnp.zeros([])}, tx)
     for gradient in (jnp.nan, jnp.nan, 1.0):
         before = state
