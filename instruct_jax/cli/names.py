@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 # ours that it may mean, the likeliest first, by their last words, or a flag.
 _ELSEWHERE = {
     "actor_learning_rate actor_lr": "learning_rate",
-    "adam_beta1 beta1": "b1",
-    "adam_beta2 beta2": "b2",
-    "adam_epsilon adam_eps": "eps",
+    "adam_beta1 beta1": "adam.b1",
+    "adam_beta2 beta2": "adam.b2",
+    "adam_epsilon adam_eps": "adam.eps",
     "attn_implementation flash_attention flash_attn use_flash_attention_2": "attention",
     "bf16 fp16 torch_dtype precision mixed_precision compute_dtype": "dtype",
     "block_size context_length n_ctx seq_len seq_length max_seq_length max_seq_len cutoff_len"
@@ -35,8 +35,9 @@ _ELSEWHERE = {
     "lora_alpha": "alpha",
     "lora_r lora_rank r": "rank",
     "lora_target_modules lora_target target_modules": "targets",
-    "lr_scheduler lr_scheduler_type lr_schedule min_lr min_lr_ratio lr_decay": "final_fraction",
+    "lr_scheduler lr_scheduler_type lr_schedule scheduler": "schedule",
     "max_grad_norm grad_clip gradient_clipping clip_grad clip_grad_norm": "adam.clip",
+    "min_lr min_lr_ratio lr_decay": "final_fraction",
     "max_samples max_train_samples num_samples": "limit",
     "max_steps num_steps total_steps": "epochs episodes",
     "mini_batch_size ppo_mini_batch_size num_mini_batches": "minibatch batch_size",
@@ -48,6 +49,7 @@ _ELSEWHERE = {
     "model_size": "preset",
     "num_epochs num_train_epochs max_epochs n_epochs": "epochs",
     "num_generations group_size n_samples_per_prompt rollout_n best_of": "samples_per_prompt",
+    "optim optimizer_name optimizer_type": "optimizer",
     "output output_dir save_dir save_path logging_dir output_path experiment_dir": "--workdir",
     "packing sample_packing": "pack_length",
     "per_device_train_batch_size train_batch_size global_batch_size": "batch_size rollout_batch",
@@ -63,7 +65,7 @@ _ELSEWHERE = {
     "train_on_inputs train_on_prompt completion_only_loss mask_prompt": "loss_on_prompt",
     "validation_split val_size test_size val_fraction": "valid_fraction",
     "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps": "warmup warmup_iterations",
-    "wd": "weight_decay",
+    "wd weight_decay": "adam.weight_decay",
 }
 _MEANT = {word: meant.split() for words, meant in _ELSEWHERE.items() for word in words.split()}
 

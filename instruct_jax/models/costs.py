@@ -8,7 +8,7 @@ query width d, rows of T tokens, w and k bytes per weight and per cached number:
     prefill      = B f(N, P)                             bytes  w N + B P kappa
     decode step  = 2 N B + 4 L d B S                     bytes  w N + B S kappa + 4 B V
     score        = sum over the models of B f(N, T)      bytes  w N each
-    train        = 3 B f(N, T)                           bytes  30 per parameter and update
+    train        = 3 B f(N, T)                           bytes  30 per parameter and AdamW update
     ptx          = 3 B f(N, T)                           bytes  w N: the update is the policy's
     t_limit      = sum over the pieces of max(FLOPs / C, bytes / W)
 
@@ -28,9 +28,14 @@ from instruct_jax.models.transformer import TransformerConfig
 
 Kind = Literal["language", "scalar"]
 
-# One Adam update in fp32: parameter, gradient and both moments read, all but the gradient written
-# (28), and a bfloat16 copy for the products (2).
-UPDATE_BYTES = 30
+Optimizer = Literal["adamw", "adafactor", "lion", "muon"]
+
+# Bytes of an update a parameter, in fp32: parameter, gradient and moments read, all but the
+# gradient written (Adam has two moments, Lion and Muon one, Adafactor none but reads the gradient
+# twice), and a bfloat16 copy for the products (2).
+UPDATE_BYTES: dict[Optimizer, int] = {"adamw": 30, "lion": 22, "muon": 22, "adafactor": 18}
+# Of Muon's; each reads a matrix and writes one in fp32.
+ITERATIONS, ITERATION_BYTES = 5, 8
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -111,11 +116,28 @@ def matmul_parameters(config: TransformerConfig, *, kind: Kind = "language") -> 
     return _layer_parameters(config) + head
 
 
+def _layer_matrices(c: TransformerConfig) -> list[tuple[int, int]]:
+    """The shorter and the longer side of each matrix of a layer."""
+    heads, shared = c.num_heads * c.head_size, c.kv_heads * c.head_size
+    outs = [heads, heads, shared, shared, *[c.ff_size] * (3 if c.gated else 2)]
+    return [(min(c.d_model, out), max(c.d_model, out)) for out in outs]
+
+
 def _layer_parameters(c: TransformerConfig) -> int:
     """The matrices of all layers."""
-    attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.head_size
-    feed_forward = (3 if c.gated else 2) * c.d_model * c.ff_size
-    return c.num_layers * (attention + feed_forward)
+    return c.num_layers * sum(m * n for m, n in _layer_matrices(c))
+
+
+def update(config: TransformerConfig, optimizer: Optimizer = "adamw") -> Cost:
+    """One update of all parameters from their gradient. A Newton-Schulz iteration of Muon on a
+    matrix of m by n, m <= n, is X X^T, its square, and their sum times X: 4 m^2 n + 2 m^3 FLOPs.
+    """
+    flops, moved = 0.0, float(UPDATE_BYTES[optimizer] * parameter_count(config))
+    if optimizer == "muon":
+        each = sum(4.0 * m**2 * n + 2.0 * m**3 for m, n in _layer_matrices(config))
+        flops = ITERATIONS * config.num_layers * each
+        moved += ITERATIONS * ITERATION_BYTES * _layer_parameters(config)
+    return Cost(flops, moved)
 
 
 def weight_bytes(config: TransformerConfig, *, kind: Kind = "language") -> int:
@@ -227,11 +249,12 @@ def train(
     kind: Kind = "language",
     updates: int = 1,
     epochs: int = 1,
+    optimizer: Optimizer = "adamw",
 ) -> Cost:
     """Forward and backward over rows (or segments), `epochs` times in all of `updates` updates."""
     flops = 3.0 * forward_flops(config, lengths, kind=kind)
-    bytes_moved = float(UPDATE_BYTES * updates * parameter_count(config))
-    return Cost(flops * epochs, bytes_moved, _recomputed_rows(config, lengths) * epochs)
+    passes = Cost(flops, 0.0, _recomputed_rows(config, lengths)) * epochs
+    return total([passes, update(config, optimizer) * updates])
 
 
 def ptx(config: TransformerConfig, lengths: Sequence[int] | np.ndarray) -> Cost:
@@ -257,12 +280,17 @@ def branch_lengths(prompts: np.ndarray, completions: np.ndarray) -> tuple[np.nda
 
 
 def train_branches(
-    config: TransformerConfig, prompts: np.ndarray, completions: np.ndarray, *, updates: int = 1
+    config: TransformerConfig,
+    prompts: np.ndarray,
+    completions: np.ndarray,
+    *,
+    updates: int = 1,
+    optimizer: Optimizer = "adamw",
 ) -> Cost:
     """`train` of a reward model that reads prompts int[B] once for their completions int[B, K]."""
     tokens, pairs = branch_lengths(prompts, completions)
     width = config.num_heads * config.head_size
     count, attention = float(tokens.sum()), 4.0 * config.num_layers * width * pairs
     forward = 2.0 * matmul_parameters(config, kind="scalar") * count + attention
-    bytes_moved = float(UPDATE_BYTES * updates * parameter_count(config))
-    return Cost(3.0 * forward, bytes_moved, recomputed_flops(config, count, attention))
+    passes = Cost(3.0 * forward, 0.0, recomputed_flops(config, count, attention))
+    return total([passes, update(config, optimizer) * updates])

@@ -173,10 +173,15 @@ def _costs(job: Job, *, critic: bool) -> tuple[list[Cost], list[Cost], list[Cost
     # The old log-probs are the policy's own, from a pass of their own.
     own = Cost(costs.forward_flops(job.model, lengths), costs.weight_bytes(job.model))
     score = [costs.score(job.model, job.scalar, lengths, scalars=1 + critic), own]
-    times = {"updates": config.updates, "epochs": config.inner_epochs}
-    update = [costs.train(job.model, lengths, **times)]
+    train = partial(
+        costs.train,
+        updates=config.updates,
+        epochs=config.inner_epochs,
+        optimizer=config.optimizer,
+    )
+    update = [train(job.model, lengths)]
     if critic:
-        update.append(costs.train(job.scalar, lengths, kind="scalar", **times))
+        update.append(train(job.scalar, lengths, kind="scalar"))
     if config.ptx_coef > 0:
         rows = [job.ptx_length] * (config.minibatch * config.ptx_ratio)
         update.append(costs.ptx(job.model, rows) * config.updates)

@@ -93,11 +93,11 @@ def _fit(job: Job, mesh: Mesh) -> Program:
             return jitted.lower(state, base, batch, abstract_key(mesh))
 
     lengths = [job.length] * config.batch_size
-    cost = costs.train(model_config, lengths, kind=kind)
+    cost = costs.train(model_config, lengths, kind=kind, optimizer=config.optimizer)
     if job.stage in ("reward_model", "preference"):
         prompts = np.full(config.batch_size, job.config.prompt_length)
         shape = (config.batch_size, job.branches)
         completions = np.full(shape, job.config.response_length)
-        cost = costs.train_branches(model_config, prompts, completions)
+        cost = costs.train_branches(model_config, prompts, completions, optimizer=config.optimizer)
     arguments = {"parameters": state.params, "optimizer": state.opt_state, "frozen": base}
     return Program("train step", lower, arguments | {"batch": batch}, (cost,))

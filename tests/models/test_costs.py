@@ -36,6 +36,19 @@ def test_a_training_token_of_gpt2_costs_6n_and_its_attention():
     assert cost.bytes == pytest.approx(30 * 124_439_808)
 
 
+def test_an_update_moves_the_moments_that_its_optimizer_has_and_muon_multiplies():
+    n = 124_439_808
+    assert costs.update(GPT2) == costs.Cost(0.0, 30.0 * n)
+    assert costs.update(GPT2, "lion").bytes == 22 * n and costs.update(GPT2, "lion").flops == 0
+    assert costs.update(GPT2, "adafactor").bytes == 18 * n
+    muon, d = costs.update(GPT2, "muon"), 768
+    layer = 4 * (4 * d**3 + 2 * d**3) + 2 * (4 * d**2 * 4 * d + 2 * d**3)
+    assert muon.flops == 5 * 12 * layer
+    assert muon.bytes == 22 * n + 5 * 8 * 12 * 12 * d**2
+    plain, other = (costs.train(GPT2, [8], updates=2, optimizer=x) for x in ("adamw", "muon"))
+    assert other.flops - plain.flops == 2 * muon.flops
+
+
 def test_a_decode_step_reads_the_weights_the_cache_and_the_logits():
     # GPT-2 in fp32: 494 MB of weights, 73,728 bytes a cached token.
     cost = costs.decode_step(GPT2, 16, 96)

@@ -85,6 +85,20 @@ def test_arguments_are_as_the_compiler_counts_them(stage):
     assert part.compiled.arguments == pytest.approx(arguments, rel=0.01)
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon"])
+def test_the_state_of_every_optimizer_is_as_the_compiler_counts_it(optimizer):
+    """Exact, and below Adam's two moments; Adafactor's are next to nothing beside a matrix."""
+    config = replace(JOBS["pretrain"].config, optimizer=optimizer)
+    config = replace(config, adafactor=replace(config.adafactor, min_factored=16))
+    plan = compiled_plan(replace(JOBS["pretrain"], config=config), "fsdp:4,tensor:2")
+    (part,) = plan.parts
+    arguments = sum(part.estimated[r] for r in ("parameters", "optimizer", "frozen", "batch"))
+    assert part.compiled.arguments == pytest.approx(arguments, rel=0.01)
+    share = part.estimated["optimizer"] / part.estimated["parameters"]
+    least, most = {"adafactor": (0.0, 0.5), "lion": (1.0, 1.01), "muon": (1.0, 2.0)}[optimizer]
+    assert least < share < most
+
+
 SMALL = replace(preset("small"), num_layers=4, max_length=256, scan_unroll=1, remat="full")
 WIDE = {"prompt_length": 64, "response_length": 64}
 MIXED = PPOConfig(rollout_batch=64, minibatch=32, ptx_coef=1.0, ptx_ratio=2, **WIDE)

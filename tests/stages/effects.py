@@ -43,6 +43,13 @@ FELT: dict[str, Any] = {
     "adam.eps": 0.1,
     "adam.weight_decay": 10.0,
     "adam.clip": 1e-9,  # only beside eps does a scale of all gradients count
+    # A cut of all gradients alike is felt where the next is not cut by as much.
+    "adafactor.clip": 0.01,
+    "lion.clip": 0.01,
+    "adafactor.weight_decay": 10.0,
+    "lion.weight_decay": 10.0,
+    "adafactor.min_factored": 16,
+    "adafactor.clip_rms": 0.1,
     "dual_clip": 1.001,
     "clip_high": 0.01,
     "clip": 0.01,
@@ -78,6 +85,11 @@ def bases() -> dict[str, Settings]:
     return {
         "pretrain": PretrainConfig(**fit, length=8),
         "pretrain lora": PretrainConfig(**fit, length=8, lora=lora),
+        "pretrain adafactor": PretrainConfig(**fit, length=8, optimizer="adafactor"),
+        "pretrain lion": PretrainConfig(**fit, length=8, optimizer="lion", schedule="linear"),
+        "pretrain muon": PretrainConfig(
+            **fit, length=8, optimizer="muon", schedule="warmup_stable_decay"
+        ),
         "sft": SFTConfig(**fit),
         "sft mixed": SFTConfig(**fit, pretrain_fraction=0.5),
         "reward_model": RewardModelConfig(**fit, **few),
@@ -86,6 +98,10 @@ def bases() -> dict[str, Settings]:
         "distill logits": DistillConfig(**fit),
         "ppo": rl,
         "ppo one update": dataclasses.replace(rl, minibatch=16),
+        **{
+            f"ppo {x}": dataclasses.replace(rl, optimizer=x, schedule="linear")
+            for x in ("adafactor", "lion", "muon")
+        },
         "ppo everything": dataclasses.replace(
             rl, ptx_coef=0.5, ptx_ratio=2, kl_target=1.0, missing_eos="subtract", lora=lora
         ),

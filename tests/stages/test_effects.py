@@ -8,6 +8,7 @@ import pytest
 
 from instruct_jax.cli import resolve
 from instruct_jax.errors import ConfigError
+from instruct_jax.stages.optimizers import AdafactorConfig, AdamConfig, LionConfig, MuonConfig
 from tests.stages import effects
 
 BASES = effects.bases()
@@ -23,7 +24,11 @@ OF_ROWS = {
 }
 # What `stage.fit` alone reads is looked at in one of the stages that call it.
 OF_FIT = (
-    *(f"adam.{name}" for name in ("b1", "b2", "eps", "weight_decay", "clip")),
+    *(f"adam.{field.name}" for field in dataclasses.fields(AdamConfig)),
+    *(f"adafactor.{field.name}" for field in dataclasses.fields(AdafactorConfig)),
+    *(f"lion.{field.name}" for field in dataclasses.fields(LionConfig)),
+    *(f"muon.{field.name}" for field in dataclasses.fields(MuonConfig)),
+    *("optimizer", "schedule", "decay_fraction"),
     *(f"lora.{name}" for name in ("rank", "alpha", "targets", "base")),
     *("learning_rate", "warmup", "final_fraction", "skip_above", "micro_batches"),
 )
