@@ -398,18 +398,18 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: PartitionRules) -> Tra
 
 
 def _without_an_axis(
-    sharding: NamedSharding, shape: tuple[int, ...], rest: tuple[int, ...], *, last: bool
-) -> NamedSharding:
+    spec: PartitionSpec, shape: tuple[int, ...], rest: tuple[int, ...], *, last: bool
+) -> PartitionSpec:
     """Of an array of shape `rest` which is one of `shape` without an axis; of any other, whole.
 
     Of axes of one length it is the `last`, or the first.
     """
     gone = [axis for axis in range(len(shape)) if shape[:axis] + shape[axis + 1 :] == rest]
     if not gone:
-        return replicated(sharding.mesh)
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    del spec[gone[-1] if last else gone[0]]
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        return PartitionSpec()
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    del axes[gone[-1] if last else gone[0]]
+    return PartitionSpec(*axes)
 
 
 def shard_state(state: TrainState, mesh: Mesh, rules: PartitionRules) -> TrainState:
