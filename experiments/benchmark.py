@@ -55,7 +55,7 @@ from instruct_jax.benchmark.tables import (
 )
 from instruct_jax.benchmark.workloads import BUILDERS, PHASES, check_phases
 from instruct_jax.cli import replacing
-from instruct_jax.data.sources import DataConfig
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.files import read_object, write_json, write_text

@@ -17,8 +17,9 @@ from typing import ClassVar
 import jax
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.rows import write_rows
-from instruct_jax.data.sources import DataConfig, ToySource, open_source
+from instruct_jax.data.sources import ToySource, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.markup import percent
 from instruct_jax.feedback.labelers import (
@@ -91,7 +92,7 @@ def main(config: Config, run: cli.Run) -> Path:
             f"config.prompt_length={config.prompt_length}: each of the {len(rows):,} prompts is "
             f"longer; the longest has {counts.max(initial=0)} tokens"
         )
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     answers = complete(
         policy.model,
         policy.params,

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import encode_demonstrations
 from instruct_jax.data.rows import Demonstration, Prompt
-from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
+from instruct_jax.data.sources import Source, ToySource, open_source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.intervals import bootstrap_mean
@@ -125,7 +126,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     """Measures the original and all variants; returns what compression.json holds."""
     original, reward = load_models(config)
     source = open_source(config.data)
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
     documents = text_rows(source, "valid", original.tokenizer, **kept)[:]
     materials = Materials(_fitting(config, original, source, "test"), documents, source, reward)

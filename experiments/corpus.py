@@ -22,9 +22,10 @@ from random import Random
 from typing import Any, ClassVar
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.rows import Document, write_rows
-from instruct_jax.data.sources import DataConfig, Source, open_source
+from instruct_jax.data.sources import Source, open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.data.tokens import TokenRows
 from instruct_jax.files import write_json

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.rows import Prompt, plain_text
-from instruct_jax.data.sources import DataConfig, Source, ToySource, open_source
+from instruct_jax.data.sources import Source, ToySource, open_source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.errors import ConfigError
@@ -118,7 +119,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     config, prompts = read_prompts(config, run, source, list(readers.values()))
     kept = {"length": config.document_length, "folder": config.data.token_folder(run.workdir)}
     documents = held_out_text(config.data, source, tokenizer, split="test", **kept)
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     if not len(documents):
         run.note("no documents are held out: there is no loss of text to compare")
 

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_prompts
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.rows import Prompt, PromptText, plain_text
-from instruct_jax.data.sources import DataConfig, Source, open_source
+from instruct_jax.data.sources import Source, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.files import json_line
@@ -135,7 +136,7 @@ def main(config: Config, run: cli.Run) -> Path:
     held_out = held_out_text(config.data, source, start.tokenizer, **text)
     probes = read_probes(stage, source, start)
     standard = demonstration_score(config.data, stage, source, reward)
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     run.note(f"algorithm: {named(stage)}")
     if not len(held_out):
         run.note("no documents are held out: there is no held-out loss of text")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import encode_comparisons
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 from instruct_jax.evaluation.markup import percent
 from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
@@ -84,7 +85,7 @@ def main(config: Config, run: cli.Run) -> Path:
     # KTO gives every prompt a completion of another.
     kto = stage.loss == "kto"
     judged = paired(valid, labels=kto) > kto
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     if not judged:
         run.note(no_held_out("comparisons"))
     model = start.model

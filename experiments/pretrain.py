@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.config import DataConfig
+from instruct_jax.data.sources import open_source
 from instruct_jax.data.tokenizer import load_tokenizer, train_bpe
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import check_length
@@ -78,7 +79,7 @@ def main(config: Config, run: cli.Run) -> Path:
     valid = held_out_text(config.data, source, tokenizer, **text)
     kind = f"rows of {fit.length} tokens"
     check_batch(len(rows), fit.batch_size, kind=kind, field="pretrain.batch_size")
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     if not len(valid):
         run.note(no_held_out(kind))
 

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 
 from instruct_jax import cli
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import Encoded, encode_comparisons, encode_demonstrations
 from instruct_jax.data.rows import Comparison, DataError
-from instruct_jax.data.sources import DataConfig, Source, open_source
+from instruct_jax.data.sources import Source, open_source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.markup import percent
@@ -98,7 +99,7 @@ def main(config: Config, run: cli.Run) -> Path:
     check_pairs(rows)
     judged = paired(valid) > 0
     standard = read_standard(stage, source, start.tokenizer)
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     if not judged:
         run.note(no_held_out("comparisons"))
 

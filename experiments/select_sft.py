@@ -16,7 +16,8 @@ from typing import ClassVar
 import jax
 
 from instruct_jax import cli
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.config import DataConfig
+from instruct_jax.data.sources import open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
@@ -75,7 +76,7 @@ def main(config: Config, run: cli.Run) -> Path:
             f"no prompts are held out to choose by{longest * bool(rows)}: raise "
             f"config.{'prompt_length' if rows else 'data.valid_fraction'}"
         )
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     scores, losses = {}, {}
     for epoch, folder in sorted(folders.items()):
         trained = load_trained(folder, kind="language", compute=config.model)

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from instruct_jax import cli
 from instruct_jax.cli.replacing import model_files
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_dialogues
 from instruct_jax.data.packing import pack
 from instruct_jax.data.ragged import concatenate
 from instruct_jax.data.rows import Demonstration, Dialogue
-from instruct_jax.data.sources import DataConfig, Source, Split, open_source
+from instruct_jax.data.sources import Source, Split, open_source
 from instruct_jax.data.templates import CHAT, Template
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
@@ -102,7 +103,7 @@ def main(config: Config, run: cli.Run) -> Path:
         pretraining = text_rows(source, "train", start.tokenizer, length=width, folder=folder)
         kind = f"rows of {width} tokens of text"
         check_batch(len(pretraining), stage.mixed, kind=kind, field="sft.pretrain_fraction")
-    run.record_data(source.provenance(), source.licences())
+    run.record_data(source.provenance(), source.licences(), source.counts())
     count = len(valid["tokens"])
     if not count:
         run.note(no_held_out("demonstrations"))

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.benchmark.shapes import END, Shape
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import (
     Encoded,
     encode_comparisons,
@@ -15,7 +16,7 @@ from instruct_jax.data.encoding import (
     encode_documents,
     encode_prompts,
 )
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.training.mesh import batch_sharding

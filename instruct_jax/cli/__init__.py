@@ -82,7 +82,7 @@ def run(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), _plain_warnings():
             _run(main, config_class, default, writes, argv)
     except RunError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -150,6 +150,36 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+class _PlainLines(logging.Handler):
+    """What the package warns of: a line each, each once, from the process that writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As the notes of a run are, without breaking a progress bar."""
+        from tqdm import tqdm
+
+        text = " ".join(record.getMessage().splitlines())
+        if text not in self._told and not processes.index():
+            tqdm.write(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+        self._told.add(text)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it the package's warnings are told as `_PlainLines`, and go nowhere else."""
+    logger, lines = logging.getLogger("instruct_jax"), _PlainLines()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(lines)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.propagate = before
 
 
 # What is wrong with a disk or its permissions, and not with the program.

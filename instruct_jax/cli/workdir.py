@@ -17,10 +17,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from instruct_jax import __version__
@@ -33,6 +34,7 @@ from instruct_jax.files import read_object, unfit_path, write_json
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "qwix", "numpy", "tokenizers")
+_PARTS = {"train": "to train on", "valid": "for validation", "test": "for evaluation"}
 # What may stand in a folder before its run begins: what a shell or a cluster writes there.
 _LOGS = re.compile(r".*\.(log|out|err)|\.(?!git$).*")
 
@@ -67,8 +69,14 @@ class Run:
         known = read_object(path) if path.exists() else {}
         write_json(path, known | facts)
 
-    def record_data(self, hashes: dict[str, Any], licences: dict[str, str]) -> None:
-        """Records what the rows come from, and shows the licences that are stated (DATA-21).
+    def record_data(
+        self,
+        hashes: dict[str, Any],
+        licences: dict[str, str],
+        counts: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    ) -> None:
+        """Records what the rows come from, and shows the licences that are stated (DATA-21) and,
+        of every kind of row, the `counts` in "train", "valid" and "test".
 
         ConfigError where the run began with something else in the same place (R20): the hash of
         then stays in the record.
@@ -84,7 +92,10 @@ class Run:
         for name, licence in licences.items():
             if licence != "not stated" and self.writes:
                 print(f"data: {name}: licence {licence}", file=sys.stderr, flush=True)
-        self.record(data=hashes, licences=licences)
+        for kind, parts in counts.items() if self.writes else ():
+            words = [f"{parts[part]:,} {words}" for part, words in _PARTS.items() if part in parts]
+            print(f"data: {kind}: {', '.join(words)}", file=sys.stderr, flush=True)
+        self.record(data=hashes, licences=licences, rows=dict(counts))
 
 
 @contextmanager

@@ -297,8 +297,9 @@ def _stream(
                     last_error = error
                     if report.rows == 0 and report.bad.total() >= _HOPELESS:
                         break
-                    known = error.reason in report.bad or len(report.bad) < _KNOWN
-                    report.bad[error.reason if known else "other reasons"] += 1
+                    reason = f"{error.field}: {error.reason}" if error.field else error.reason
+                    known = reason in report.bad or len(report.bad) < _KNOWN
+                    report.bad[reason if known else "other reasons"] += 1
                     continue
                 made = made[: None if limit is None else int(left)]
                 report.rows += len(made)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from instruct_jax.data.config import ROW_FIELDS
 from instruct_jax.data.encoding import Encoded, encode_prompts
 from instruct_jax.data.rows import Prompt
-from instruct_jax.data.sources import ROW_FIELDS
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.settings import NEVER

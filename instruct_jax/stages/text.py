@@ -5,8 +5,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.corpus import Corpus, TokenRows
-from instruct_jax.data.sources import DataConfig, Source
+from instruct_jax.data.sources import Source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.training import hosts

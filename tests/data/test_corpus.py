@@ -17,11 +17,12 @@ from tokenizers import models
 
 from instruct_jax.data import corpus as corpora
 from instruct_jax.data import files, progress, tokens
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.corpus import Corpus
 from instruct_jax.data.encoding import encode_documents
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.rows import DataError
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 from instruct_jax.data.texts import pieces
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
 from instruct_jax.errors import CheckpointError

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.licences import NOT_STATED, find_licences
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 
 
 @pytest.fixture

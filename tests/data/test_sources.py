@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from instruct_jax.data.config import DataConfig, RowFiles
 from instruct_jax.data.rows import DataError, Prompt, plain_text, write_rows
-from instruct_jax.data.sources import DataConfig, RowFiles, open_source
+from instruct_jax.data.sources import open_source
 from instruct_jax.data.templates import ALPACA, CHAT, PLAIN
 from instruct_jax.errors import ConfigError
 
@@ -292,3 +293,38 @@ def test_a_file_that_is_trained_on_cannot_be_held_out(tmp_path, part):
         assert f"{path} of data.demonstrations" in str(caught.value)
     own = write(tmp_path / "b.jsonl", {"prompt": "q", "response": "r"})
     files(demonstrations=(path,), **{part: RowFiles(prompts=own)})
+
+
+def test_a_file_cannot_be_of_validation_and_of_evaluation(tmp_path):
+    """Nor a copy of it, as another kind of row."""
+    one = write(tmp_path / "a.jsonl", {"prompt": "p", "response": "r"})
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    copy = (str(tmp_path / "copy.jsonl"),)
+    with pytest.raises(
+        ConfigError, match=r"config.data.test.prompts: .*copy.jsonl is the file"
+    ) as e:
+        files(valid=RowFiles(demonstrations=one), test=RowFiles(prompts=copy))
+    assert "a.jsonl of data.valid.demonstrations, which a model may be chosen by" in str(e.value)
+    files(valid=RowFiles(demonstrations=one, prompts=one))
+
+
+def test_a_file_is_read_once_for_all_parts_and_its_rows_are_counted(tmp_path, caplog):
+    rows = [{"prompt": f"say {i}", "response": "a" if i else ""} for i in range(40)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    source = files(demonstrations=path, on_bad_row="skip", valid_fraction=0.3)
+    found = {part: len(source.demonstrations(part)) for part in PARTS}
+    assert source.counts() == {"demonstrations": found} and sum(found.values()) == 39
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path[0]}: prompt+response, 39 rows; 1 bad rows skipped (1 x response: empty text)"
+    ]
+    toy = open_source(DataConfig(toy_prompts=8, toy_valid=4))
+    toy.prompts("train"), toy.prompts("valid")
+    assert toy.counts() == {"prompts": {"train": 8, "valid": 4}}
+
+
+def test_excluded_rankings_are_not_counted_as_trained_on(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "a.jsonl", row, row | {"prompt": "q", "dataset": "selfinstruct"})
+    source = files(comparisons=path, valid_fraction=0.0)
+    assert len(source.comparisons("train")) == 1
+    assert source.counts() == {"comparisons": {"train": 1}}

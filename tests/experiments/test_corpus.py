@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.corpus import Corpus
 from instruct_jax.data.encoding import encode_documents
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 from tests.experiments import scripts
 
 

@@ -253,6 +253,8 @@ def _train(name: str, config: Any, workdir: Path) -> Any:
     if kind == "reward_model":
         standard = {n: x for n, x in demonstrations.items() if n != "loss_mask"}
         comparisons, scalar = run_stage.comparisons(), scalar_model(run_stage.SHAPE)
+        # With ties, which pair_norm counts or does not.
+        comparisons["ranks"][::2] = np.minimum(comparisons["ranks"][::2], 1)
         return reward_model.train(
             config, scalar, scalar_params, comparisons, standard=standard, **where
         )

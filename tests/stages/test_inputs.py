@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
 from instruct_jax.data.rows import Comparison, Demonstration, Prompt
-from instruct_jax.data.sources import DataConfig
 from instruct_jax.errors import ConfigError
 from instruct_jax.settings import NEVER
 from instruct_jax.stages.inputs import (

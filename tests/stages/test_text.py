@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from instruct_jax.data.config import DataConfig
 from instruct_jax.data.rows import DataError
-from instruct_jax.data.sources import DataConfig, open_source
+from instruct_jax.data.sources import open_source
 from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.stages.text import text_rows
 
