@@ -22,8 +22,12 @@ deepseekmath  Shao et al. 2024, section 4.2: 64 samples a prompt, 1,024 a batch,
 The field table in instruct_jax/stages/ppo_config.py says which fields make which algorithm.
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
+PPO = runpy.run_path(str(Path(__file__).with_name("ppo.py")))
 GRPO = {
     "ppo.estimator": "grpo",
     "ppo.samples_per_prompt": 4,
@@ -32,26 +36,12 @@ GRPO = {
     "ppo.kl_coef": 0.0,
     "ppo.kl_loss_coef": 0.04,
 }
-TOYWORLD = GRPO | {
-    "data.toy_documents": 40_000,
-    "data.toy_offset": 14_000,
-    "data.toy_prompts": 4_000,
-    "ptx_length": 80,
-    "ppo.episodes": 4_096,
-    "ppo.rollout_batch": 128,
-    "ppo.minibatch": 32,
-    "ppo.prompt_length": 56,
-    "ppo.response_length": 24,
+TOYWORLD = (
+    PPO["WORLD"]
+    | GRPO
     # Advantages are divided by the group's deviation, about 0.25 here: this is 0.15 in the reward.
-    "ppo.kl_loss_coef": 0.6,
-    "ppo.learning_rate": 2e-4,
-    "ppo.warmup_iterations": 4,
-    "ppo.ema_decay": 0.9,
-    "ppo.ptx_ratio": 1,
-    "ppo.missing_eos": "subtract",
-    "ppo.log_every": 2,
-    "ppo.eval_every": 10,
-}
+    | {"ppo.kl_loss_coef": 0.6}
+)
 NO_KL = {"ppo.kl_loss_coef": 0.0}
 GSPO_CLIP = {"ppo.clip": 3e-4, "ppo.clip_high": 4e-4}
 DYNAMIC = {"ppo.loss_reduction": "token_mean", "ppo.max_resamples": 3}
@@ -67,18 +57,7 @@ PRESETS = {
     "gspo_token": TOYWORLD | NO_KL | GSPO_CLIP | {"ppo.ratio": "sequence_mean_token"},
     "cispo": TOYWORLD | NO_KL | DYNAMIC | {"ppo.policy_loss": "cispo"},
     "sapo": TOYWORLD | NO_KL | {"ppo.policy_loss": "sapo"},
-    "debug": TOYWORLD
-    | {
-        "data.toy_documents": 128,
-        "data.toy_prompts": 64,
-        "data.toy_valid": 16,
-        "ppo.episodes": 32,
-        "ppo.rollout_batch": 16,
-        "ppo.minibatch": 8,
-        "ppo.warmup_iterations": 1,
-        "ppo.log_every": 1,
-        "ppo.eval_every": 1,
-    },
+    "debug": TOYWORLD | PPO["FEW"],
     "verifiable": GRPO
     | {
         "init": "runs/arithmetic_gpt/model",

@@ -33,7 +33,8 @@ What a preset leaves out has the default of its dataclass: in the stages, the pa
 
 from ml_collections import ConfigDict
 
-TOYWORLD = {
+# What configs/grpo.py and rloo.py share with these runs.
+WORLD = {
     "data.toy_documents": 40_000,
     # Past the prompts of the demonstrations and the comparisons.
     "data.toy_offset": 14_000,
@@ -44,10 +45,8 @@ TOYWORLD = {
     "ppo.minibatch": 32,
     "ppo.prompt_length": 56,
     "ppo.response_length": 24,
-    "ppo.old_log_probs": "sampler",
     "ppo.kl_coef": 0.15,
     "ppo.learning_rate": 2e-4,
-    "ppo.value_learning_rate": 5e-4,
     "ppo.warmup_iterations": 4,
     "ppo.ema_decay": 0.9,
     "ppo.ptx_ratio": 1,
@@ -56,8 +55,7 @@ TOYWORLD = {
     "ppo.log_every": 2,
     "ppo.eval_every": 10,
 }
-
-DEBUG = TOYWORLD | {
+FEW = {
     "data.toy_documents": 128,
     "data.toy_prompts": 64,
     "data.toy_valid": 16,
@@ -68,6 +66,9 @@ DEBUG = TOYWORLD | {
     "ppo.log_every": 1,
     "ppo.eval_every": 1,
 }
+
+TOYWORLD = WORLD | {"ppo.old_log_probs": "sampler", "ppo.value_learning_rate": 5e-4}
+DEBUG = TOYWORLD | FEW
 
 SHARED_DATA = {
     "data.source": "files",

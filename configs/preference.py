@@ -63,6 +63,7 @@ PRESETS = {
     "debug": TOYWORLD
     | {
         "data.valid_fraction": 0.3,
+        "data.test_fraction": 0.0,
         "preference.batch_size": 8,
         "preference.warmup": 2,
         "preference.log_every": 1,

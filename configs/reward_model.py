@@ -90,6 +90,7 @@ PRESETS = {
         "data.toy_demonstrations": 64,
         "data.toy_valid": 16,
         "data.valid_fraction": 0.3,
+        "data.test_fraction": 0.0,
         "reward_model.batch_size": 8,
         "reward_model.log_every": 1,
     },

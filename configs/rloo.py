@@ -19,52 +19,25 @@ tldr_6p9b       after Ahmadian et al. 2024 on TL;DR: k = 4, KL 0.03, 1e-6; the l
 The field table in instruct_jax/stages/ppo_config.py says which fields make which algorithm.
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
+PPO = runpy.run_path(str(Path(__file__).with_name("ppo.py")))
 RLOO = {
     "ppo.estimator": "rloo",
     "ppo.ratio": "sequence",
     "ppo.samples_per_prompt": 4,
     "ppo.whiten_advantages": "none",
 }
-WORLD = {
-    "data.toy_documents": 40_000,
-    "data.toy_offset": 14_000,
-    "data.toy_prompts": 4_000,
-    "ptx_length": 80,
-    "ppo.samples_per_prompt": 4,
-    "ppo.episodes": 4_096,
-    "ppo.rollout_batch": 128,
-    "ppo.minibatch": 32,
-    "ppo.prompt_length": 56,
-    "ppo.response_length": 24,
-    "ppo.kl_coef": 0.15,
-    "ppo.learning_rate": 2e-4,
-    "ppo.warmup_iterations": 4,
-    "ppo.ema_decay": 0.9,
-    "ppo.ptx_ratio": 1,
-    "ppo.missing_eos": "subtract",
-    "ppo.log_every": 2,
-    "ppo.eval_every": 10,
-}
+WORLD = PPO["WORLD"] | {"ppo.samples_per_prompt": 4}
 
 PRESETS = {
     "toyworld": WORLD | RLOO,
     "toyworld_ptx": WORLD | RLOO | {"ppo.ptx_coef": 0.5},
     "reinforce_pp": WORLD | {"ppo.estimator": "reinforce++", "ppo.whiten_advantages": "none"},
-    "debug": WORLD
-    | RLOO
-    | {
-        "data.toy_documents": 128,
-        "data.toy_prompts": 64,
-        "data.toy_valid": 16,
-        "ppo.episodes": 32,
-        "ppo.rollout_batch": 16,
-        "ppo.minibatch": 8,
-        "ppo.warmup_iterations": 1,
-        "ppo.log_every": 1,
-        "ppo.eval_every": 1,
-    },
+    "debug": WORLD | RLOO | PPO["FEW"],
     "tldr_6p9b": RLOO
     | {
         "data.source": "files",

@@ -31,7 +31,7 @@ from instruct_jax.feedback.labelers import (
 from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
-from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.settings import Settings, never, setting
 from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.trained import load_trained
 
@@ -45,7 +45,6 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("prompts"),
-        # Of the embedded world alone, and nothing is trained.
         **dict.fromkeys(
             [
                 "data.prompts",
@@ -57,10 +56,10 @@ class Config(Settings):
                 "data.template",
                 "data.limit",
                 "data.on_bad_row",
-                "model.remat",
             ],
-            NEVER,
+            never("the training prompts of the embedded world are read, which its judge can grade"),
         ),
+        "model.remat": never("nothing is trained"),
     }
 
     policy: str = setting("runs/sft/model", "model folder of the policy that answers")
@@ -82,7 +81,10 @@ def main(config: Config, run: cli.Run) -> Path:
     check_length(policy.config, longest, field="config.prompt_length + response_length")
     source = open_source(config.data)
     if not isinstance(source, ToySource):
-        raise ConfigError("data.source must be 'toyworld': simulated labelers need its gold judge")
+        raise ConfigError(
+            "config.data.source must be 'toyworld': simulated labelers need its gold judge; "
+            "rankings of yours go straight to experiments/reward_model.py"
+        )
     tokenizer = policy.tokenizer
     rows = source.prompts("train")
     counts = prompt_tokens(rows, tokenizer)
@@ -93,6 +95,7 @@ def main(config: Config, run: cli.Run) -> Path:
             f"longer; the longest has {counts.max(initial=0)} tokens"
         )
     run.record_data(source.provenance(), source.licences(), source.counts())
+    run.note(f"{len(prompts):,} prompts are answered {config.completions} times each")
     answers = complete(
         policy.model,
         policy.params,

@@ -40,7 +40,7 @@ from instruct_jax.models.pruning import prune, sparse_bytes
 from instruct_jax.models.quantization import quantize_params, quantized, with_int8_cache
 from instruct_jax.models.transformer import Model, language_model, unstack_layers
 from instruct_jax.sampling.complete import Completion, complete
-from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.settings import Settings, never, setting
 from instruct_jax.stages import distill
 from instruct_jax.stages.distill import DistillConfig
 from instruct_jax.stages.inputs import data_acts
@@ -65,7 +65,7 @@ class Config(Settings):
         **data_acts("prompts", "documents"),
         "compute.remat": "students",
         "distill": "students",
-        "distill.eval_every": NEVER,  # a student is measured when it is done
+        "distill.eval_every": never("a student is measured when it is done"),
     }
 
     model: str = setting("runs/ppo_ptx/model", "model folder of the original, a language model")

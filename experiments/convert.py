@@ -18,6 +18,7 @@ from typing import Any, Literal
 from instruct_jax import cli
 from instruct_jax.data.templates import template_named
 from instruct_jax.data.tokenizer import load_tokenizer
+from instruct_jax.data.tokenizer_checks import FORMS
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.hf import (
     chat_template_of,
@@ -97,7 +98,9 @@ def from_hf(config: Config, run: cli.Run) -> Path:
     )
     tokenizer = found.tokenizer
     if tokenizer is None:
-        raise ConfigError(f"{config.source}: no tokenizer here; give one as config.tokenizer")
+        raise ConfigError(
+            f"{config.source}: no tokenizer here; give one, --config.tokenizer=PATH ({FORMS})"
+        )
     shape, params = read_pretrained(found)
     if added := tokenizer.vocab_size - shape.vocab_size:
         shape, params = resize_vocabulary(shape, params, tokenizer.vocab_size)
@@ -119,6 +122,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
     if (source / MODEL_RECORD).is_file():
         record, notes = _run_of(source), read_record(source).notes
     name = config.name or _name(source, trained)
+    licence = config.licence or (trained.base and trained.base.licence)
     bias, folded = 0.0, trained.config.norm == "layernorm"
     if trained.kind == "scalar":
         bias = float(trained.params["head"]["bias"][0])
@@ -133,7 +137,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         history=trained.history,
         folded=folded,
         head_bias=bias,
-        licence=config.licence or (trained.base and trained.base.licence),
+        licence=licence,
     )
     folder = save_pretrained(
         run.workdir / "hf",
@@ -147,6 +151,11 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         shard_bytes=int(config.shard_gb * 1e9),
     )
     print(f"{name}: written to {folder}")
+    if not licence:
+        run.note(
+            "no licence of these weights is stated, so the card says `other`: name the one that "
+            "they are under, as --config.licence=apache-2.0"
+        )
     if bias and not folded:
         print(f"scores in transformers are lower by the head's bias, {bias!r}: see the model card")
     return folder

@@ -31,12 +31,14 @@ from instruct_jax.evaluation.win_rate import preferences_from_scores, win_rate
 from instruct_jax.files import write_json, write_lines
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
-from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.settings import Settings, never, setting
 from instruct_jax.stages.inputs import data_acts, measured, prompt_tokens
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.text import held_out_text, names_text
 from instruct_jax.stages.trained import TrainedModel, load_trained
 
+# With less prompts than these a share has an interval of more than 14 points to each side.
+FEW = 50
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("evaluation.json", "samples.jsonl")
 
@@ -47,7 +49,7 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("prompts", "documents"),
-        "model.remat": NEVER,  # nothing is trained
+        "model.remat": never("nothing is trained"),
     }
 
     models: tuple[str, ...] = setting(
@@ -123,6 +125,7 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
     if not len(documents):
         run.note("no documents are held out: there is no loss of text to compare")
 
+    run.note(f"{len(prompts):,} prompts are answered by each of {', '.join(models)}")
     answers = {"baseline": _answers(config, models[config.baseline], prompts, draw=0)}
     results: dict[str, dict[str, Any]] = {}
     for draw, (name, trained) in enumerate(models.items(), start=1):
@@ -189,7 +192,8 @@ def read_prompts(
         response = min(config.response_length, limit // 2)
         room = min(config.prompt_length, limit - response)
         config = dataclasses.replace(config, prompt_length=room, response_length=response)
-        config, words = measured(config, lengths, np.array([response]), limit=limit)
+        form = {"limit": limit, "group": "config"}
+        config, words = measured(config, lengths, np.array([response]), **form)
         run.note(words)
     fits = (lengths <= config.prompt_length) & (shortest > 0)
     fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
@@ -200,8 +204,14 @@ def read_prompts(
     if not fitting:
         raise ConfigError(f"{left}: raise it, or start from --config=configs/evaluate.py:files")
     if len(fitting) < len(rows):
-        run.note(f"{left} and left out")
-    return config, fitting[: config.prompts]
+        run.note(f"{left} and left out; the longest has {lengths.max()}")
+    count = min(len(fitting), config.prompts)
+    if count < min(FEW, config.prompts):
+        run.note(
+            f"only {count} prompts are held out, too few to tell models apart: raise "
+            "config.data.test_fraction, or name files of their own, config.data.test.prompts"
+        )
+    return config, fitting[:count]
 
 
 def _answers(

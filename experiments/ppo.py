@@ -263,9 +263,12 @@ def read_prompts(
         room = min(stage.prompt_length, limit - response)
         stage = dataclasses.replace(stage, prompt_length=room, response_length=response)
         counts = prompt_tokens(rows, start.tokenizer)
-        stage, words = measured(stage, counts, np.array([response]), limit=limit)
+        stage, words = measured(
+            stage, counts, np.array([response]), limit=limit, group="config.ppo"
+        )
         run.note(words)
-    form = {"prompt_length": stage.prompt_length, "group": "config.ppo"}
+    left = start.config.max_length - stage.response_length
+    form = {"prompt_length": stage.prompt_length, "group": "config.ppo", "positions": left}
     prompts = encode_prompts(rows, start.tokenizer, **form)
     field = "ppo.rollout_batch / samples_per_prompt"
     check_batch(len(prompts["tokens"]), stage.prompts, kind="prompts", field=field)

@@ -15,22 +15,17 @@ from typing import ClassVar
 
 from instruct_jax import cli
 from instruct_jax.data.config import DataConfig
-from instruct_jax.data.encoding import encode_comparisons
 from instruct_jax.data.sources import open_source
 from instruct_jax.evaluation.markup import percent
 from instruct_jax.files import write_json
-from instruct_jax.models.config import ComputeConfig, check_length
+from instruct_jax.models.config import ComputeConfig
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import preference
 from instruct_jax.stages.inputs import (
-    UNLIMITED,
-    check_batch,
-    check_pairs,
     data_acts,
-    lengths_of,
-    measured,
     no_held_out,
     paired,
+    read_rankings,
     where_held_out,
 )
 from instruct_jax.stages.preference import PreferenceConfig
@@ -65,25 +60,18 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.preference, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
-    if not config.measure_lengths:
-        longest = stage.prompt_length + stage.response_length
-        field = "config.preference.prompt_length + response_length"
-        check_length(start.config, longest, field=field)
     source = open_source(config.data, template=start.template, model=config.init)
-    comparisons, held_out = (source.comparisons(split) for split in ("train", "valid"))
-    form = {"completions": stage.completions, "group": "config.preference"}
-    if config.measure_lengths:
-        lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
-        stage, words = measured(stage, *lengths, limit=start.config.max_length)
-        run.note(words)
-    form |= {name: getattr(stage, name) for name in UNLIMITED}
-    rows = encode_comparisons(comparisons, start.tokenizer, **form)
-    valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)
-    field = "preference.batch_size"
-    check_batch(len(rows["tokens"]), stage.batch_size, kind="comparisons", field=field)
-    check_pairs(rows, labels=stage.loss == "kto")
-    # KTO gives every prompt a completion of another.
     kto = stage.loss == "kto"
+    stage, rows, valid, _ = read_rankings(
+        stage,
+        source,
+        start,
+        group="config.preference",
+        measure=config.measure_lengths,
+        note=run.note,
+        labels=kto,
+    )
+    # KTO gives every prompt a completion of another.
     judged = paired(valid, labels=kto) > kto
     run.record_data(source.provenance(), source.licences(), source.counts())
     if not judged:

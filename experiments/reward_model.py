@@ -19,10 +19,9 @@ import numpy as np
 
 from instruct_jax import cli
 from instruct_jax.data.config import DataConfig
-from instruct_jax.data.encoding import Encoded, encode_comparisons, encode_demonstrations
+from instruct_jax.data.encoding import Encoded, encode_demonstrations
 from instruct_jax.data.rows import Comparison, DataError
 from instruct_jax.data.sources import Source, open_source
-from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.markup import percent
 from instruct_jax.evaluation.reward_model import (
@@ -31,19 +30,15 @@ from instruct_jax.evaluation.reward_model import (
     ordered_pairs,
 )
 from instruct_jax.files import write_json
-from instruct_jax.models.config import ComputeConfig, check_length
+from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import reward_model
 from instruct_jax.stages.inputs import (
-    UNLIMITED,
-    check_batch,
-    check_pairs,
     data_acts,
-    lengths_of,
-    measured,
     no_held_out,
     paired,
+    read_rankings,
     where_held_out,
 )
 from instruct_jax.stages.reward_model import RewardModelConfig, score_comparisons, score_rows
@@ -74,31 +69,33 @@ class Config(Settings):
         False, "whether prompt_length and response_length are cut to what the training rows need"
     )
 
+    def __post_init__(self) -> None:
+        """ConfigError also where no demonstrations are named that the score is normalised on."""
+        super().__post_init__()
+        scale, named = self.reward_model.normalisation, self.data.demonstrations
+        if scale != "none" and self.data.source == "files" and not named:
+            raise ConfigError(
+                f"reward_model.normalisation={scale} needs data.demonstrations, answers whose mean "
+                "score is made 0: name them, or set it to none"
+            )
+
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.reward_model, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
-    if not config.measure_lengths:
-        longest = stage.prompt_length + stage.response_length
-        field = "config.reward_model.prompt_length + response_length"
-        check_length(start.config, longest, field=field)
     source = open_source(config.data, template=start.template, model=config.init)
-    comparisons, held_out = (source.comparisons(split) for split in ("train", "valid"))
-    form = {"completions": stage.completions, "group": "config.reward_model"}
-    if config.measure_lengths:
-        lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
-        stage, words = measured(stage, *lengths, limit=start.config.max_length)
-        run.note(words)
-    form |= {name: getattr(stage, name) for name in UNLIMITED}
-    rows = encode_comparisons(comparisons, start.tokenizer, **form)
-    valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)
-    field = "reward_model.batch_size"
-    check_batch(len(rows["tokens"]), stage.batch_size, kind="comparisons", field=field)
-    check_pairs(rows)
+    stage, rows, valid, held_out = read_rankings(
+        stage,
+        source,
+        start,
+        group="config.reward_model",
+        measure=config.measure_lengths,
+        note=run.note,
+    )
     judged = paired(valid) > 0
-    standard = read_standard(stage, source, start.tokenizer)
+    standard = read_standard(stage, source, start)
     run.record_data(source.provenance(), source.licences(), source.counts())
     if not judged:
         run.note(no_held_out("comparisons"))
@@ -138,17 +135,18 @@ def main(config: Config, run: cli.Run) -> Path:
     return folder
 
 
-def read_standard(stage: RewardModelConfig, source: Source, tokenizer: Tokenizer) -> Encoded | None:
+def read_standard(stage: RewardModelConfig, source: Source, start: TrainedModel) -> Encoded | None:
     """The demonstrations that fix the scale of the score; None where it is left as it is."""
     if stage.normalisation == "none":
         return None
     try:
         return encode_demonstrations(
             source.demonstrations("train"),
-            tokenizer,
+            start.tokenizer,
             prompt_length=stage.prompt_length,
             response_length=stage.response_length,
             group="config.reward_model",
+            positions=start.config.max_length,
         )
     except DataError as error:
         raise ConfigError(

@@ -21,7 +21,7 @@ from instruct_jax.data.sources import open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
-from instruct_jax.settings import NEVER, Settings, setting
+from instruct_jax.settings import Settings, never, setting
 from instruct_jax.stages.inputs import data_acts, prompt_tokens
 from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
@@ -38,7 +38,10 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("prompts"),
-        **dict.fromkeys(["data.toy_prompts", "data.toy_offset", "model.remat"], NEVER),
+        **dict.fromkeys(
+            ["data.toy_prompts", "data.toy_offset"], never("held-out prompts alone are read")
+        ),
+        "model.remat": never("nothing is trained"),
     }
 
     epochs: str = setting(

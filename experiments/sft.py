@@ -9,6 +9,7 @@ Writes WORKDIR/model and, with `--config.keep_epochs=True`, WORKDIR/epochs/N, fr
 `experiments/select_sft.py` picks by reward-model score (SFT-4). Run again, it resumes.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,9 @@ class Config(Settings):
     model: ComputeConfig = ComputeConfig()
     sft: SFTConfig = SFTConfig()
     measure_lengths: bool = setting(
-        False, "whether prompt_length and response_length are cut to what the training rows need"
+        False,
+        "whether prompt_length and response_length are cut to what the training rows need, and "
+        "pack_length is made to hold the longest and to fill a batch",
     )
     keep_epochs: bool = setting(False, "whether every epoch's model is kept, in WORKDIR/epochs")
 
@@ -90,11 +93,15 @@ def main(config: Config, run: cli.Run) -> Path:
     chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
     if config.measure_lengths:
         lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))
-        stage, words = measured(stage, *lengths, limit=start.config.max_length)
+        form = {"limit": start.config.max_length, "group": "config.sft"}
+        stage, words = measured(stage, *lengths, **form)
         run.note(words)
-        check_lengths(stage, start.config)
     options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
+    options["positions"] = start.config.max_length
     rows = encode(chats, start.tokenizer, **options)
+    if config.measure_lengths:
+        stage = packable(stage, rows, run)
+        check_lengths(stage, start.config)
     valid = encode(held_out, start.tokenizer, required=False, **options)
     rows = batched(stage, rows, pad_id=start.tokenizer.pad_id)
     pretraining = None
@@ -186,6 +193,18 @@ def encode(
     if chats.demonstrations or not parts:
         parts.append(encode_demonstrations(chats.demonstrations, tokenizer, **options))
     return {name: concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def packable(stage: SFTConfig, rows: Encoded, run: cli.Run) -> SFTConfig:
+    """`stage` with a pack_length that holds the longest row, and of which all fill a batch."""
+    if stage.pack_length is None:
+        return stage
+    sizes = rows["mask"].sum(1)
+    most = int(sizes.sum()) // (stage.batch_size - stage.mixed)
+    length = max(int(sizes.max()), min(stage.pack_length, most))
+    if length != stage.pack_length:
+        run.note(f"pack_length {length} and not {stage.pack_length}, as these rows need")
+    return dataclasses.replace(stage, pack_length=length)
 
 
 def batched(stage: SFTConfig, rows: Encoded, *, pad_id: int) -> Encoded:

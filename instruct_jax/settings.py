@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from instruct_jax.errors import ConfigError
 
-# In `acts_if`: a field that a script never reads.
+# In `acts_if`: a field that a script never reads; see `never`.
 NEVER = "never"
 # Steps, tokens and rows are counted in int32; a field that may be larger says its own `high`.
 INT32_MAX = 2**31 - 1
@@ -92,6 +92,20 @@ def setting(
     return dataclasses.field(default=default, metadata={"about": about})
 
 
+def never(why: str) -> str:
+    """The condition of `acts_if` that never holds, and why.
+
+    >>> why_idle(None, never("nothing is trained"))
+    'nothing is trained'
+    """
+    return f"{NEVER}: {why}"
+
+
+def is_never(condition: str) -> bool:
+    """Whether a condition of `acts_if` never holds."""
+    return condition.partition(":")[0] == NEVER
+
+
 def about(config_class: type, name: str) -> About:
     """What the first class that says anything says of the field `name`."""
     for base in config_class.__mro__:
@@ -107,7 +121,7 @@ class Settings:
     """The base of configurations: every number of one is finite and in its range."""
 
     # "field" or "group.field" -> the condition, as in `needs`, under which a script that has this
-    # configuration reads it at all; NEVER for one that it does not.
+    # configuration reads it at all; NEVER, or `never(why)`, for one that it does not.
     acts_if: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -130,8 +144,8 @@ def why_idle(config: Any, needs: str, *, prefix: str = "") -> str | None:
 
     `prefix` is how the fields of `config` are named from outside ("ppo.").
     """
-    if needs == NEVER:
-        return "nothing here reads it"
+    if is_never(needs):
+        return needs.partition(": ")[2] or "nothing here reads it"
     for every in filter(None, needs.split(" and ")):
         reasons = [_why_off(config, one, prefix) for one in every.split(" or ")]
         if None not in reasons:
@@ -161,5 +175,11 @@ def _numbers(value: Any) -> list[float]:
     return [value] if number else []
 
 
+def short(number: float) -> str:
+    """A float as people write it: 1e-5 and 1e6, not 1e-05 and 1e+06."""
+    mantissa, e, exponent = str(number).partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
 def _written(bound: float) -> str:
-    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+    return f"{bound:,}" if isinstance(bound, int) else short(float(f"{bound:g}")).removesuffix(".0")

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from instruct_jax.cli.names import suggest, suggest_field
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.settings import NEVER, about, why_idle
+from instruct_jax.settings import about, is_never, why_idle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -204,7 +204,7 @@ def _field_names(config_class: type) -> Iterable[str]:
 def known(config_class: type) -> list[str]:
     """The fields "a.b" that the script of `config_class` reads."""
     names = _field_names(config_class)
-    return [name for name in names if NEVER not in conditions(config_class, name)]
+    return [name for name in names if not any(map(is_never, conditions(config_class, name)))]
 
 
 def _hint_of(config_class: type, name: str) -> Any:

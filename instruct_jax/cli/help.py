@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from instruct_jax.cli.config import conditions, default_of, fields, group_of, name_of
-from instruct_jax.settings import NEVER, About, about
+from instruct_jax.settings import About, about, is_never, short
 
 
 def field_help(config: Any, spec: str, presets: Sequence[str] = ()) -> str:
@@ -72,7 +72,7 @@ def _described(
         value, said, path = getattr(config, name), about(kind, name), prefix + name
         needs = said.needs and _prefixed(said.needs, prefix)
         met = [condition, needs, *conditions(root, path)]
-        if NEVER in met:
+        if any(map(is_never, met)):
             continue
         own = " and ".join(dict.fromkeys(filter(None, met)))
         inner = getattr(default, name, dataclasses.MISSING)
@@ -107,6 +107,10 @@ def _as_typed(value: Any) -> str:
     """`value` as it is written on a command line."""
     if value is None:
         return "none"
+    if type(value) is float:
+        return short(value)
+    if type(value) is int and abs(value) >= 10_000:
+        return f"{value:_}"
     if isinstance(value, tuple):
         items = [_as_typed(item) for item in value]
         plain = all(

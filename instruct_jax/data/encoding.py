@@ -4,8 +4,9 @@ Every array has its examples on the first axis. Prompts and responses are tokeni
 tokens of a prompt are the same in training and in sampling. Rows are kept without their padding
 (`ragged`) and padded when a batch takes them. What does not fit is never dropped or cut in silence:
 each `encode_*` logs how many rows it dropped or cut, how long they are, and which field to raise to
-keep them. `group` is where the configuration has these fields, such as "config.sft". Where not one
-row is left it is a DataError, unless rows are not `required`.
+keep them. `group` is where the configuration has these fields, such as "config.sft", and
+`positions` how many tokens of a row the model can read, past which nothing is advised. Where not
+one row is left it is a DataError, unless rows are not `required`, as those that are held out.
 """
 
 import logging
@@ -67,6 +68,7 @@ def encode_demonstrations(
     prompt_length: int,
     response_length: int,
     group: str = "",
+    positions: int | None = None,
     required: bool = True,
 ) -> Encoded:
     """Prompt, response, EOS, then PAD; the loss falls on the response and its EOS (SFT-1).
@@ -76,8 +78,7 @@ def encode_demonstrations(
     a response with its EOS over `response_length` is cut and then has no EOS.
     """
     tokens, targets = Builder(np.int32), Builder(bool)
-    prompts = _Lengths("prompt", "prompt_length", prompt_length, group)
-    responses = _Lengths("response", "response_length", response_length, group)
+    prompts, responses = _two_parts("response", prompt_length, response_length, group, positions)
     for _, chunk in _chunks(rows):
         pieces = encode_segments(
             [[*_segments(row.prompt), Segment(row.response, ours=True)] for row in chunk], tokenizer
@@ -90,7 +91,7 @@ def encode_demonstrations(
                 tokens.add([*prompt, *response])
                 targets.add([False] * len(prompt) + [True] * len(response))
     lost = [prompts.dropped(), responses.cut()]
-    _report("demonstrations", len(rows), lost, left=len(tokens), required=required)
+    _report("demonstrations", len(rows), lost, left=len(tokens), required=required, group=group)
     return _trained(tokens, targets, tokenizer, width=prompt_length + response_length)
 
 
@@ -103,6 +104,7 @@ def encode_dialogues(
     template: Template = CHAT,
     all_turns: bool = False,
     group: str = "",
+    positions: int | None = None,
     required: bool = True,
 ) -> Encoded:
     """Chats in the arrays of `encode_demonstrations`; EOS ends every assistant turn (EXT-1).
@@ -113,8 +115,7 @@ def encode_dialogues(
     dialogue that `template` refuses, as the reader of the rows does not let it through.
     """
     tokens, targets = Builder(np.int32), Builder(bool)
-    prompts = _Lengths("prompt", "prompt_length", prompt_length, group)
-    responses = _Lengths("response", "response_length", response_length, group)
+    prompts, responses = _two_parts("response", prompt_length, response_length, group, positions)
     dropped = shortened = aimless = 0
     for _, chunk in _chunks(rows):
         dialogues = [template.segments(row.turns) for row in chunk]
@@ -145,7 +146,7 @@ def encode_dialogues(
         responses.cut(),
         f"{aimless} dropped, whose last answer is of weight 0" * (aimless > 0),
     ]
-    _report("dialogues", len(rows), lost, left=len(tokens), required=required)
+    _report("dialogues", len(rows), lost, left=len(tokens), required=required, group=group)
     return _trained(tokens, targets, tokenizer, width=prompt_length + response_length)
 
 
@@ -157,6 +158,7 @@ def encode_comparisons(
     prompt_length: int,
     response_length: int,
     group: str = "",
+    positions: int | None = None,
     required: bool = True,
 ) -> Encoded:
     """One prompt is one element of the first axis, with all its completions (RM-2, T47).
@@ -172,8 +174,7 @@ def encode_comparisons(
     choose among them is the reader's part.
     """
     heads, tails = Builder(np.int32), Builder(np.int32)
-    prompts = _Lengths("prompt", "prompt_length", prompt_length, group)
-    responses = _Lengths("completion", "response_length", response_length, group)
+    prompts, responses = _two_parts("completion", prompt_length, response_length, group, positions)
     found: list[_Ranked] = []
     equal = 0
     for start, chunk in _chunks(rows):
@@ -204,7 +205,7 @@ def encode_comparisons(
     if equal:
         longer = f"raise {_field('response_length', group)} where they were cut"
         lost.append(f"{equal} completions dropped, equal to one of another rank ({longer})")
-    _report("comparisons", len(rows), lost, left=len(found), required=required)
+    _report("comparisons", len(rows), lost, left=len(found), required=required, group=group)
     width = prompt_length + response_length
     tokens = tails.rows(
         width=width,
@@ -226,20 +227,24 @@ def encode_prompts(
     *,
     prompt_length: int,
     group: str = "",
+    positions: int | None = None,
     required: bool = True,
 ) -> Encoded:
     """Prompts padded on the left: tokens int32[N, P], mask bool[N, P], index int32[N].
 
-    `index` is the position in `rows`. Prompts over `prompt_length` tokens are left out (DATA-8).
+    `index` is the position in `rows`. Prompts over `prompt_length` tokens are left out (DATA-8);
+    `positions` are those that a response leaves.
     """
     tokens, kept = Builder(np.int32), []
-    prompts = _Lengths("prompt", "prompt_length", prompt_length, group)
+    prompts = _Lengths("prompt", "prompt_length", prompt_length, group, positions)
     for start, chunk in _chunks(rows):
         for i, ids in enumerate(encode_texts([row.text for row in chunk], tokenizer), start):
             if prompts.fit(len(ids)):
                 tokens.add(ids)
                 kept.append(i)
-    _report("prompts", len(rows), [prompts.dropped()], left=len(kept), required=required)
+    _report(
+        "prompts", len(rows), [prompts.dropped()], left=len(kept), required=required, group=group
+    )
     made = tokens.rows(width=prompt_length, fill=tokenizer.pad_id, left=True)
     return {"tokens": made, "mask": made.marks(), "index": np.asarray(kept, np.int32)}
 
@@ -303,12 +308,25 @@ def _field(name: str, group: str) -> str:
     return f"{group}.{name}" if group else name
 
 
+def _two_parts(
+    what: str, prompt: int, response: int, group: str, positions: int | None
+) -> "tuple[_Lengths, _Lengths]":
+    """The lengths of prompts and of what follows them."""
+    room = [None if positions is None else positions - beside for beside in (response, prompt)]
+    return (
+        _Lengths("prompt", "prompt_length", prompt, group, room[0]),
+        _Lengths(what, "response_length", response, group, room[1]),
+    )
+
+
 class _Lengths:
     """The lengths that were met of one part of the rows, against their limit."""
 
-    def __init__(self, what: str, field: str, limit: int, group: str) -> None:
+    def __init__(self, what: str, field: str, limit: int, group: str, room: int | None) -> None:
+        """`room` is what the other part leaves of the model's positions."""
         self._what, self._limit = what, limit
         self._field, self._group = field, group
+        self._room = room
         self._met: list[int] = []
 
     def fit(self, length: int) -> bool:
@@ -332,19 +350,35 @@ class _Lengths:
         count = sum(length > self._limit for length in self._met)
         if not count:
             return ""
+        return f"{count} {what} {self._field} {self._limit} ({self._advice()})"
+
+    def _advice(self) -> str:
         most, longest = int(np.ceil(np.percentile(self._met, 95))), max(self._met)
-        raised = f"raise {_field(self._field, self._group)}"
+        field, room = _field(self._field, self._group), self._room
+        if room is not None and room <= self._limit < longest:
+            return f"the model has no position left for more; {longest} is the longest"
+        if room is not None and room < longest:
+            divide = "config.measure_lengths=true divides its positions as the rows need"
+            return f"raise {field}: the model has {room} for it, {longest} is the longest; {divide}"
         enough = f"{longest} is enough for all"
         if self._limit < most < longest:  # less would be no raise
             enough = f"{most} is enough for 95 %, {longest} for all"
-        return f"{count} {what} {self._field} {self._limit} ({raised}: {enough})"
+        return f"raise {field}: {enough}"
 
 
 def _report(
-    kind: str, total: int, lost: Sequence[str], *, left: int | None = None, required: bool = False
+    kind: str,
+    total: int,
+    lost: Sequence[str],
+    *,
+    group: str = "",
+    left: int | None = None,
+    required: bool = True,
 ) -> None:
     said = "; ".join(filter(None, lost))
     if left == 0 and total and required:
-        raise DataError(f"none of {total} {kind} is left: {said}")
+        preset = group.removeprefix("config.")
+        hint = f"--config=configs/{preset}.py:files measures the rows" if preset != group else None
+        raise DataError(f"none of {total} {kind} is left: {said}", hint=hint)
     log = logger.warning if said else logger.info
-    log("%d %s encoded: %s", total, kind, said or "all whole")
+    log("%d %s%s encoded: %s", total, "" if required else "held-out ", kind, said or "all whole")

@@ -67,12 +67,18 @@ class Fields:
         """A list of finite numbers."""
         return tuple(self.number(v, name) for v in self.listed(name))
 
-    def integers(self, name: str) -> tuple[int, ...]:
-        """A list of whole numbers, 1.0 as good as 1."""
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """A list of ranks, of which the order counts; 1.0 is as good as 1, and tied ones may have
+        the mean of their places (1, 2.5, 2.5, 4). They come doubled where any is no whole number.
+        """
         values = self.listed(name)
-        if not all(map(_is_whole, values)):
-            raise self.error("expected whole numbers, such as ranks 0, 1, 1, 2 with a tie", name)
-        return tuple(map(int, values))
+        halves = [v for v in values if not _is_whole(v)]
+        # The mean place of an even number that tie ends in .5; what else does is a score.
+        if any(type(v) is not float or v % 1 != 0.5 or values.count(v) % 2 for v in halves):
+            hint = 'the best has the least; where more is better, the column is "scores"'
+            expected = "expected whole numbers, such as 0, 1, 1, 2 with a tie, or 1, 2.5, 2.5, 4"
+            raise self.record.error(expected, field=name, hint=hint)
+        return tuple(int(2 * v) if halves else int(v) for v in values)
 
     def choice(self, name: str, allowed: Sequence[int]) -> int:
         """A whole number out of `allowed`; its digits as text do as well (CSV)."""

@@ -138,13 +138,16 @@ class FileSource:
         """Chats of `config.dialogues`; those alike up to the last answer go to one split."""
         return self._rows("dialogues", read_dialogues, split, lambda row: row.asked)
 
-    def comparisons(self, split: Split) -> Sequence[Comparison]:
-        """Comparisons of `config.comparisons`."""
+    def comparisons(
+        self, split: Split, *, most: tuple[int, str] | None = None
+    ) -> Sequence[Comparison]:
+        """Comparisons of `config.comparisons`; for `most` see `read_comparisons`."""
         read = partial(
             read_comparisons,
             subsample=self.config.completions,
             tie_gap=self.config.tie_gap,
             seed=self.config.seed,
+            most=most,
         )
         rows = self._rows("comparisons", read, split, lambda row: plain_text(row.prompt))
         if split == "train":

@@ -202,6 +202,7 @@ def read_comparisons(
     subsample: tuple[int, int] | None = None,
     tie_gap: float = 0.0,
     seed: int = 0,
+    most: tuple[int, str] | None = None,
 ) -> Rows[Comparison]:
     """Ranked completions: pairs, K-wise rankings, scores; one row for each annotator. Or single
     ones with a label.
@@ -209,6 +210,7 @@ def read_comparisons(
     `subsample` (low, high): of a row with more than `high` completions, K of low..high are kept;
     which ones depends on (seed, prompt) alone. `tie_gap`: where the file has scores (AlpacaEval:
     the judge's logit), completions less than this below the best of their group are tied with it.
+    `most`: with more completions than these a row is bad, and the field that says so.
     """
     if subsample is not None and not 2 <= subsample[0] <= subsample[1]:
         raise ValueError(f"subsample {subsample} is no range of at least 2 completions")
@@ -218,6 +220,11 @@ def read_comparisons(
         style = template_of(case, wanted)
         prompt = prompt_of(case, style)
         kept = _subsample(len(case.answers), subsample, f"{seed}:{plain_text(prompt)}")
+        if most is not None and len(kept) > most[0]:
+            raise ValueError(
+                f"{len(kept)} completions, over {most[1]}={most[0]}: raise it, or cut rankings to "
+                f"a random few with config.data.completions=2,{most[0]}"
+            )
         return Comparison(
             prompt,
             tuple(answer_of(case, case.answers[i], style) for i in kept),

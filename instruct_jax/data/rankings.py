@@ -88,7 +88,7 @@ def _unpaired(f: Fields) -> list[Case]:
 
 
 def _kwise(f: Fields) -> list[Case]:
-    prompt, answers, ranks = prompt_of(f, "prompt"), f.texts("completions"), f.integers("ranks")
+    prompt, answers, ranks = prompt_of(f, "prompt"), f.texts("completions"), f.ranks("ranks")
     labeler = f.text("labeler") if f.has("labeler") else None
     sources = f.texts("sources") if f.has("sources") else ()
     return [_ranked(f, prompt, answers, ranks, labeler=labeler, sources=sources)]

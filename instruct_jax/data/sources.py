@@ -59,8 +59,10 @@ class Source(Protocol):
         """Chats of several turns."""
         ...
 
-    def comparisons(self, split: Split) -> Sequence[Comparison]:
-        """Prompts with ranked completions."""
+    def comparisons(
+        self, split: Split, *, most: tuple[int, str] | None = None
+    ) -> Sequence[Comparison]:
+        """Prompts with ranked completions, of which no row may have more than (K, field)."""
         ...
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -144,9 +146,11 @@ class ToySource:
         """Chats from files: the world has single turns only."""
         return self._files.dialogues(split)
 
-    def comparisons(self, split: Split) -> Sequence[Comparison]:
+    def comparisons(
+        self, split: Split, *, most: tuple[int, str] | None = None
+    ) -> Sequence[Comparison]:
         """Collected comparisons, read from `config.comparisons`."""
-        return self._files.comparisons(split)
+        return self._files.comparisons(split, most=most)
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Prompts with the hidden task that the judge needs in `meta`."""

@@ -79,7 +79,9 @@ class Template:
         segments: list[Segment] = []
         for i, turn in enumerate(rest):
             if turn.role != ("user", "assistant")[i % 2]:
-                raise ValueError(f"turn {i} is of {turn.role!r}; user and assistant must alternate")
+                remedy = "join it with the one before" if i else "let the user begin"
+                told = f"turn {i} is of {turn.role!r}; user and assistant must alternate: {remedy}"
+                raise ValueError(told)
             self._check(turn.text)
             if turn.role == "assistant":
                 segments.append(Segment(self.response(turn.text), True, turn.target))

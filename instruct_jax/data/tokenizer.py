@@ -19,11 +19,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from instruct_jax.data.rows import DataError
 from instruct_jax.data.tokenizer_checks import (
+    FORMS,
     LONGEST,
     check_behaviour,
     check_ids,
     parse_object,
-    read_object,
     read_text,
 )
 from instruct_jax.files import write_text
@@ -112,10 +112,9 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> T
         found, about = path / "vocab.json", {}
         backend = _guarded(path, lambda: _gpt2(path))
     elif path.exists():
-        hint = "expected tokenizer.json[.gz], or vocab.json and merges.txt"
-        raise DataError("no tokenizer in this folder", path=path, hint=hint)
+        raise DataError("no tokenizer in this folder", path=path, hint=FORMS)
     else:
-        raise DataError("no such file or folder", path=path)
+        raise DataError("no such file or folder", path=path, hint=FORMS)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise DataError("the vocabulary is empty", path=path)
@@ -186,7 +185,7 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
 def _eos_of(vocabulary: dict[str, int], folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        token = read_object(config).get("eos_token")
+        token = parse_object(read_text(config), config).get("eos_token")
         # Hugging Face writes the token as a string or as {"content": string, ...}.
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:

@@ -22,6 +22,10 @@ from typing import Any
 
 from instruct_jax.data.rows import DataError
 
+FORMS = (
+    "expected a tokenizer.json[.gz], or a folder with one or with vocab.json and merges.txt; of a "
+    "SentencePiece model, save_pretrained of transformers writes the first"
+)
 LONGEST, _MOST_VALUES = 64_000_000, 4_000_000
 # Ids without a token: a published vocabulary has a few.
 _MOST_GAPS = 1_000
@@ -74,12 +78,8 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"not a tokenizer: not UTF-8 at byte {error.start:,}", path=path) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError."""
-    return parse_object(read_text(path), path)
+        reason = f"not a tokenizer: not UTF-8 at byte {error.start:,}"
+        raise DataError(reason, path=path, hint=FORMS) from error
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:

@@ -6,17 +6,19 @@ held-out rows it trains all the same, and has no held-out figure.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from instruct_jax.data.config import ROW_FIELDS
-from instruct_jax.data.encoding import Encoded, encode_prompts
-from instruct_jax.data.rows import Prompt
+from instruct_jax.data.encoding import Encoded, encode_comparisons, encode_prompts
+from instruct_jax.data.rows import Comparison, Prompt
+from instruct_jax.data.sources import Source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
-from instruct_jax.settings import NEVER
+from instruct_jax.models.config import TransformerConfig, check_length
+from instruct_jax.settings import never
 
 Config = TypeVar("Config")
 
@@ -37,15 +39,18 @@ def data_acts(*kinds: str, **conditions: str) -> Mapping[str, str]:
     """`acts_if` of a script that reads rows of these kinds alone, or under a condition.
 
     >>> acts = data_acts("demonstrations", documents="sft.pretrain_fraction")
-    >>> acts["data.comparisons"], acts["data.token_dir"], "data.demonstrations" in acts
-    ('never', 'sft.pretrain_fraction', False)
+    >>> acts["data.comparisons"]
+    'never: this script reads data.demonstrations, data.documents'
+    >>> acts["data.token_dir"], "data.demonstrations" in acts
+    ('sft.pretrain_fraction', False)
     """
     acts = {}
+    others = never(f"this script reads {', '.join(f'data.{k}' for k in (*kinds, *conditions))}")
     for kind in ROW_FIELDS:
         if kind in kinds:
             continue
         names = (kind, f"valid.{kind}", f"test.{kind}", *_SAY[kind])
-        acts |= dict.fromkeys([f"data.{name}" for name in names], conditions.get(kind, NEVER))
+        acts |= dict.fromkeys([f"data.{name}" for name in names], conditions.get(kind, others))
     return acts
 
 
@@ -57,6 +62,20 @@ def where_held_out(*kinds: str) -> str:
     """
     own = [f"data.valid.{kind}" for kind in kinds]
     return " or ".join(["data.source=toyworld", "data.valid_fraction", *own])
+
+
+class Reader(Protocol):
+    """What reads rows: a model's folder in memory."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Its `max_length` are the positions that it has."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Whose tokens it reads."""
+        ...
 
 
 class Fit(NamedTuple):
@@ -102,10 +121,10 @@ def fit_lengths(
 
 
 def measured(
-    stage: Config, prompts: np.ndarray, responses: np.ndarray, *, limit: int
+    stage: Config, prompts: np.ndarray, responses: np.ndarray, *, limit: int, group: str
 ) -> tuple[Config, str]:
     """`stage` with its `prompt_length` and `response_length` cut down by `fit_lengths`, and what
-    was chosen in words.
+    was chosen in words; `group` is how the stage's fields are named from outside.
     """
     given: Any = stage
     most = {"prompt": given.prompt_length, "response": given.response_length}
@@ -114,9 +133,11 @@ def measured(
         f"measured on {len(prompts):,} rows: prompt_length {fit.prompt}, "
         f"response_length {fit.response}, of {limit} positions"
     )
-    for count, what in ((fit.long_prompts, "prompts"), (fit.long_responses, "responses")):
+    full = fit.prompt + fit.response >= limit
+    for count, what in ((fit.long_prompts, "prompt"), (fit.long_responses, "response")):
         if count:
-            words += f"; {what} that are longer: {count:,}"
+            more = "" if full else f" (raise {group}.{what}_length, the most that is taken)"
+            words += f"; {what}s that are longer: {count:,}{more}"
     lengths = {"prompt_length": fit.prompt, "response_length": fit.response}
     return dataclasses.replace(given, **lengths), words
 
@@ -139,6 +160,52 @@ def prompt_tokens(rows: Sequence[Prompt], tokenizer: Tokenizer) -> np.ndarray:
     """int64[N], the tokens of every prompt."""
     length = UNLIMITED["prompt_length"]
     return lengths_of(encode_prompts(rows, tokenizer, prompt_length=length, required=False))[0]
+
+
+class Rankings(NamedTuple):
+    """The comparisons of a run: its stage with lengths that hold them, both parts as arrays, and
+    the held-out rows.
+    """
+
+    stage: Any
+    train: Encoded
+    valid: Encoded
+    held_out: Sequence[Comparison]
+
+
+def read_rankings(
+    stage: Any,
+    source: Source,
+    start: Reader,
+    *,
+    group: str,
+    measure: bool,
+    note: Callable[[str], None],
+    labels: bool = False,
+) -> Rankings:
+    """The comparisons that a `stage` with the fields `group` trains on, from the model `start`.
+
+    With `measure` its lengths are cut to what the training rows need, and what was chosen is
+    noted. ConfigError or DataError where they will not do: for `labels` see `paired`.
+    """
+    limit = start.config.max_length
+    if not measure:
+        longest = stage.prompt_length + stage.response_length
+        check_length(start.config, longest, field=f"{group}.prompt_length + response_length")
+    most = (stage.completions, f"{group}.completions")
+    comparisons, held_out = (source.comparisons(split, most=most) for split in ("train", "valid"))
+    form: dict[str, Any] = {"completions": stage.completions, "group": group}
+    if measure:
+        lengths = lengths_of(encode_comparisons(comparisons, start.tokenizer, **form, **UNLIMITED))
+        stage, words = measured(stage, *lengths, limit=limit, group=group)
+        note(words)
+    form |= {name: getattr(stage, name) for name in UNLIMITED} | {"positions": limit}
+    rows = encode_comparisons(comparisons, start.tokenizer, **form)
+    valid = encode_comparisons(held_out, start.tokenizer, required=False, **form)
+    field = f"{group.removeprefix('config.')}.batch_size"
+    check_batch(len(rows["tokens"]), stage.batch_size, kind="comparisons", field=field)
+    check_pairs(rows, labels=labels)
+    return Rankings(stage, rows, valid, held_out)
 
 
 def paired(comparisons: Encoded, *, labels: bool = False) -> int:

@@ -24,6 +24,7 @@ from instruct_jax.files import read_lines
 
 LEDGER = "ledger.log"
 RUNNING = "running"
+TELLING_SECONDS = 600.0
 
 
 class Account(NamedTuple):
@@ -40,6 +41,11 @@ class Account(NamedTuple):
     def goodput(self) -> float:
         """The share of the time that went into steps that stand."""
         return self.productive / self.wall if self.wall > 0 else 0.0
+
+    @property
+    def tells(self) -> bool:
+        """Whether it says more than that a short run begins with compiling."""
+        return self.processes > 1 or self.wall > TELLING_SECONDS
 
     def __str__(self) -> str:
         text = f"goodput {self.goodput:.1%} of {_clock(self.wall)}"

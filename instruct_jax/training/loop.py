@@ -266,7 +266,7 @@ def _accounted(ledger: Ledger, logger: MetricLogger) -> Iterator[None]:
         reason = type(error).__name__
         raise
     finally:
-        if account := ledger.close(reason):
+        if (account := ledger.close(reason)) and account.tells:
             logger.note(str(account))
 
 

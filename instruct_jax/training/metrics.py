@@ -46,9 +46,14 @@ class MetricLogger:
         self._printed = -math.inf
 
     def resume(self, step: int) -> None:
-        """Forgets what an earlier process wrote after `step`; called before the first `write`."""
+        """Forgets what an earlier process wrote after `step`; called before the first `write`.
+
+        Says that a program is compiled next, which is all that is seen of a run for some time.
+        """
         if not self._active:
             return
+        if step < self.total:
+            self.note(f"compiling step {step + 1} of {self.total}")
         if self.path.exists():
             before = self.path.read_bytes()
             kept = [line for line in before.splitlines() if _step_of(line) <= step]

@@ -215,7 +215,8 @@ def test_a_completion_better_than_itself_is_refused(tmp_path, record):
     [
         ({"ranks": [0, 1, 2]}, "2 completions with 3 ranks"),
         ({"ranks": [0, True]}, "expected whole numbers"),
-        ({"ranks": [0, 0.5]}, "expected whole numbers"),
+        ({"ranks": [0, 0.5]}, "expected whole numbers"),  # half a place is shared by two
+        ({"ranks": [0.5, 0.5001]}, "expected whole numbers"),
         ({"completions": ["one"], "ranks": [0]}, "needs at least 2"),
         ({"completions": ["a", "b", "a"], "ranks": [0, 1, 2]}, "equal completions"),
         ({"completions": ["a", 3]}, r"\[1\] expected a string, found a number"),

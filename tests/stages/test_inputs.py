@@ -12,7 +12,7 @@ from instruct_jax.data.config import DataConfig
 from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
 from instruct_jax.data.rows import Comparison, Demonstration, Prompt
 from instruct_jax.errors import ConfigError
-from instruct_jax.settings import NEVER
+from instruct_jax.settings import is_never
 from instruct_jax.stages.inputs import (
     UNLIMITED,
     check_batch,
@@ -53,17 +53,24 @@ def test_measured_lengths_hold_all_rows_or_as_many_as_they_can(
 
 def test_what_was_chosen_is_told_with_what_is_lost():
     prompts, responses = np.array([5, 17, 90]), np.array([3, 4, 30])
-    stage, words = measured(SFTConfig(), prompts, responses, limit=64)
+    form = {"limit": 64, "group": "config.sft"}
+    stage, words = measured(SFTConfig(), prompts, responses, **form)
     assert (stage.prompt_length, stage.response_length) == (24, 32)
     assert words == (
         "measured on 3 rows: prompt_length 24, response_length 32, of 64 positions; "
-        "prompts that are longer: 1"
+        "prompts that are longer: 1 (raise config.sft.prompt_length, the most that is taken)"
     )
     # What is configured is the most that is taken.
     small = SFTConfig(prompt_length=8, response_length=16)
-    stage, words = measured(small, prompts, responses, limit=64)
+    stage, words = measured(small, prompts, responses, **form)
     assert (stage.prompt_length, stage.response_length) == (8, 16)
-    assert words.endswith("; prompts that are longer: 2; responses that are longer: 1")
+    assert words.endswith(
+        "; prompts that are longer: 2 (raise config.sft.prompt_length, the most that is taken); "
+        "responses that are longer: 1 (raise config.sft.response_length, the most that is taken)"
+    )
+    # Where the positions are what there is too little of, no field is named.
+    _, words = measured(SFTConfig(), prompts, responses, **form | {"limit": 32})
+    assert words.endswith("; prompts that are longer: 1; responses that are longer: 1")
 
 
 def test_lengths_are_those_of_the_encoded_rows_with_the_end_of_every_answer():
@@ -128,6 +135,6 @@ def test_what_a_script_does_not_read_are_fields_that_there_are(script):
         assert group in own
         if group == "data" and field.partition(".")[0] not in ("valid", "test"):
             assert field in data, name
-        if condition != NEVER:
+        if not is_never(condition):
             assert condition.partition(".")[0].partition("=")[0] in own, condition
-    assert data_acts("documents")["data.comparisons"] == NEVER
+    assert is_never(data_acts("documents")["data.comparisons"])

@@ -83,7 +83,9 @@ def model_card(
 
 
 def _origin(base: str | None, history: Sequence[str], licence: str | None) -> str:
-    told = [f"Trained from `{base}`." if base else "The record names no model it was trained from."]
+    told = ["The record names no model it was trained from."]
+    if base or history[:1] == ("pretrain",):
+        told = [f"Trained from `{base}`." if base else "Trained from random weights."]
     if history:
         told.append(f"Stages, in their order: {', '.join(f'`{stage}`' for stage in history)}.")
     told.append(f"Licence: {licence}." if licence else "Licence: not stated.")
