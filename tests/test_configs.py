@@ -70,7 +70,7 @@ def test_how_a_model_is_computed_is_every_stage_s_to_say(script, group):
     model = group_of.on(families.preset("mini"))
     assert {name: getattr(model, name) for name in wanted} == wanted
     if not trains:  # a field that cannot act is refused
-        with pytest.raises(ConfigError, match="nothing here reads it"):
+        with pytest.raises(ConfigError, match="has no effect: nothing is trained"):
             resolve(config_class, values, {f"{group}.remat": "full"})
 
 

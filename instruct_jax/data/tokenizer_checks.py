@@ -23,7 +23,7 @@ from typing import Any
 from instruct_jax.data.rows import DataError
 
 FORMS = (
-    "expected a tokenizer.json[.gz], or a folder with one or with vocab.json and merges.txt; of a "
+    "expected tokenizer.json[.gz], or a folder with it or with vocab.json and merges.txt; of a "
     "SentencePiece model, save_pretrained of transformers writes the first"
 )
 LONGEST, _MOST_VALUES = 64_000_000, 4_000_000
