@@ -7,7 +7,7 @@
 
 WORKDIR/documents.jsonl has sums, of which a share `wrong` is false: a model of it answers right
 about as often, and GRPO with experiments/rewards.py:number makes it better. WORKDIR/questions.jsonl
-has {"prompt", "completion"} rows, the first part of a sum and the right rest of it.
+has {"prompt", "response"} rows, the first part of a sum and the right rest of it.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from pathlib import Path
 from random import Random
 
 from instruct_jax import cli
-from instruct_jax.files import write_lines
+from instruct_jax.data.rows import Demonstration, Document, write_rows
 from instruct_jax.settings import Settings, setting
 
-WRITES = ("documents.jsonl", "questions.jsonl")
+FILES = ("documents.jsonl", "questions.jsonl")
+WRITES = (*FILES, *(f"{name}.sha256" for name in FILES))
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def main(config: Config, run: cli.Run) -> Path:
         asked, total = _sum(rng, config.largest)
         if rng.random() < config.wrong:
             total = rng.choice([n for n in range(2 * config.largest + 1) if n != total])
-        texts.append({"text": f"{asked} {total}"})
+        texts.append(Document(f"{asked} {total}"))
     for _ in range(config.questions):
         asked, total = _sum(rng, config.largest)
-        questions.append({"prompt": asked, "completion": f" {total}"})
-    for name, rows in zip(WRITES, (texts, questions), strict=True):
-        write_lines(run.workdir / name, rows)
+        questions.append(Demonstration(asked, f" {total}"))
+    for name, rows in zip(FILES, (texts, questions), strict=True):
+        write_rows(run.workdir / name, rows)
         run.say(f"{len(rows):,} rows: {run.workdir / name}")
     return run.workdir
 

@@ -7,8 +7,9 @@
     python experiments/checkpoint.py pin    runs/ppo_ptx --step=200
 
 list ends with the account of the run in its ledger.log: goodput (time of the steps that stand /
-time since the first start), restarts, steps done twice. verify ends with exit code 4 where a byte
-is not as it was saved. export takes the averaged policy of a PPO run, or with --part=value its
+time since the first start), restarts, steps done twice. verify reads steps, models, tokens, rows
+and reports, and ends with exit code 4 where a byte is not as it was written or a file of a finished
+run is gone. export takes the averaged policy of a PPO run, or with --part=value its
 value model. prune never deletes the newest intact step or a pinned one. A run that is going on
 reads the pins when it starts.
 """
@@ -50,21 +51,19 @@ def list_steps(flags: argparse.Namespace, directory: Path) -> None:
 
 
 def verify(flags: argparse.Namespace, directory: Path) -> None:
-    """Read every byte and every array, and compare with what was saved."""
-    from instruct_jax.training.checkpoint import unreadable  # which loads jax
+    """Read all that is in the run, every byte and array, and compare with what was written."""
+    from instruct_jax.stages.verify import arrays_damage, verify_run  # which load jax
 
-    saved = {f"step {step.number}": step.path for step in saved_steps(directory)}
-    if flags.step is not None:
-        saved = {name: path for name, path in saved.items() if path.name == str(flags.step)}
-        if not saved:
-            raise CheckpointError(f"{directory}: no step {flags.step}")
+    if flags.step is None:
+        found = verify_run(flags.workdir)
     else:
-        models = [flags.workdir / name / "params" for name in ("model", "adapter")]
-        saved |= {path.parent.name: path for path in models if path.is_dir()}
+        steps = [step for step in saved_steps(directory) if step.number == flags.step]
+        if not steps:
+            raise CheckpointError(f"{directory}: no step {flags.step}")
+        found = ((f"step {step.number}", arrays_damage(step.path)) for step in steps)
     damaged = []
-    for name, path in saved.items():
-        reason = damage_of(path) or unreadable(path)
-        print(f"{name}: {reason or 'intact'}")
+    for name, reason in found:
+        print(f"{name}: {reason or 'intact'}", flush=True)
         damaged += [name] if reason else []
     if damaged:
         raise CheckpointError(f"{flags.workdir}: damaged: {', '.join(damaged)}")

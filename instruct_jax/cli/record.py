@@ -25,6 +25,8 @@ from instruct_jax.files import unseal
 from instruct_jax.settings import about
 
 RECORD = "config.json"
+# The field with the sha256 of what a finished run has written, by path.
+ARTEFACTS = "artefacts"
 SCHEMA = "instruct_jax.run/1"
 _MISSING = object()
 

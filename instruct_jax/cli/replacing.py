@@ -53,6 +53,7 @@ _ARRAYS = (
 _HOLDS_ARRAYS = re.compile(r"(.*/)?((checkpoints|damaged)/[^/]*|params(\..*-tmp.*)?)", re.DOTALL)
 # Of a run that has yet to save anything: without these it is as if it had not begun.
 TRACES = ("ledger.log", "tensorboard", "tokens", RECORD + PARTIAL)
+_NO_ARTEFACTS = (RECORD, "ledger.log", "tensorboard", "tokens", "checkpoints", "damaged")
 _ASIDE = re.compile(r"replaced-\d{8}T\d{6}Z(\.\d+)?")
 
 
@@ -68,6 +69,19 @@ def written(workdir: Path, writes: Sequence[str]) -> list[Path]:
     """
     found = list(_written(workdir, Path(), (*COMMON, *writes)))
     return sorted(found, key=lambda path: (path.name == RECORD, -len(path.parts)))
+
+
+def artefacts(workdir: Path, writes: Sequence[str]) -> Iterator[Path]:
+    """The files in `workdir` that a run wrote and is done with, relative to it.
+
+    Folders of arrays have manifests, tokens their checksums, and a run inside has its own record.
+    """
+    for path in written(workdir, writes):
+        inside = any(is_run(workdir / folder) for folder in path.parents[:-1])
+        place = workdir / path
+        if path.parts[0] in _NO_ARTEFACTS or inside or place.is_symlink() or not place.is_file():
+            continue
+        yield path
 
 
 def _written(root: Path, below: Path, patterns: Sequence[str]) -> Iterator[Path]:
@@ -109,6 +123,11 @@ def _read(workdir: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return record if is_record(record) else {}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return bool(_read(folder))
 
 
 def _writes_of(record: Mapping[str, Any]) -> list[str]:

@@ -27,9 +27,10 @@ from typing import Any
 from instruct_jax import __version__
 from instruct_jax.cli import processes, replacing
 from instruct_jax.cli.config import REPOSITORY
-from instruct_jax.cli.record import RECORD, SCHEMA, changes, read_record
+from instruct_jax.cli.record import ARTEFACTS, RECORD, SCHEMA, changes, read_record
+from instruct_jax.cli.replacing import artefacts
 from instruct_jax.errors import ConfigError, RunError, UserError
-from instruct_jax.files import read_object, unfit_path, write_json
+from instruct_jax.files import hash_of_file, read_object, unfit_path, write_json
 
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
@@ -158,6 +159,7 @@ def _opened(
                 write_json(workdir / RECORD, before)  # it was not taken up with what may change
             raise
         _forget_replaced(workdir)
+        _name_artefacts(workdir, record.get("writes", ()))
 
 
 def check_workdir(workdir: Path, *, overwrite: bool) -> None:
@@ -198,9 +200,10 @@ def _at_the_door(workdir: Path) -> Iterator[None]:
 
 def _new_record(record: dict[str, Any], before: Any, replaced: str | None) -> dict[str, Any]:
     """`record` with our mark, and with what else is known of the run that goes on."""
-    earlier = replacing.asides(before or {})
+    before = {name: v for name, v in (before or {}).items() if name != ARTEFACTS}
+    earlier = replacing.asides(before)
     if replaced is None:
-        return {"schema": SCHEMA} | (before or {}) | record
+        return {"schema": SCHEMA} | before | record
     return {"schema": SCHEMA} | record | {"replaces": [*earlier, replaced]}
 
 
@@ -231,6 +234,12 @@ def _forget_replaced(workdir: Path) -> None:
             _say(f"{kept} holds what the run that was replaced had not written")
     if names:
         write_json(workdir / RECORD, {k: v for k, v in record.items() if k != "replaces"})
+
+
+def _name_artefacts(workdir: Path, writes: Sequence[str]) -> None:
+    """Puts the hashes of what a finished run has written into its record."""
+    found = {str(path): hash_of_file(workdir / path) for path in artefacts(workdir, writes)}
+    write_json(workdir / RECORD, (read_record(workdir) or {}) | {ARTEFACTS: found})
 
 
 def _say(text: str) -> None:

@@ -97,6 +97,22 @@ class Journal:
         return dataclasses.replace(self, **counts)
 
 
+def check_tokens(directory: Path) -> None:
+    """Reads all the tokens in the folder of a corpus. CheckpointError or DataError where they are
+    not as they were written; those of a part that is not complete are not looked at.
+    """
+    plan = read_object(directory / "plan.json", "parts")
+    _check_owner(directory / "plan.json", plan.get("corpus"), directory.name)
+    for i in range(len(plan["parts"])):
+        path = directory / f"{i:05}.tokens"
+        journal = _read_journal(path, f"{directory.name}/{i}")
+        sums = _sums_of(path, journal)
+        if journal.complete and sums is not None:
+            dtype = np.dtype("<u2" if path.stat().st_size <= 2 * journal.tokens else "<u4")
+            if block_sums(path, dtype) != sums.read_bytes():
+                raise CheckpointError(f"{path} is not as it was written")
+
+
 class Corpus:
     """The tokens of a Text in a folder: `plan()` by one process, then `make()` by one or several,
     then `rows(length)`.
@@ -197,14 +213,8 @@ class Corpus:
         return TokenRows(parts, self.dtype, length, vocab_size=limit)
 
     def _sums(self, i: int, journal: Journal) -> Path | None:
-        """The checksums of a part; CheckpointError where they are not those of its journal."""
-        if not journal.sums:  # made by an older version
-            return None
-        path = self._path(i).with_suffix(".sums")
-        with self._named_damage(path):
-            if not path.exists() or hash_of_file(path) != journal.sums:
-                raise CheckpointError(f"{path} is not the file that the journal beside it names")
-        return path
+        with self._named_damage(self._path(i)):
+            return _sums_of(self._path(i), journal)
 
     def _make_part(self, i: int, names: Sequence[str], progress: Progress) -> None:
         done = self._journal(i)
@@ -272,14 +282,8 @@ class Corpus:
         return plan
 
     def _journal(self, i: int) -> Journal:
-        path = self._path(i).with_suffix(".json")
-        part = f"{self.directory.name}/{i}"
-        if not path.exists():
-            return Journal(part=part)
-        with self._named_damage(path):
-            journal = Journal(**read_object(path))
-            _check_owner(path, journal.part, part)
-            return journal
+        with self._named_damage(self._path(i).with_suffix(".json")):
+            return _read_journal(self._path(i), f"{self.directory.name}/{i}")
 
     @contextmanager
     def _named_damage(self, path: Path) -> Iterator[None]:
@@ -307,6 +311,26 @@ def _locked(path: Path, flags: int) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _read_journal(tokens: Path, part: str) -> Journal:
+    """That of the part whose tokens are in a file; an empty one where there is none."""
+    path = tokens.with_suffix(".json")
+    if not path.exists():
+        return Journal(part=part)
+    journal = Journal(**read_object(path))
+    _check_owner(path, journal.part, part)
+    return journal
+
+
+def _sums_of(tokens: Path, journal: Journal) -> Path | None:
+    """The checksums of a part; CheckpointError where they are not those of its journal."""
+    if not journal.sums:  # made by an older version, or not complete
+        return None
+    path = tokens.with_suffix(".sums")
+    if not path.exists() or hash_of_file(path) != journal.sums:
+        raise CheckpointError(f"{path} is not the file that the journal beside it names")
+    return path
 
 
 def _check_owner(path: Path, said: str | None, wanted: str) -> None:

@@ -25,6 +25,7 @@ from instruct_jax.data.tables import csv_rows, parquet_rows
 from instruct_jax.data.texts import Split, text_rows
 
 # A memo of `hash_files`: a corpus of terabytes is not read again at every start.
+_LONGEST_HASH = 10_000  # bytes of a file that holds one and a name
 _SHA256: dict[tuple[str, int, int], str] = {}
 
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -175,13 +176,12 @@ def _hash(path: Path) -> str:
     return _SHA256[known]
 
 
-def _check_hash(path: Path) -> None:
+def check_hash(path: Path) -> None:
     """DataError for a file that is not the one whose sha256 stands beside it (`write_rows`)."""
     beside = path.with_name(path.name + HASH_SUFFIX)
     if beside.is_file():
-        with open_data(beside) as file:
-            said = re.match(rb"([0-9a-f]{64})\s", file.read(65))
-        if said and said[1].decode() != _hash(path):
+        said = re.search(rb"\b[0-9a-f]{64}\b", beside.read_bytes()[:_LONGEST_HASH])
+        if said is None or said[0].decode() != _hash(path):
             reason = f"not the file that {beside.name} is of: cut short, or changed since"
             hint = f"if you changed it, delete {beside.name}; else copy both again"
             raise DataError(reason, path=path, hint=hint)
@@ -209,7 +209,7 @@ def _file_records(path: Path, split: Split, watch: Callable[[BinaryIO], object] 
     suffix = _suffix(path)
     if suffix not in _SUFFIXES:
         raise DataError("unknown kind of file", path=path, hint=_kinds())
-    _check_hash(path)
+    check_hash(path)
     if suffix == ".parquet":
         if path.suffix.lower() in PACKED:
             raise DataError("Parquet is packed in itself", path=path, hint="unpack it")
