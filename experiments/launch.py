@@ -31,6 +31,7 @@ from instruct_jax.cli.processes import COORDINATOR, COUNT, INDEX
 GRACE = 5.0  # seconds that the others have to end by themselves
 LINES = 40  # of the output of a process that fails
 PR_SET_PDEATHSIG = 1
+LOOPBACK = "127.0.0.1"  # where the processes meet: no other machine has a say in it
 
 
 class Process:
@@ -86,7 +87,7 @@ class Process:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code."""
     flags = _parse(argv)
-    shared = {COORDINATOR: f"localhost:{_free_port()}", COUNT: str(flags.n)}
+    shared = {COORDINATOR: f"{LOOPBACK}:{_free_port()}", COUNT: str(flags.n)}
     processes: list[Process] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -152,7 +153,7 @@ def _end_with_parent() -> None:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
 
 

@@ -27,7 +27,6 @@ from instruct_jax.data.rows import Prompt, PromptText, plain_text
 from instruct_jax.data.sources import Source, open_source
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
-from instruct_jax.files import json_line
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import scalar_from_language
 from instruct_jax.sampling.complete import complete
@@ -53,6 +52,7 @@ from instruct_jax.stages.trained import (
     save_trained,
 )
 from instruct_jax.training.mesh import make_mesh
+from instruct_jax.training.metrics import append_rows
 
 PROBES = 32
 # The role of the key of a value model's head where no reward model gives one (stages/stage.py).
@@ -62,7 +62,7 @@ DEMONSTRATIONS = 256
 
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = ("ppo.jsonl", "samples.jsonl")
+WRITES = ("ppo.jsonl", ppo.SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,11 @@ def main(config: Config, run: cli.Run) -> Path:
             mesh=mesh,
         )
         if run.writes and probes:
-            with (run.workdir / "samples.jsonl").open("a") as file:
-                for prompt, answer in zip(probes, answers, strict=True):
-                    row = {"step": step, "prompt": plain_text(prompt), "response": answer.text}
-                    file.write(json_line(row | {"ended": answer.ended}))
+            rows = (
+                {"step": step, "prompt": plain_text(p), "response": a.text, "ended": a.ended}
+                for p, a in zip(probes, answers, strict=True)
+            )
+            append_rows(run.workdir / ppo.SAMPLES, rows)
         return judge(params) | standard
 
     state = ppo.train(
@@ -194,8 +195,8 @@ def main(config: Config, run: cli.Run) -> Path:
         loss = notes["valid_pretrain_loss"]
         figure = f" (held-out text loss {loss:.3f} on {len(held_out):,} rows)"
     run.say(f"model: {folder}{figure}")
-    if (run.workdir / "samples.jsonl").exists():
-        run.say(f"answers to held-out prompts on the way: {run.workdir / 'samples.jsonl'}")
+    if (run.workdir / ppo.SAMPLES).exists():
+        run.say(f"answers to held-out prompts on the way: {run.workdir / ppo.SAMPLES}")
     return folder
 
 

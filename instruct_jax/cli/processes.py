@@ -4,7 +4,7 @@ Every process runs the same command. They are told of each other by SLURM (`srun
 (`mpirun`), a TPU slice on GCE or GKE or an indexed Kubernetes job, as `jax.distributed` detects
 them; or by three variables, which `experiments/launch.py` sets and any other launcher may:
 
-    INSTRUCT_JAX_COORDINATOR=HOST:PORT   where process 0 listens
+    INSTRUCT_JAX_COORDINATOR=HOST:PORT   where process 0 listens, and nowhere else
     INSTRUCT_JAX_PROCESSES=N             how many there are
     INSTRUCT_JAX_PROCESS=I               which one this is, from 0
 
@@ -12,6 +12,7 @@ Where nothing says so there is one process, and nothing here costs it any time. 
 takes the others with it: a dead one is missed after HEARTBEAT seconds.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 
 from instruct_jax.errors import ConfigError, Interrupted, RunError
@@ -72,8 +74,11 @@ def join() -> None:
         coordinator, count, index = _told()
         if count == 1:
             return
+        bind = _bound(coordinator) if index == 0 else None
         try:
-            jax.distributed.initialize(coordinator, count, index, **limits)
+            jax.distributed.initialize(
+                coordinator, count, index, coordinator_bind_address=bind, **limits
+            )
         except ValueError as error:
             raise ConfigError(f"{COORDINATOR}={coordinator}: {error}") from error
     _joined = jax.process_count() > 1
@@ -87,13 +92,8 @@ def _told() -> tuple[str, int, int]:
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise ConfigError(f"{INDEX}={index}, {COUNT}={count}: expected 0 <= process < processes")
     host, port = _address(coordinator)
-    if int(index) == 0 and int(count) > 1:
-        _check_port(coordinator, port)
-    elif int(count) > 1:
-        try:
-            socket.getaddrinfo(host, port)
-        except OSError as error:
-            raise ConfigError(f"{COORDINATOR}={coordinator}: no host {host!r} ({error})") from error
+    if int(count) > 1:
+        _addresses(coordinator, host, port)
     return coordinator, int(count), int(index)
 
 
@@ -107,20 +107,63 @@ def _address(coordinator: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _check_port(coordinator: str, port: int) -> None:
-    """ConfigError where process 0 may not listen there; jax would end in a segmentation fault."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+def _addresses(coordinator: str, host: str, port: int) -> list[str]:
+    """The addresses that `host` stands for. ConfigError where it stands for none."""
     try:
-        # As jax does: on all interfaces.
-        with socket.create_server(
-            ("", port), family=family, dualstack_ipv6=family != socket.AF_INET
-        ):
-            pass
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(
-            f"{COORDINATOR}={coordinator}: process 0 cannot listen on port {port}"
-            f" ({error.strerror}); choose another port"
-        ) from error
+        raise ConfigError(f"{COORDINATOR}={coordinator}: no host {host!r} ({error})") from error
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _bound(coordinator: str) -> str:
+    """HOST:PORT that process 0 listens on: no interface but those of the host that it was told.
+
+    All of them where that would not do: the name of this machine may stand for a loopback address
+    in its own /etc/hosts, and a service or a translated address is none that it has. ConfigError
+    where it may not listen there; jax would end in a segmentation fault.
+    """
+    host, port = _address(coordinator)
+    addresses = _addresses(coordinator, host, port)
+    local = {address for address in addresses if ip_address(address).is_loopback}
+    named = host == "localhost" or host in local
+    if named or not local:
+        errors = [_cannot_listen(address, port) for address in addresses]
+        # A machine may have one of two families of addresses.
+        usable = [a for a, error in zip(addresses, errors, strict=True) if error is None]
+        absent = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+        taken = next((e for e in errors if e is not None and e.errno not in absent), None)
+        if taken is not None:
+            raise _refused(coordinator, port, taken)
+        if usable:
+            return f"[{usable[0]}]:{port}" if ":" in usable[0] else f"{usable[0]}:{port}"
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    if (error := _cannot_listen(everywhere, port)) is not None:
+        raise _refused(coordinator, port, error)
+    print(
+        f"note: {COORDINATOR}={coordinator} is here no address that others reach; process 0 listens"
+        " on all that this machine has",
+        file=sys.stderr,
+    )
+    return f"[::]:{port}" if everywhere == "::" else f"{everywhere}:{port}"
+
+
+def _cannot_listen(address: str, port: int) -> OSError | None:
+    """Why no socket of this process can listen there, or None."""
+    ipv6 = ":" in address
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    try:
+        with socket.create_server((address, port), family=family, dualstack_ipv6=address == "::"):
+            return None
+    except OSError as error:
+        return error
+
+
+def _refused(coordinator: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{COORDINATOR}={coordinator}: process 0 cannot listen on port {port} ({error.strerror});"
+        " choose another port"
+    )
 
 
 def index() -> int:

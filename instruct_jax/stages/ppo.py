@@ -70,6 +70,8 @@ Metrics = dict[str, jax.Array]
 
 # On the progress line; everything else is in the metrics file.
 SHOWN = ("score", "kl", "response_length", "eos_rate", "explained_variance")
+# What `evaluate` may add rows to, by `append_rows`: a run that is taken up rewinds it.
+SAMPLES = "samples.jsonl"
 
 
 class Programs(NamedTuple):
@@ -344,7 +346,9 @@ def _run(
     with (
         jax.set_mesh(iteration.mesh),
         Checkpointer(workdir / "checkpoints") as checkpointer,
-        MetricLogger(workdir, "ppo", total=config.iterations, show=SHOWN) as logger,
+        MetricLogger(
+            workdir, "ppo", total=config.iterations, show=SHOWN, beside=(SAMPLES,)
+        ) as logger,
     ):
         start: PPOState | Lagging = state
         step: Callable[..., Any] = iteration

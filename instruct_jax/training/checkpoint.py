@@ -94,7 +94,7 @@ class Checkpointer:
         self._bytes = sum(x.nbytes for x in jax.tree.leaves(items) if hasattr(x, "nbytes"))
         with _writing(self.directory / str(step), self._bytes):
             response = self._steps.save_checkpointables_async(
-                step, _shared(items), force=True, custom_metadata=_record(metadata)
+                step, _shared(items), force=True, custom_metadata=_record(metadata, step)
             )
 
         def complete() -> None:
@@ -252,8 +252,8 @@ def _as_stored(path: Path, name: str) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
 
 
-def _record(metadata: Metadata | None) -> Metadata:
-    return {"format": FORMAT, "metadata": metadata or {}}
+def _record(metadata: Metadata | None, step: int | None = None) -> Metadata:
+    return {"format": FORMAT, "metadata": metadata or {}} | ({} if step is None else {"step": step})
 
 
 def _load(

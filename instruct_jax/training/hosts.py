@@ -18,7 +18,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from instruct_jax.errors import RunError
+from instruct_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    RewardError,
+    RunError,
+    StorageError,
+    UserError,
+)
 
 
 def several() -> bool:
@@ -127,7 +135,9 @@ def _from_own(own: np.ndarray, mine: np.ndarray, rows: int, sharding: NamedShard
 
 
 def first_alone(work: Callable[[], Any]) -> None:
-    """Process 0 does `work`; the others wait for it, and fail where it fails."""
+    """Process 0 does `work`; the others wait for it, and fail where it fails: with its exit code,
+    and where it is an error of a kind that all processes leave by, in the same good order.
+    """
     if not several():
         work()
         return
@@ -137,8 +147,11 @@ def first_alone(work: Callable[[], Any]) -> None:
             work()
         except Exception as raised:  # told to the others before it is raised here
             error = raised
-    if multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-        raise error or RunError("process 0 failed; its own message says why")
+    kinds = (NonFiniteError, RewardError, CheckpointError, StorageError, ConfigError, UserError)
+    kind = next((i for i, known in enumerate(kinds, 1) if isinstance(error, known)), 0)
+    failed, kind = multihost_utils.broadcast_one_to_all(np.array([error is not None, kind]))
+    if failed:
+        raise error or (RunError, *kinds)[kind]("process 0 failed; its own message says why")
 
 
 def of_first(work: Callable[[], Any], like: Any) -> Any:

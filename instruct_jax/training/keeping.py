@@ -58,15 +58,26 @@ def saved_steps(directory: Path) -> list[Step]:
 
 
 def damage_of(path: Path) -> str | None:
-    """Why the step or model in `path` cannot be trusted, or None; format 1 has no manifest."""
+    """Why the step or model in `path` cannot be trusted, or None; format 1 has no manifest.
+
+    A step says its number; one in a folder of another is damage: a run would go on from there as if
+    it had made steps that it has not, or make some twice.
+    """
     reason = find_damage(path)
-    if reason != UNFINISHED:
+    if reason not in (None, UNFINISHED):
         return reason
     try:
         record = ocp.checkpointables_metadata(str(path)).custom_metadata
-    except Exception:
+    except Exception as error:
+        return reason or f"its record cannot be read ({type(error).__name__})"
+    if not isinstance(record, dict):
         return reason
-    return None if isinstance(record, dict) and record.get("format") == 1 else reason
+    if reason is not None and record.get("format") != 1:
+        return reason
+    step = record.get("step")  # earlier ones do not say
+    if step is not None and path.name.isdigit() and int(path.name) != step:
+        return f"it is step {step}, in a folder that says {path.name}: rename it"
+    return None
 
 
 def pinned_steps(directory: Path) -> set[int]:

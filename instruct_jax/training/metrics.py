@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +18,16 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from instruct_jax.files import write_bytes
+from instruct_jax.files import json_line, write_bytes
 
 PLAIN_LINE_SECONDS = 2.0  # off a terminal, at most one line in this time
 
 
 class MetricLogger:
-    """Writes `workdir/NAME.jsonl` and `workdir/tensorboard/NAME`; prints those in `show`."""
+    """Writes `workdir/NAME.jsonl` and `workdir/tensorboard/NAME`; prints those in `show`.
+
+    `beside` names files of `workdir` that are added to by `append_rows`: they are rewound with it.
+    """
 
     def __init__(
         self,
@@ -33,11 +36,13 @@ class MetricLogger:
         *,
         total: int,
         show: Sequence[str] = ("loss", "grad_norm"),
+        beside: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.total = total
         self.show = tuple(show)
         self.path = Path(workdir) / f"{name}.jsonl"
+        self._beside = [Path(workdir) / file for file in beside]
         self._active = jax.process_index() == 0
         self._board_dir = Path(workdir) / "tensorboard" / name
         self._board: SummaryWriter | None = None
@@ -54,12 +59,8 @@ class MetricLogger:
             return
         if step < self.total:
             self.note(f"compiling step {step + 1} of {self.total}")
-        if self.path.exists():
-            before = self.path.read_bytes()
-            kept = [line for line in before.splitlines() if _step_of(line) <= step]
-            after = b"".join(line + b"\n" for line in kept)
-            if after != before:
-                write_bytes(self.path, after)
+        for path in (self.path, *self._beside):
+            _rewind(path, step)
         self._open_board(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -69,9 +70,7 @@ class MetricLogger:
         values = {name: float(value) for name, value in metrics.items()}
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         row |= {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.path, [row])
         board = self._board or self._open_board(None)
         for name, value in values.items():
             board.add_scalar(name, value, step)
@@ -127,6 +126,24 @@ class MetricLogger:
             rate = (step - first) / max(now - begun, 1e-9)
             text += f" | {rate:.3g} steps/s | {_clock((self.total - step) / rate)} left"
         print(f"{self.name} {step}/{self.total} {text}", file=sys.stderr, flush=True)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON to a file, which is made where there is none; each has its `step`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("".join(map(json_line, rows)))
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Forgets the lines after `step`, and those that are none of ours."""
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    kept = [line for line in before.splitlines() if _step_of(line) <= step]
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        write_bytes(path, after)
 
 
 def _step_of(line: bytes) -> float:

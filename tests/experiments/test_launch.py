@@ -223,13 +223,108 @@ def test_a_launcher_that_tells_half_is_a_mistake_of_one_line(monkeypatch, told, 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
 def test_a_port_in_use_is_told_before_jax_meets_it(monkeypatch, host):
     """It would end the process with a segmentation fault."""
-    with socket.create_server(("", 0)) as taken:
+    ipv6 = host == "[::1]"
+    if ipv6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    with socket.create_server(("::1" if ipv6 else "127.0.0.1", 0), family=family) as taken:
         port = taken.getsockname()[1]
         told = {"COORDINATOR": f"{host}:{port}", "PROCESSES": "2", "PROCESS": "0"}
         for name, value in told.items():
             monkeypatch.setenv(f"INSTRUCT_JAX_{name}", value)
         with pytest.raises(ConfigError, match=f"cannot listen on port {port} .*another port"):
             processes.join()
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses", "bound"),
+    [
+        ("localhost", ["127.0.0.1"], "127.0.0.1"),
+        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
+        ("this-node", ["127.0.1.1"], None),  # as Debian's /etc/hosts names a machine to itself
+        ("a-service", ["192.0.2.1"], None),  # another machine's, which passes it on
+    ],
+)
+def test_process_0_listens_where_it_was_told_and_on_all_only_where_that_would_not_do(
+    monkeypatch, capsys, host, addresses, bound
+):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    port = launch._free_port()
+    listens = processes._bound(f"{host}:{port}")
+    if bound is None:
+        assert listens in (f"[::]:{port}", f"0.0.0.0:{port}")
+        assert capsys.readouterr().err.startswith("note: INSTRUCT_JAX_COORDINATOR=")
+    else:
+        assert listens == f"{bound}:{port}" and not capsys.readouterr().err
+
+
+def listening(pid):
+    """The addresses, as the kernel writes them, on which a process has a socket that listens."""
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    own = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        rows = [row.split() for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()]
+        found |= {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in own}
+    return found
+
+
+# 127.0.0.1, ::1 and 127.0.0.1 as an IPv6 socket has it; words are in the machine's order.
+LOOPBACKS = {"0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.byteorder == "big", reason="reads /proc")
+def test_the_coordinator_of_the_launcher_listens_on_this_machine_alone(start):
+    """No other machine can reach what starts and ends the run."""
+    code = """
+import time
+from instruct_jax.cli import processes
+processes.join()
+print("met", flush=True)
+time.sleep(60)
+"""
+    launched = start(2, *python(code), devices=1)
+    launched.until(lambda: "met" in launched.out.read_text(), "they did not meet: ")
+    found = listening(launched.pids[0])
+    assert found and found <= LOOPBACKS
+
+
+REWARD_FAILS = """
+import sys
+from instruct_jax.cli import processes
+from instruct_jax.errors import RunError
+from tests.training import run_tiny
+processes.join()
+try:
+    with processes.together():
+        run_tiny.run(sys.argv[1], 20, mesh="data:2", reward_until=int(sys.argv[2]))
+except RunError as error:
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_reward_that_fails_in_one_process_ends_all_with_its_code(tmp_path, repository):
+    """Exit code 3 of each, as a cluster sees it, within seconds; and the state is saved."""
+    for until in (0, 4):
+        workdir = tmp_path / str(until)
+        address = {processes.COORDINATOR: f"localhost:{launch._free_port()}"}
+        running = [
+            subprocess.Popen(
+                [*python(REWARD_FAILS), str(workdir), str(until)],
+                cwd=repository,
+                env=environment(repository)
+                | address
+                | {processes.COUNT: "2", processes.INDEX: str(i), "JAX_NUM_CPU_DEVICES": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        told = [process.communicate(timeout=200)[1] for process in running]
+        assert [process.returncode for process in running] == [3, 3], told
+        with Checkpointer(workdir / "checkpoints") as checkpointer:
+            assert checkpointer.latest_step == (until or None)
 
 
 # --- one run of several processes ---------------------------------------------------------------

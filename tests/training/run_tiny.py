@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from instruct_jax.cli import processes
+from instruct_jax.errors import RewardError
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train
@@ -31,8 +33,20 @@ def fingerprint(tree):
     return digest.hexdigest()
 
 
-def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=None, **options):
-    """Trains with everything that a checkpoint must hold: moments, average, keys, schedule."""
+def run(
+    workdir,
+    steps,
+    *,
+    pause=0.0,
+    mesh="data:2,fsdp:2,tensor:2",
+    batch_at=None,
+    reward_until=None,
+    **options,
+):
+    """Trains with everything that a checkpoint must hold: moments, average, keys, schedule.
+
+    `reward_until`: process 0 asks for a reward before every step, and there is none from this one.
+    """
     target = make_mesh(mesh)
     tx = adamw(schedule(1e-2, "cosine", steps=steps), weight_decay=0.1)
     state = shard_state(init_state(tiny.init(jax.random.key(1)), tx, ema=True), target, tiny.RULES)
@@ -42,13 +56,20 @@ def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=No
         time.sleep(pause)
         return (batch_at or tiny.batch)(i)
 
+    def rewarded(state, batch, key):
+        if reward_until is not None:
+            done = hosts.fetch(state.step)
+            hosts.of_first(lambda: reward(done, reward_until), np.int32(0))
+        return compiled(state, batch, key)
+
+    compiled = compile_step(step, target, state)
     options = {"save_every": 3} | options
     with (
         Checkpointer(Path(workdir) / "checkpoints") as checkpointer,
         MetricLogger(workdir, "tiny", total=steps) as logger,
     ):
         return train(
-            compile_step(step, target, state),
+            rewarded,
             state,
             batch_at=hosts.global_batches(slowly, batch_sharding(target)),
             steps=steps,
@@ -57,6 +78,13 @@ def run(workdir, steps, *, pause=0.0, mesh="data:2,fsdp:2,tensor:2", batch_at=No
             checkpointer=checkpointer,
             **options,
         )
+
+
+def reward(done, until):
+    """1, and none from a step on."""
+    if done == until:
+        raise RewardError("it hangs")
+    return np.int32(1)
 
 
 def main(workdir, steps, pause, mesh="data:2,fsdp:2,tensor:2"):

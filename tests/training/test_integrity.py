@@ -52,6 +52,21 @@ def test_what_was_saved_is_intact(run):
     assert set_damaged_aside(run) == {}
 
 
+def test_a_step_in_a_folder_of_another_number_is_not_taken_up(run, caplog):
+    """It would go on as if it had made steps that it has not, or make some twice."""
+    (run / "2").rename(run / "9")
+    with caplog.at_level(logging.WARNING), Checkpointer(run) as checkpointer:
+        assert checkpointer.latest_step == 1
+    assert "step 9: it is step 2, in a folder that says 9: rename it" in caplog.text
+    (run.with_name(DAMAGED) / "9").rename(run / "2")
+    with Checkpointer(run) as checkpointer:
+        assert checkpointer.latest_step == 2
+    (run / "1").rename(run / "0")
+    (run / "2").rename(run / "1")
+    with pytest.raises(CheckpointError, match=r"step 1: it is step 2, .* step 0: it is step 1"):
+        Checkpointer(run)
+
+
 def test_none_of_fifty_flipped_bits_goes_unseen(run):
     rng = np.random.default_rng(0)
     paths = [path for path in files(run / "2") if path.stat().st_size]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.training import metrics
-from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.metrics import MetricLogger, append_rows
 
 
 def rows(tmp_path):
@@ -36,6 +36,22 @@ def test_a_run_taken_up_forgets_what_came_after_the_checkpoint(tmp_path):
         logger.resume(2)
         logger.write(3, {"loss": 30})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_files_beside_the_metrics_are_rewound_with_them(tmp_path):
+    """Answers of an evaluation that is made again are not there twice; another file is left."""
+    for name in ("samples.jsonl", "other.jsonl"):
+        rows = [{"step": step, "response": text} for step in (2, 4, 6) for text in "ab"]
+        append_rows(tmp_path / name, rows)
+    whole = (tmp_path / "other.jsonl").read_bytes()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 6, "resp')  # a kill
+    with MetricLogger(tmp_path, "ppo", total=9, beside=("samples.jsonl",)) as logger:
+        logger.resume(4)
+        assert (tmp_path / "samples.jsonl").read_bytes() == whole[: whole.index(b'{"step": 6')]
+        append_rows(tmp_path / "samples.jsonl", rows[4:])
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+    assert (tmp_path / "other.jsonl").read_bytes() == whole
 
 
 def test_lines_that_are_no_lines_of_ours_are_forgotten_too(tmp_path):
