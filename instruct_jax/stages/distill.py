@@ -11,23 +11,27 @@ did not end are left out: they would teach not to end.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from instruct_jax.data.encoding import encode_demonstrations
 from instruct_jax.data.loader import Arrays, Batches
+from instruct_jax.data.rows import Demonstration, Prompt
 from instruct_jax.errors import ConfigError
 from instruct_jax.losses import sum_and_count
 from instruct_jax.models.transformer import Model, TransformerConfig, language_model
+from instruct_jax.sampling.complete import Completion
 from instruct_jax.sampling.scores import divergence
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
 from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
+from instruct_jax.stages.trained import TrainedModel, save_trained
 from instruct_jax.training.state import LossFn, TrainState
 
 Targets = Literal["samples", "logits"]
@@ -108,3 +112,56 @@ def train(
         name="distill",
         evaluate=evaluate,
     )
+
+
+class Student(NamedTuple):
+    """A student as its folder holds it, and how many answers it has learnt from."""
+
+    model: TrainedModel
+    answers: int
+
+
+def teach(
+    config: DistillConfig,
+    targets: Targets,
+    teacher: TrainedModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Completion],
+    *,
+    prompt_length: int,
+    response_length: int,
+    mesh: Mesh,
+    workdir: Path,
+) -> Student:
+    """A student of the teacher's own answers to these prompts, kept in WORKDIR/model.
+
+    Raises ConfigError where less than a batch of them ended.
+    """
+    rows = [
+        Demonstration(prompt.text, answer.text)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer.ended
+    ]
+    if len(rows) < config.batch_size:
+        raise ConfigError(
+            f"distill:{targets}: {len(rows)} of {len(prompts)} answers ended, less than one batch "
+            f"of {config.batch_size}; raise config.distill_prompts or response_length"
+        )
+    encoded = encode_demonstrations(
+        rows, teacher.tokenizer, prompt_length=prompt_length, response_length=response_length
+    )
+    shape, start = shortened(teacher.config, teacher.params, config.layers)
+    params = train(
+        config,
+        targets,
+        language_model(shape),
+        start,
+        teacher.model,
+        teacher.params,
+        encoded,
+        mesh=mesh,
+        workdir=workdir,
+    )
+    student = teacher._replace(config=shape, params=jax.device_get(params), stage="distill")
+    save_trained(workdir / "model", student)
+    return Student(student, len(rows))

@@ -19,6 +19,7 @@ from instruct_jax.models import (
     unstack_layers,
 )
 from instruct_jax.models.adapters import LoraConfig, adapt, adapter_rules, merge, split
+from instruct_jax.models.compression import NAMES, as_it_is, compress, is_variant
 from instruct_jax.models.matrices import join, matrices, tree_bytes
 from instruct_jax.models.pruning import prune, sparse_bytes
 from instruct_jax.models.quantization import (
@@ -259,3 +260,40 @@ def test_the_size_of_a_pruned_model_counts_a_bit_and_the_values_left():
 def test_a_sparsity_that_leaves_nothing_is_refused(sparsity):
     with pytest.raises(ConfigError, match=r"sparsity must lie in \[0, 1\)"):
         prune(language(GPT)[1], sparsity)
+
+
+def test_every_name_makes_the_variant_that_it_says():
+    model, params = language(GPT)
+    plain, sizes = as_it_is(model, params), {}
+    assert plain.stored_bytes == tree_bytes(params)
+    for name in NAMES:
+        variant = compress(model, params, name.replace("SHARE", "0.5"))
+        sizes[name] = variant.stored_bytes / plain.stored_bytes
+        tokens = random_tokens(*SHAPE)
+        near = cosine(
+            outputs((variant.model, variant.params), tokens),
+            outputs((model, params), tokens),
+            model.config.vocab_size,
+        )
+        assert near.mean() > 0.7, name
+    assert sizes["int4"] == sizes["nf4"] < sizes["int8"] == sizes["int8_activations"] < 0.6
+    assert sizes["fp8"] == sizes["int8"] and sizes["int8_cache"] == 1.0
+    assert 0.5 < sizes["prune:SHARE"] < 1.0
+    layers = compress(model, params, "prune:0.5").notes["layers"]
+    assert len(layers) == sum(len(kernel) for kernel in matrices(params).values())
+
+
+def test_what_computes_in_integers_decodes_from_separate_layers():
+    model, params = language(GPT)
+    assert compress(model, params, "prune:0.5").decoding is None
+    small = compress(model, params, "int8")
+    jax.tree.map(np.testing.assert_array_equal, small.decoding, unstack_layers(small.params))
+
+
+@pytest.mark.parametrize(
+    "name", ["int3", "int8:4", "prune", "prune:1.0", "prune:-0.1", "prune:nan", "prune:half", ""]
+)
+def test_a_name_of_no_variant_is_refused(name):
+    assert not is_variant(name)
+    with pytest.raises(ValueError, match="is none of int8, int4"):
+        compress(*language(GPT), name)

@@ -12,7 +12,7 @@ from instruct_jax.data.loader import Batches
 from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import LoraConfig, adapt, freeze, merge
-from instruct_jax.models.matrices import join, parameter_total
+from instruct_jax.models.matrices import parameter_total
 from instruct_jax.models.transformer import (
     TransformerConfig,
     language_model,
@@ -20,7 +20,7 @@ from instruct_jax.models.transformer import (
     scalar_model,
 )
 from instruct_jax.sampling.sampler import Rollout
-from instruct_jax.stages import distill, ppo
+from instruct_jax.stages import ppo
 from instruct_jax.stages.experience import Experience
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_models import (
@@ -276,47 +276,3 @@ def test_four_models_on_one_trunk_take_less_than_half_the_memory():
     small = abstract_memory(lora, shape, one_trunk=True)
     assert max(small) <= 0.45 * max(full)
     assert small[0] <= 0.45 * full[0] and small[1] <= 0.45 * full[1]
-
-
-# --- distillation -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("targets", ["samples", "logits"])
-def test_a_shorter_student_learns_what_its_teacher_says(tmp_path, targets):
-    shape = dataclasses.replace(labs.SHAPE, num_layers=4)
-    teacher = language_model(shape)
-    params = teacher.init(jax.random.key(0))
-    half, start = distill.shortened(shape, params)
-    assert half.num_layers == 2
-    kernel = lambda p: np.asarray(p["layers"]["mlp"]["up"]["kernel"])  # noqa: E731
-    np.testing.assert_array_equal(kernel(start), kernel(params)[[0, 3]])
-    student = language_model(half)
-    rows = language_rows(labs.text_rows(rows=64)["tokens"])
-    rows["loss_mask"] = rows["loss_mask"].copy()
-    rows["loss_mask"][:, :4] = False
-    before = jax.tree.map(np.copy, params)
-    config = distill.DistillConfig(epochs=6, batch_size=16, learning_rate=3e-3, log_every=1)
-    learnt = distill.train(
-        config, targets, student, start, teacher, params, rows,
-        mesh=make_mesh("data:1"), workdir=tmp_path,
-    )  # fmt: skip
-    assert jax.tree.structure(learnt) == jax.tree.structure(start)
-    assert labs.same_bits(params, before)
-
-    def loss(own):
-        if targets == "samples":
-            total, count, _ = language_loss(student)(own, rows, labs.KEY)
-        else:
-            both = join({"teacher": params}, own)
-            total, count, _ = distill.logits_loss(student, teacher)(both, rows, labs.KEY)
-        assert int(count) == rows["loss_mask"][:, 1:].sum()
-        return float(total / count)
-
-    assert loss(learnt) < 0.9 * loss(start)
-
-
-@pytest.mark.parametrize("layers", [0, 5])
-def test_a_student_has_layers_of_its_teacher(layers):
-    shape = dataclasses.replace(labs.SHAPE, num_layers=4)
-    with pytest.raises(ConfigError, match=f"1 to 4 layers of its teacher: {layers}"):
-        distill.shortened(shape, language_model(shape).init(jax.random.key(0)), layers)
