@@ -44,7 +44,7 @@ from instruct_jax.stages.ppo_models import on_the_policys_trunk
 from instruct_jax.stages.reward_model import score_rows
 from instruct_jax.stages.reward_sources import ModelReward, named_rewards
 from instruct_jax.stages.rewards import HostRewards
-from instruct_jax.stages.text import held_out_text, names_text, text_rows
+from instruct_jax.stages.text import held_out_text, names_text, training_text
 from instruct_jax.stages.trained import (
     TrainedModel,
     load_adapter,
@@ -63,6 +63,9 @@ DEMONSTRATIONS = 256
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("ppo.jsonl", ppo.SAMPLES)
+
+# What is drawn by weights, where its files have any.
+WEIGHED = ("prompts", "documents")
 
 
 @dataclass(frozen=True)
@@ -122,17 +125,18 @@ def main(config: Config, run: cli.Run) -> Path:
     check_lengths(config, start, reward)
     mesh = make_mesh(run.mesh)
     ppo.check_batches(config.ppo, mesh)
-    source = open_source(config.data, template=start.template, model=config.init)
+    source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
     stage, prompts, rows = read_prompts(config, run, source, start, reward)
+    shares = source.shares("prompts", prompts["index"])
     rewards = load_rewards(config, stage, start, rows)
     ptx = None
     text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
     if stage.ptx_coef > 0:
-        rows = text_rows(source, "train", start.tokenizer, **text)
+        rows, of_text = training_text(source, start.tokenizer, **text)
         update = stage.minibatch * stage.ptx_ratio
         kind = f"rows of {config.ptx_length} tokens of text"
         check_batch(len(rows), update, kind=kind, field="ppo.minibatch x ptx_ratio")
-        ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1)
+        ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1, shares=of_text)
     held_out = held_out_text(config.data, source, start.tokenizer, **text)
     probes = read_probes(stage, source, start)
     standard = demonstration_score(config.data, stage, source, reward)
@@ -177,8 +181,8 @@ def main(config: Config, run: cli.Run) -> Path:
         reward.model,
         start.params,
         reward_params,
-        Batches(prompts, stage.prompts, seed=stage.seed),
-        more_prompts=Batches(prompts, stage.prompts, seed=stage.seed + 2),
+        Batches(prompts, stage.prompts, seed=stage.seed, shares=shares),
+        more_prompts=Batches(prompts, stage.prompts, seed=stage.seed + 2, shares=shares),
         ptx=ptx,
         eos_id=start.tokenizer.eos_id,
         mesh=mesh,

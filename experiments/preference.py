@@ -36,6 +36,9 @@ from instruct_jax.training.state import TrainState
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("preference.jsonl", "preference.json")
 
+# What is drawn by weights, where its files have any.
+WEIGHED = ("comparisons",)
+
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -60,7 +63,7 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.preference, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
-    source = open_source(config.data, template=start.template, model=config.init)
+    source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
     kto = stage.loss == "kto"
     stage, rows, valid, _ = read_rankings(
         stage,
@@ -90,6 +93,7 @@ def main(config: Config, run: cli.Run) -> Path:
         model,
         start.params,
         rows,
+        shares=source.shares("comparisons", rows["index"]),
         mesh=mesh,
         workdir=run.workdir,
         evaluate=evaluate if judged else None,

@@ -32,7 +32,7 @@ from instruct_jax.stages.inputs import (
 )
 from instruct_jax.stages.pretrain import PretrainConfig
 from instruct_jax.stages.stage import ModelConfig
-from instruct_jax.stages.text import held_out_text, text_rows
+from instruct_jax.stages.text import held_out_text, training_text
 from instruct_jax.stages.trained import TrainedModel, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
@@ -63,7 +63,7 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
-    source, mesh = open_source(config.data), make_mesh(run.mesh)
+    source, mesh = open_source(config.data, weighed=("documents",)), make_mesh(run.mesh)
     fit = config.pretrain
     check_batch_size(fit.batch_size, mesh, micro_batches=fit.micro_batches)
     if config.tokenizer is None:
@@ -75,7 +75,7 @@ def main(config: Config, run: cli.Run) -> Path:
     model = language_model(model_config)
     # All that can be wrong beside the text is found before the work of tokenising it.
     text = {"length": fit.length, "folder": config.data.token_folder(run.workdir)}
-    rows = text_rows(source, "train", tokenizer, **text)
+    rows, shares = training_text(source, tokenizer, **text)
     valid = held_out_text(config.data, source, tokenizer, **text)
     kind = f"rows of {fit.length} tokens"
     check_batch(len(rows), fit.batch_size, kind=kind, field="pretrain.batch_size")
@@ -98,6 +98,7 @@ def main(config: Config, run: cli.Run) -> Path:
         model,
         model.init(jax.random.key(fit.seed)),
         rows,
+        shares=shares,
         mesh=mesh,
         workdir=run.workdir,
         evaluate=evaluate if len(valid) else None,

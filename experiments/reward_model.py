@@ -51,6 +51,9 @@ Rows = dict[str, np.ndarray]
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("reward_model.jsonl", "accuracy.json")
 
+# What is drawn by weights, where its files have any.
+WEIGHED = ("comparisons",)
+
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -85,7 +88,7 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.reward_model, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
-    source = open_source(config.data, template=start.template, model=config.init)
+    source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
     stage, rows, valid, held_out = read_rankings(
         stage,
         source,
@@ -113,6 +116,7 @@ def main(config: Config, run: cli.Run) -> Path:
         model,
         scalar_from_language(start.params, jax.random.key(stage.seed), start.config),
         rows,
+        shares=source.shares("comparisons", rows["index"]),
         standard=standard,
         mesh=mesh,
         workdir=run.workdir,

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from instruct_jax import cli
 from instruct_jax.cli.replacing import model_files
 from instruct_jax.data.config import DataConfig
@@ -22,6 +24,7 @@ from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_di
 from instruct_jax.data.packing import pack
 from instruct_jax.data.ragged import concatenate
 from instruct_jax.data.rows import Demonstration, Dialogue
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.sources import Source, Split, open_source
 from instruct_jax.data.templates import CHAT, Template
 from instruct_jax.data.tokenizer import Tokenizer
@@ -42,13 +45,16 @@ from instruct_jax.stages.inputs import (
     where_held_out,
 )
 from instruct_jax.stages.sft import SFTConfig
-from instruct_jax.stages.text import text_rows
+from instruct_jax.stages.text import training_text
 from instruct_jax.stages.trained import load_trained, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = ("sft.jsonl", *model_files("epochs/#"))
+
+# What is drawn by weights, where its files have any.
+WEIGHED = ("demonstrations", "documents")
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def main(config: Config, run: cli.Run) -> Path:
     start = load_trained(config.init, kind="language", compute=config.model)
     if not config.measure_lengths:
         check_lengths(stage, start.config)
-    source = open_source(config.data, template=start.template, model=config.init)
+    source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
+    check_weights(config)
     chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
     if config.measure_lengths:
         lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))
@@ -98,16 +105,17 @@ def main(config: Config, run: cli.Run) -> Path:
         run.note(words)
     options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
     options["positions"] = start.config.max_length
-    rows = encode(chats, start.tokenizer, **options)
+    rows, shares = encode_shares(source, chats, start.tokenizer, **options)
     if config.measure_lengths:
         stage = packable(stage, rows, run)
         check_lengths(stage, start.config)
     valid = encode(held_out, start.tokenizer, required=False, **options)
     rows = batched(stage, rows, pad_id=start.tokenizer.pad_id)
-    pretraining = None
+    pretraining = text_shares = None
     if stage.pretrain_fraction > 0:
         folder, width = config.data.token_folder(run.workdir), rows["tokens"].shape[1]
-        pretraining = text_rows(source, "train", start.tokenizer, length=width, folder=folder)
+        form = {"length": width, "folder": folder}
+        pretraining, text_shares = training_text(source, start.tokenizer, **form)
         kind = f"rows of {width} tokens of text"
         check_batch(len(pretraining), stage.mixed, kind=kind, field="sft.pretrain_fraction")
     run.record_data(source.provenance(), source.licences(), source.counts())
@@ -142,6 +150,8 @@ def main(config: Config, run: cli.Run) -> Path:
         start.params,
         rows,
         pretraining=pretraining,
+        shares=shares,
+        text_shares=text_shares,
         mesh=mesh,
         workdir=run.workdir,
         evaluate=evaluate if count else None,
@@ -179,6 +189,37 @@ def check_lengths(stage: SFTConfig, model: TransformerConfig) -> None:
     if stage.pack_length is not None and stage.pretrain_fraction > 0:
         # Demonstrations in a row begin anew, the text beside them fills one.
         check_length(model, stage.pack_length, field="config.sft.pack_length of pretraining text")
+
+
+def check_weights(config: Config) -> None:
+    """ConfigError where demonstrations have weights and a row of a batch is not one of them."""
+    if config.data.weights("demonstrations") is None:
+        return
+    if config.data.dialogues:
+        raise ConfigError(
+            "config.data.demonstrations: weights say nothing of the rows of config.data.dialogues "
+            "beside them; leave out the weights, or the dialogues"
+        )
+    if config.sft.pack_length is not None:
+        raise ConfigError(
+            "config.data.demonstrations: weights count rows, and with config.sft.pack_length one "
+            "row holds several demonstrations; leave out the weights, or give pack_length none"
+        )
+
+
+def encode_shares(
+    source: Source, chats: Chats, tokenizer: Tokenizer, **options: Any
+) -> tuple[Encoded, Shares | None]:
+    """`encode` of training rows, and where their files have weights of which each row is."""
+    shares = source.shares("demonstrations")
+    if shares is None:
+        return encode(chats, tokenizer, **options), None
+    parts = []
+    for i in range(len(shares.weights)):
+        own = [chats.demonstrations[n] for n in np.flatnonzero(shares.source == i)]
+        parts.append(encode(chats._replace(demonstrations=own), tokenizer, **options))
+    rows = {name: concatenate([part[name] for part in parts]) for name in parts[0]}
+    return rows, shares.counted([len(part["tokens"]) for part in parts])
 
 
 def encode(

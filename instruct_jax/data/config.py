@@ -7,6 +7,7 @@ from typing import Literal
 
 from instruct_jax.data import hub
 from instruct_jax.data.files import find_files
+from instruct_jax.data.shares import read_weights, split_weight
 from instruct_jax.data.templates import TemplateName
 from instruct_jax.errors import ConfigError
 from instruct_jax.settings import Settings, setting
@@ -15,6 +16,13 @@ from instruct_jax.settings import Settings, setting
 @dataclass(frozen=True)
 class RowFiles(Settings):
     """Files, globs, folders or hub ids of each kind of row."""
+
+    def __post_init__(self) -> None:
+        """ConfigError for a weight: what is held out is read whole."""
+        super().__post_init__()
+        for name in ROW_FIELDS:
+            if read_weights(getattr(self, name), name):
+                raise ConfigError(f"{name}: held-out files are read whole and have no weights")
 
     documents: tuple[str, ...] = setting((), "text to pretrain on")
     demonstrations: tuple[str, ...] = setting((), "prompts with an answer")
@@ -38,7 +46,9 @@ class DataConfig(Settings):
     )
     seed: int = setting(0, "seed of the embedded world and of the division into parts", low=0)
     documents: tuple[str, ...] = setting(
-        (), "text to pretrain on: files, globs, folders or hub ids", needs="source=files"
+        (),
+        "text to pretrain on: files, globs, folders or hub ids, each with *WEIGHT or none",
+        needs="source=files",
     )
     token_dir: str | None = setting(
         None,
@@ -98,6 +108,8 @@ class DataConfig(Settings):
             raise ConfigError(
                 f"valid_fraction={valid:g} and test_fraction={test:g} leave no row to train on"
             )
+        for name in ROW_FIELDS:
+            read_weights(getattr(self, name), name)
         if self.completions is not None and self.completions[0] > self.completions[1]:
             raise ConfigError(f"completions={self.completions}: expected (fewest, most)")
 
@@ -107,10 +119,19 @@ class DataConfig(Settings):
         valid = self.valid_fraction
         return valid, valid if self.test_fraction is None else self.test_fraction
 
+    def files(self, kind: str) -> tuple[str, ...]:
+        """The files, globs and hub ids of a kind of row to train on, without weights."""
+        return tuple(split_weight(name)[0] for name in getattr(self, kind))
+
+    def weights(self, kind: str) -> tuple[int, ...] | None:
+        """Those of these files, as whole numbers; None where they have none."""
+        return read_weights(getattr(self, kind), kind)
+
     def paths(self) -> list[str]:
         """All files, globs and hub ids that are named."""
-        groups = (self, self.valid, self.test)
-        return [path for group in groups for name in ROW_FIELDS for path in getattr(group, name)]
+        held_out = [getattr(part, kind) for part in (self.valid, self.test) for kind in ROW_FIELDS]
+        own = [self.files(kind) for kind in ROW_FIELDS]
+        return [path for paths in (*own, *held_out) for path in paths]
 
     def find(self) -> list[str]:
         """Every file and hub id that is named; DataError for a file that is not there."""

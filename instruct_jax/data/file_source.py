@@ -13,6 +13,8 @@ from contextlib import closing
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+
 from instruct_jax.data.config import ROW_FIELDS, DataConfig, RowFiles, each_file
 from instruct_jax.data.corpus import Text
 from instruct_jax.data.files import hash_files, same_file
@@ -35,6 +37,7 @@ from instruct_jax.data.rows import (
     Prompt,
     plain_text,
 )
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.templates import PLAIN, Template, template_named
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
@@ -60,6 +63,9 @@ class FileSource:
         self._met: tuple[str, str] | None = None
         self._divided: dict[tuple[str, tuple[str, ...]], dict[Split, list[Any]]] = {}
         self._counts: dict[str, dict[Split, int]] = {}
+        # Of training rows, of which path each is: all that were read, and those that are left.
+        self._read_from: dict[str, list[int]] = {}
+        self._origins: dict[str, list[int]] = {}
 
     @property
     def template(self) -> Template | None:
@@ -85,10 +91,26 @@ class FileSource:
             for kind, parts in self._counts.items()
         }
 
-    def text(self, split: Split) -> Text:
-        """Documents of `config.documents`; long ones in pieces, so that a few books divide."""
+    def shares(self, kind: str, index: Any = None) -> Shares | None:
+        """Of the training rows read last, or those `index` int[M] of them; None without weights."""
+        weights = self.config.weights(kind)
+        if weights is None:
+            return None
+        source = np.array(self._origins[kind], np.int64)
+        if index is not None:
+            source = source[np.asarray(index)]
+        return Shares(source, weights, self.config.files(kind))
+
+    def texts(self) -> list[Text]:
+        """Training documents of each path apart."""
+        return [self.text("train", only=path) for path in self._paths("documents")]
+
+    def text(self, split: Split, *, only: str | None = None) -> Text:
+        """Documents of `config.documents`, or of one path of these; long ones in pieces, so that a
+        few books divide.
+        """
         config, own = self.config, self._own("documents", split)
-        paths = own or self._paths("documents")
+        paths = own or (self._paths("documents") if only is None else (only,))
         if not own and split != "train" and not config.fractions[split == "test"]:
             paths = ()  # nothing to look for
 
@@ -151,8 +173,9 @@ class FileSource:
         )
         rows = self._rows("comparisons", read, split, lambda row: plain_text(row.prompt))
         if split == "train":
-            excluded = self.config.exclude_datasets
-            rows = [row for row in rows if row.meta.get("dataset") not in excluded]
+            excluded, origins = self.config.exclude_datasets, self._read_from["comparisons"]
+            kept = [i for i, row in enumerate(rows) if row.meta.get("dataset") not in excluded]
+            rows, self._origins["comparisons"] = [rows[i] for i in kept], [origins[i] for i in kept]
             self._counts["comparisons"]["train"] = len(rows)
         return rows
 
@@ -186,9 +209,16 @@ class FileSource:
         paths = own or self._paths(field)
         if (field, paths) not in self._divided:
             parts: dict[Split, list[Row]] = {split: []} if own else {"train": []}
-            for row in self._read(paths, read):
-                parts.setdefault(split if own else self._part(field, key(row)), []).append(row)
+            origins = []
+            for number, path in enumerate(paths):
+                for row in self._read(path, read):
+                    part = split if own else self._part(field, key(row))
+                    parts.setdefault(part, []).append(row)
+                    if part == "train":
+                        origins.append(number)
             self._divided[field, paths] = parts
+            if not own:
+                self._read_from[field] = self._origins[field] = origins
             self._counts.setdefault(field, {}).update({part: len(parts[part]) for part in parts})
         parts = self._divided[field, paths]
         if split == "train" and not parts["train"]:
@@ -200,18 +230,17 @@ class FileSource:
             )
         return parts.get(split, [])
 
-    def _read(self, paths: Sequence[str], read: Callable[..., Rows[Row]]) -> Iterator[Row]:
-        for path in paths:
-            found = read(
-                path,
-                template=self._wanted,
-                limit=self.config.limit,
-                on_bad_row=self.config.on_bad_row,
-            )
-            file = found.report[0].path if len(found.report) == 1 else path
-            for name in dict.fromkeys(row.template for row in found):
-                self.meet(name, file)
-            yield from found
+    def _read(self, path: str, read: Callable[..., Rows[Row]]) -> Rows[Row]:
+        found = read(
+            path,
+            template=self._wanted,
+            limit=self.config.limit,
+            on_bad_row=self.config.on_bad_row,
+        )
+        file = found.report[0].path if len(found.report) == 1 else path
+        for name in dict.fromkeys(row.template for row in found):
+            self.meet(name, file)
+        return found
 
     def _own(self, field: str, split: Split) -> tuple[str, ...]:
         """The files that only this held-out part has."""
@@ -221,7 +250,7 @@ class FileSource:
         return paths
 
     def _paths(self, field: str) -> tuple[str, ...]:
-        paths: tuple[str, ...] = getattr(self.config, field)
+        paths = self.config.files(field)
         if not paths:
             raise DataError(f"data.{field} is empty; name the files (or hub ids) to read")
         return paths
@@ -240,7 +269,8 @@ def _refuse_shared(
 ) -> None:
     """ConfigError where a file of the group `held_out` is one of `files`, or a copy of it."""
     for field, beside in itertools.product(ROW_FIELDS, ROW_FIELDS):
-        for path, another in itertools.product(getattr(held_out, field), getattr(files, beside)):
+        others = files.files(beside) if isinstance(files, DataConfig) else getattr(files, beside)
+        for path, another in itertools.product(getattr(held_out, field), others):
             same = same_file(path, another)
             if same is not None:
                 raise ConfigError(

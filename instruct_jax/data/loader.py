@@ -6,6 +6,10 @@ met twice within an epoch; when B does not divide the number of rows, the batch 
 the end of one epoch and the start of the next. There is no state to save: resuming is calling with
 the next step.
 
+Of several sources with weights (`shares`) each walks through its own epochs, and each position of
+the stream is the turn of one of them. An epoch then counts as many rows as there are in all: those
+of a source with more than its size's share are met more than once in it, others not all.
+
 Rows that differ in size can be drawn stratified by it: the permutation is then one whose batches
 have nearly the same sum of sizes.
 """
@@ -16,9 +20,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from instruct_jax.data.ragged import Ragged
-from instruct_jax.data.tokens import TokenRows
+from instruct_jax.data.shares import Shares, Turns
+from instruct_jax.data.tokens import JoinedRows, TokenRows
 
-Arrays = Mapping[str, np.ndarray | Ragged | TokenRows]
+Arrays = Mapping[str, np.ndarray | Ragged | TokenRows | JoinedRows]
 
 
 class Batches:
@@ -36,11 +41,13 @@ class Batches:
         *,
         seed: int,
         sizes: np.ndarray | None = None,
+        shares: Shares | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
         """`batch_size` is global; ValueError when the processes do not divide it. `sizes` int[N]
-        are those of the rows, by which batches are stratified.
+        are those of the rows, by which batches are stratified; `shares` says of which source each
+        row is.
         """
         counts = {name: len(array) for name, array in arrays.items()}
         if len(set(counts.values())) != 1:
@@ -57,7 +64,16 @@ class Batches:
         self.process_count = process_count
         self._size = next(iter(counts.values()))
         self._sizes = sizes
-        self._epoch: tuple[int, np.ndarray] | None = None  # the last permutation: a memo, no state
+        weights = (1,) if shares is None else shares.weights
+        self._turns = Turns(weights)
+        self._own = [np.arange(self._size)]
+        if shares is not None:
+            if len(shares.source) != self._size:
+                raise ValueError(f"sources of {len(shares.source)} rows for {self._size}")
+            self._own = [np.flatnonzero(shares.source == i) for i in range(len(weights))]
+        # How many rows of a batch are of each source.
+        self._strata = [max(1, round(batch_size * w / sum(weights))) for w in weights]
+        self._epochs: dict[int, tuple[int, np.ndarray]] = {}  # the last permutations: no state
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,11 +85,14 @@ class Batches:
         if step < 0:
             raise ValueError(f"step {step} is negative")
         start = step * self.batch_size
-        epochs, at = np.divmod(np.arange(start, start + self.batch_size), self._size)
+        sources, turns = self._turns.at(np.arange(start, start + self.batch_size))
         rows = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = self._permutation(int(epoch))[at[here]]
+        for source in np.unique(sources):
+            own = self._own[source]
+            epochs, at = np.divmod(turns, len(own))
+            for epoch in np.unique(epochs[sources == source]):
+                here = (sources == source) & (epochs == epoch)
+                rows[here] = own[self._permutation(int(source), int(epoch))[at[here]]]
         return rows
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -86,15 +105,19 @@ class Batches:
         """The rows with these numbers, copied."""
         return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        memo = self._epoch  # read once: a prefetching thread may replace it meanwhile
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        memo = self._epochs.get(source)  # read once: a prefetching thread may replace it meanwhile
         if memo is None or memo[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            generator = np.random.Generator(
+                np.random.Philox(key=[self.seed, epoch + (source << 32)])
+            )
+            own = self._own[source]
             if self._sizes is None:
-                order = generator.permutation(self._size)
+                order = generator.permutation(len(own))
             else:
-                order = stratified_permutation(self._sizes, self.batch_size, generator)
-            self._epoch = memo = (epoch, order)
+                strata = self._strata[source]
+                order = stratified_permutation(self._sizes[own], strata, generator)
+            self._epochs[source] = memo = (epoch, order)
         return memo[1]
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from instruct_jax import __version__
-from instruct_jax.data.config import DataConfig
+from instruct_jax.data.config import ROW_FIELDS, DataConfig
 from instruct_jax.data.corpus import Text
 from instruct_jax.data.file_source import FileSource
 from instruct_jax.data.formats import FileReport
 from instruct_jax.data.rows import Comparison, Demonstration, Dialogue, Document, Prompt
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.templates import Template
 from instruct_jax.data.toyworld import ToyWorld
 from instruct_jax.data.toyworld.world import Split
@@ -25,6 +26,8 @@ from instruct_jax.errors import ConfigError
 
 class Source(Protocol):
     """Rows by split: "train", "valid" or "test"; of files the last two may be empty."""
+
+    config: DataConfig
 
     @property
     def template(self) -> Template | None:
@@ -43,8 +46,18 @@ class Source(Protocol):
         """Rows of every kind but text that was read so far, in every part that is known."""
         ...
 
+    def shares(self, kind: str, index: Any = None) -> Shares | None:
+        """Of which file each training row read last is, or each of those `index` int[M]; None where
+        the files have no weights.
+        """
+        ...
+
     def text(self, split: Split) -> Text:
         """Pretraining text, one document at a time."""
+        ...
+
+    def texts(self) -> Sequence[Text]:
+        """Training text of each source apart."""
         ...
 
     def tokenizer_texts(self) -> Iterable[str]:
@@ -71,11 +84,21 @@ class Source(Protocol):
 
 
 def open_source(
-    config: DataConfig, *, template: str | None = None, model: str | Path = ""
+    config: DataConfig,
+    *,
+    template: str | None = None,
+    model: str | Path = "",
+    weighed: Sequence[str] = (),
 ) -> Source:
     """The source that a config names. `template` is that of the model folder `model` which the run
-    starts from: ConfigError where the config names another.
+    starts from: ConfigError where the config names another, and where it has weights of files whose
+    rows the caller does not draw by them; `weighed` are the kinds that it does.
     """
+    for kind in ROW_FIELDS:
+        if kind not in weighed and config.weights(kind):
+            raise ConfigError(
+                f"config.data.{kind}: nothing here is drawn by weights, leave them out"
+            )
     wanted = config.template or template
     if template is not None and wanted != template:
         raise ConfigError(
@@ -116,6 +139,14 @@ class ToySource:
     def counts(self) -> dict[str, dict[str, int]]:
         """Those of the world that were made, and those of files."""
         return {**self._made, **self._files.counts()}
+
+    def shares(self, kind: str, index: Any = None) -> Shares | None:
+        """Those of files: the world's own rows are one source."""
+        return self._files.shares(kind, index)
+
+    def texts(self) -> list[Text]:
+        """The corpus is one source."""
+        return [self.text("train")]
 
     def text(self, split: Split) -> Text:
         """The corpus, and beyond it `toy_valid` documents for each held-out part."""

@@ -162,6 +162,27 @@ class TokenRows:
         return np.frombuffer(data, self._stored)[offset - first * BLOCK :][:count]
 
 
+class JoinedRows:
+    """The rows of several `TokenRows` of one length, one after the other, as one."""
+
+    def __init__(self, parts: Sequence[TokenRows]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.dtype = parts[0].dtype
+        self.shape = (int(self._starts[-1]), parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        wanted = np.arange(len(self))[index]
+        rows = np.empty((*wanted.shape, self.shape[1]), self.dtype)
+        of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for i in np.unique(of):
+            rows[of == i] = self._parts[i][wanted[of == i] - self._starts[i]]
+        return rows
+
+
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {reason}; delete {path.parent}: the tokens are made again from the text"

@@ -24,6 +24,7 @@ import numpy as np
 
 from instruct_jax.data.loader import Arrays, Batches
 from instruct_jax.data.packing import first_fit
+from instruct_jax.data.shares import Shares
 
 # Read into rows; every other array goes into a batch as it is, one element a prompt.
 _TEXT = ("tokens", "mask", "prompt_lengths", "index")
@@ -165,13 +166,16 @@ class TreeBatches:
         steps: int | None = None,
         micro_batches: int = 1,
         devices: int = 1,
+        shares: Shares | None = None,
     ) -> None:
         """ValueError where there are no comparisons, or `micro_batches` do not divide a batch."""
         if batch_size % micro_batches:
             raise ValueError(f"{micro_batches} micro-batches do not divide {batch_size} prompts")
         self.batch_size = batch_size
         self._sizes = tree_sizes(comparisons)
-        self._batches = Batches(comparisons, batch_size, seed=seed, sizes=self._sizes)
+        self._batches = Batches(
+            comparisons, batch_size, seed=seed, sizes=self._sizes, shares=shares
+        )
         self._micro_batches, self._pad_id = micro_batches, pad_id
         self.steps = self.steps_per_epoch if steps is None else steps
         groups = [

@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.trees import TreeBatches, completion_sizes
 from instruct_jax.losses import (
     cpo_loss,
@@ -359,13 +360,15 @@ def train(
     comparisons: Arrays,
     *,
     reference: Any = None,
+    shares: Shares | None = None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
 ) -> Any:
     """Trains `params` on encoded comparisons (see `encode_comparisons`); returns the parameters.
 
-    `reference` is the frozen policy, `params` itself by default. Resumes from
+    `reference` is the frozen policy, `params` itself by default; `shares` of which source each row
+    is, where sources have weights. Resumes from
     `workdir/checkpoints` when there is one; precomputed reference scores are computed again.
     """
     comparisons = read_by(config, comparisons)
@@ -379,7 +382,7 @@ def train(
     if score is not None and config.reference == "precomputed":
         comparisons = comparisons | {"reference": by_prompt(batches_of(comparisons), score)}
         score = None
-    batches = batches_of(comparisons, steps=steps)
+    batches = batches_of(comparisons, steps=steps, shares=shares)
     return fit(
         config,
         preference_loss(config, trained_form(language_model, model, config)),

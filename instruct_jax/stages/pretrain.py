@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Batches
-from instruct_jax.data.tokens import TokenRows
+from instruct_jax.data.shares import Shares
+from instruct_jax.data.tokens import JoinedRows, TokenRows
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.settings import setting
@@ -86,17 +87,19 @@ def train(
     config: PretrainConfig,
     model: Model,
     params: Any,
-    tokens: np.ndarray | TokenRows,
+    tokens: np.ndarray | TokenRows | JoinedRows,
     *,
+    shares: Shares | None = None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
 ) -> Any:
-    """Trains `params` on packed documents int32[N, T]; returns the trained parameters.
+    """Trains `params` on packed documents int32[N, T], of whose sources the batches have these
+    `shares`; returns the trained parameters.
 
     Resumes from `workdir/checkpoints` when there is one.
     """
-    batches = Batches(language_rows(tokens), config.batch_size, seed=config.seed)
+    batches = Batches(language_rows(tokens), config.batch_size, seed=config.seed, shares=shares)
     steps = steps_of(config.epochs, len(tokens), config.batch_size)
     return fit(
         config,

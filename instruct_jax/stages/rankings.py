@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.trees import TreeBatches
 from instruct_jax.errors import ConfigError
 from instruct_jax.stages.stage import FitConfig
@@ -18,7 +19,13 @@ TREE = ("mask", "segment_ids", "branches", "positions")
 
 
 def tree_batches(
-    config: FitConfig, comparisons: Arrays, *, pad_id: int, mesh: Mesh, steps: int | None = None
+    config: FitConfig,
+    comparisons: Arrays,
+    *,
+    pad_id: int,
+    mesh: Mesh,
+    steps: int | None = None,
+    shares: Shares | None = None,
 ) -> TreeBatches:
     """The batches of a run of `steps` updates, by default of one epoch. ConfigError where `mesh`
     does not divide them.
@@ -32,6 +39,7 @@ def tree_batches(
         steps=steps,
         micro_batches=config.micro_batches,
         devices=axes_size(mesh, BATCH_AXES),
+        shares=shares,
     )
 
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from instruct_jax.data.loader import Arrays
 from instruct_jax.data.ragged import Rows
 from instruct_jax.data.rows import PromptText
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.templates import encode_texts
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.trees import TreeBatches
@@ -213,6 +214,7 @@ def train(
     comparisons: Arrays,
     *,
     standard: Arrays | None,
+    shares: Shares | None = None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
@@ -220,7 +222,8 @@ def train(
     """Trains a scalar model on encoded comparisons and sets its zero point; returns the parameters.
 
     `comparisons`: tokens int32[N, K, T], mask, ranks int32[N, K] (0 is best), where bool[N, K],
-    prompt_lengths int32[N], as `encode_comparisons` makes them.
+    prompt_lengths int32[N], as `encode_comparisons` makes them; `shares` says of which source each
+    is, where sources have weights.
     `standard` (tokens int32[N, T], mask) are the rows that fix the scale of the score, see
     `normalise`; they may be None only when `config.normalisation` is "none". Resumes from
     `workdir/checkpoints` when there is one.
@@ -229,7 +232,8 @@ def train(
     if standard is None and config.normalisation != "none":
         raise ConfigError(f"normalisation {config.normalisation!r} needs rows; none were given")
     steps = steps_of(config.epochs, len(comparisons["tokens"]), config.batch_size)
-    batches = tree_batches(config, comparisons, pad_id=model.config.pad_id, steps=steps, mesh=mesh)
+    rows = {"pad_id": model.config.pad_id, "steps": steps, "shares": shares}
+    batches = tree_batches(config, comparisons, mesh=mesh, **rows)
     params = fit(
         config,
         reward_loss(

@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruct_jax.data.loader import Arrays, Batches, Mixture
-from instruct_jax.data.tokens import TokenRows
+from instruct_jax.data.shares import Shares
+from instruct_jax.data.tokens import JoinedRows, TokenRows
 from instruct_jax.errors import ConfigError
 from instruct_jax.files import write_json
 from instruct_jax.models.transformer import Model, language_model
@@ -83,7 +84,9 @@ def train(
     params: Any,
     demonstrations: Arrays,
     *,
-    pretraining: np.ndarray | TokenRows | None = None,
+    pretraining: np.ndarray | TokenRows | JoinedRows | None = None,
+    shares: Shares | None = None,
+    text_shares: Shares | None = None,
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
@@ -92,8 +95,9 @@ def train(
     """Fine-tunes `params` on encoded demonstrations; returns the parameters after the last epoch.
 
     `demonstrations`: tokens int32[N, T], mask, loss_mask. `pretraining` int32[M, T] rows of the
-    same length fill `config.pretrain_fraction` of every batch. `on_epoch(epoch, params)` sees the
-    parameters after every epoch (SFT-4), `evaluate` then and every `config.eval_every` updates.
+    same length fill `config.pretrain_fraction` of every batch. `shares` and `text_shares` say of
+    which source each row of either is, where sources have weights. `on_epoch(epoch, params)` sees
+    the parameters after every epoch (SFT-4), `evaluate` then and every `config.eval_every` updates.
     Resumes from `workdir/checkpoints` when there is one.
     """
     rows = dict(demonstrations)
@@ -104,14 +108,14 @@ def train(
             rows["loss_mask"] = np.array(rows["mask"])
             rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
     own = config.batch_size - config.mixed
-    demonstrated = Batches(rows, own, seed=config.seed)
+    demonstrated = Batches(rows, own, seed=config.seed, shares=shares)
     batches: Batches | Mixture = demonstrated
     if config.mixed:
         assert pretraining is not None, "pretrain_fraction > 0 needs pretraining rows"
         text = language_rows(pretraining)
         if "segment_ids" in rows:
             text["segment_ids"] = np.broadcast_to(np.int32(1), pretraining.shape)
-        extra = Batches(text, config.mixed, seed=config.seed + 1)
+        extra = Batches(text, config.mixed, seed=config.seed + 1, shares=text_shares)
         batches = Mixture(demonstrated, extra)
     per_epoch = demonstrated.steps_per_epoch
     steps = steps_of(config.epochs, per_epoch, 1)

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 from instruct_jax.data.config import DataConfig
-from instruct_jax.data.corpus import Corpus, TokenRows
+from instruct_jax.data.corpus import Corpus, Text
+from instruct_jax.data.shares import Shares
 from instruct_jax.data.sources import Source
 from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokens import JoinedRows, TokenRows
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.training import hosts
 
@@ -23,11 +25,29 @@ def text_rows(
     that cannot be used, for files that are not those of the first time, and for less than one row
     to train on; of a held-out part there may be none.
     """
-    corpus = Corpus(source.text(split), tokenizer, folder)
+    return _rows(source.text(split), tokenizer, length, folder, required=split == "train")
+
+
+def training_text(
+    source: Source, tokenizer: Tokenizer, *, length: int, folder: Path
+) -> tuple[TokenRows | JoinedRows, Shares | None]:
+    """`text_rows` to train on, and where files have weights of which each row is."""
+    weights = source.config.weights("documents")
+    if weights is None:
+        return text_rows(source, "train", tokenizer, length=length, folder=folder), None
+    parts = [_rows(text, tokenizer, length, folder, required=True) for text in source.texts()]
+    of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return JoinedRows(parts), Shares(of, weights, source.config.files("documents"))
+
+
+def _rows(
+    text: Text, tokenizer: Tokenizer, length: int, folder: Path, *, required: bool
+) -> TokenRows:
+    corpus = Corpus(text, tokenizer, folder)
     hosts.first_alone(corpus.plan)
     corpus.make(jax.process_index(), jax.process_count())
     corpus.wait()
-    return corpus.rows(length, required=split == "train")
+    return corpus.rows(length, required=required)
 
 
 def names_text(config: DataConfig, split: Split = "valid") -> bool:
