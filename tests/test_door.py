@@ -7,6 +7,7 @@ The wrong command lines are made by machine from what is said beside each field.
 import dataclasses
 import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -469,6 +470,34 @@ def test_the_help_of_every_script_fits_the_page_and_names_what_can_be_set(script
     assert "\\\\" not in text, "a command that is shown can be pasted"
     for name in known(module(script).Config):
         assert f"--config.{name}=" in text
+
+
+def test_numbers_are_shown_as_people_write_them(capsys):
+    cli.run(
+        module("ppo").main,
+        module("ppo").Config,
+        default="configs/ppo.py:instructgpt_1p3b",
+        argv=["-h"],
+    )
+    text = capsys.readouterr().out
+    assert "--config.ppo.learning_rate=5e-6\n" in text and "--config.ppo.episodes=256_000\n" in text
+    assert "at most 1e6" not in text and not re.search(r"\de[+-]0", text)
+    text = cli.resolve(module("ppo").Config, {}, {"ppo.episodes": "256_000"})
+    assert text.ppo.episodes == 256_000
+
+
+def test_why_a_field_is_not_read_is_told():
+    for script, field, why in (
+        ("collect", "data.prompts", "the training prompts of the embedded world are read"),
+        (
+            "sft",
+            "data.comparisons",
+            "this script reads data.demonstrations, data.dialogues, data.d",
+        ),
+        ("evaluate", "model.remat", "nothing is trained"),
+    ):
+        with pytest.raises(ConfigError, match=f"config.{field} has no effect: {why}"):
+            resolve(module(script).Config, {}, {field: "full"})
 
 
 def test_intervals_may_change_and_a_run_may_be_made_longer():

@@ -124,7 +124,9 @@ class MetricLogger:
         text = " ".join(f"{name} {value}" for name, value in shown.items())
         if step > first:
             rate = (step - first) / max(now - begun, 1e-9)
-            text += f" | {rate:.3g} steps/s | {_clock((self.total - step) / rate)} left"
+            text += f" | {rate:.3g} steps/s"
+            if step < self.total:
+                text += f" | {_clock((self.total - step) / rate)} left"
         print(f"{self.name} {step}/{self.total} {text}", file=sys.stderr, flush=True)
 
 

@@ -181,6 +181,9 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path):
     kwise = {"prompt": "p", "completions": ["a", "b"], "ranks": [1.0, 0.0]}
     (row,) = read_comparisons(write(tmp_path / "a.jsonl", kwise))
     assert row.ranks == (1, 0) and all(type(rank) is int for rank in row.ranks)
+    # Ties at the mean of their places, as statistics programs rank.
+    tied = {"prompt": "p", "completions": list("abcde"), "ranks": [4.5, 1, 2.5, 2.5, 4.5]}
+    assert read_comparisons(write(tmp_path / "c.jsonl", tied))[0].ranks == (2, 0, 1, 1, 2)
     pair = {"input": "p", "output_1": "a", "output_2": "b", "label": 2.0}
     assert read_comparisons(write(tmp_path / "a.jsonl", pair))[0].ranks == (1, 0)
     for label in (1.5, True, "x", 3):

@@ -80,6 +80,38 @@ def test_no_length_below_the_present_one_is_advised(caplog):
     assert "raise c.prompt_length: 6 is enough for 95 %, 7 for all)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [
+        (12, "raise c.prompt_length: 8 is enough for all); 1 responses"),
+        (12, "raise c.response_length: 6 is enough for all)"),
+        (9, "raise c.prompt_length: the model has 5 for it, 8 is the longest; config.measure_len"),
+        (8, "the model has no position left for more; 8 is the longest); 1 responses"),
+        (8, "the model has no position left for more; 6 is the longest)"),
+    ],
+)
+def test_nothing_past_the_positions_of_the_model_is_advised(caplog, positions, told):
+    rows = [Demonstration("abcdefgh", "x"), Demonstration("a", "vwxyz")]
+    form = {"prompt_length": 4, "response_length": 4, "group": "c", "positions": positions}
+    encode_demonstrations(rows, TOKENIZER, **form)
+    assert told in caplog.text
+
+
+def test_nothing_past_what_a_response_leaves_is_advised_for_prompts(caplog):
+    rows = [Prompt("abcdefgh"), Prompt("a")]
+    encode_prompts(rows, TOKENIZER, prompt_length=4, group="c", positions=5)
+    assert "raise c.prompt_length: the model has 5 for it, 8 is the longest" in caplog.text
+
+
+def test_rows_of_which_none_is_left_say_where_lengths_are_measured(caplog):
+    form = {"prompt_length": 1, "response_length": 4, "group": "config.sft"}
+    rows = [Demonstration("abc", "x")]
+    with pytest.raises(DataError, match=r"none of 1 .*\(--config=configs/sft.py:files measures"):
+        encode_demonstrations(rows, TOKENIZER, **form)
+    encode_demonstrations(rows, TOKENIZER, **form, required=False)
+    assert "1 held-out demonstrations encoded: 1 dropped" in caplog.text
+
+
 def test_documents_run_on_with_eos_between_and_without_padding(caplog):
     """T38: a pretraining row has no padding."""
     docs = [Document("abcd"), Document("ef"), Document("ghi")]

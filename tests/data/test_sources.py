@@ -322,6 +322,18 @@ def test_a_file_is_read_once_for_all_parts_and_its_rows_are_counted(tmp_path, ca
     assert toy.counts() == {"prompts": {"train": 8, "valid": 4}}
 
 
+def test_a_ranking_of_too_many_is_told_by_its_line_and_the_field(tmp_path):
+    rows = [{"prompt": p, "completions": list("abc"), "ranks": [0, 1, 2]} for p in "pq"]
+    rows[0] = rows[0] | {"completions": ["a", "b"], "ranks": [0, 1]}
+    config = {"comparisons": write(tmp_path / "a.jsonl", *rows), "valid_fraction": 0.0}
+    form = {"most": (2, "config.preference.completions")}
+    with pytest.raises(DataError, match=r"a.jsonl:2:1: 3 completions, over config.preference.com"):
+        files(**config).comparisons("train", **form)
+    assert len(files(**config, on_bad_row="skip").comparisons("train", **form)) == 1
+    kept = files(**config, completions=(2, 2)).comparisons("train", **form)
+    assert [len(row.completions) for row in kept] == [2, 2]
+
+
 def test_excluded_rankings_are_not_counted_as_trained_on(tmp_path):
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     path = write(tmp_path / "a.jsonl", row, row | {"prompt": "q", "dataset": "selfinstruct"})

@@ -4,6 +4,7 @@ run without held-out rows, or without files that it would not read, is a run.
 
 import importlib
 import json
+import re
 
 import jax
 import pytest
@@ -86,15 +87,20 @@ LONG = " ".join(scripts.WORDS * 4)
         ("sft", "--config.data.demonstrations={long}", "raise config.sft.prompt_length"),
         ("sft", "--config.sft.batch_size=7", "7 rows cannot be divided over mesh data:2"),
         ("reward_model", "--config.data.demonstrations={long}", "normalisation=demo_mean needs"),
+        ("reward_model", "--config.data.demonstrations=", "needs data.demonstrations, answers wh"),
         (
             "reward_model",
             "--config.data.comparisons={ranked_long}",
             "comparisons is left",
         ),
         ("reward_model", "--config.data.comparisons={tied}", "each is a tie"),
-        ("reward_model", "--config.reward_model.completions=2", "has 3 completions, over 2"),
+        (
+            "reward_model",
+            "--config.reward_model.completions=2",
+            "comparisons.jsonl:1:1: 3 completions",
+        ),
         ("reward_model", "--config.reward_model.batch_size=64", "less than one batch"),
-        ("preference", "--config.preference.completions=2", "raise config.preference.completions"),
+        ("preference", "--config.preference.completions=2", "over config.preference.completions=2"),
         (
             "preference",
             "--config.data.comparisons={ranked_long}",
@@ -215,6 +221,47 @@ def test_ppo_and_evaluation_need_no_documents(tmp_path, capsys, inputs):
     assert "reward" in out and "answers that end" in out and "held-out text loss" not in out
     for name in ("evaluation.json", "samples.jsonl"):
         assert str(tmp_path / "evaluate" / name) in out
+
+
+def test_how_many_rows_went_where_is_told_and_recorded(tmp_path, capsys, inputs):
+    scripts.launch("sft", *arguments(inputs, "sft", tmp_path / "run"))
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    found = re.fullmatch(
+        r"data: demonstrations: (\d+) to train on, (\d+) for validation, (\d+) for evaluation", told
+    )
+    counts = dict(zip(("train", "valid", "test"), map(int, found.groups()), strict=True))
+    assert sum(counts.values()) == 60
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["rows"] == {"demonstrations": counts}
+
+
+def test_a_warning_is_a_plain_line_that_is_said_once(tmp_path, capsys, inputs):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(inputs[1]["demonstrations"].read_text() + '{"prompt": "a", "response": ""}\n')
+    skip = [f"--config.data.demonstrations={rows}", "--config.data.on_bad_row=skip"]
+    scripts.launch("sft", *arguments(inputs, "sft", tmp_path / "run"), *skip)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "bad rows" in line]
+    assert lines == [
+        f"warning: {rows}: prompt+response, 60 rows; 1 bad rows skipped (1 x response: empty text)"
+    ]
+
+
+def test_few_held_out_prompts_are_told_at_an_evaluation(tmp_path, capsys, inputs):
+    scripts.launch("evaluate", *arguments(inputs, "evaluate", tmp_path / "run"))
+    err = capsys.readouterr().err
+    assert re.search(
+        r"note: only \d prompts are held out, too few .* config.data.test.prompts", err
+    )
+
+
+def test_a_pack_length_that_the_rows_do_not_fit_is_measured_too(tmp_path, capsys, inputs):
+    """Of a dozen short rows no batch of 512 tokens is filled; longer ones once ended the run."""
+    command = [*arguments(inputs, "sft", tmp_path / "run"), "--config.measure_lengths=true"]
+    for given in (8, 512):
+        workdir = f"--workdir={tmp_path / str(given)}"
+        scripts.launch("sft", *command, workdir, f"--config.sft.pack_length={given}")
+        found = re.search(r"note: pack_length (\d+) and not (\d+)", capsys.readouterr().err)
+        assert int(found[2]) == given and 8 < int(found[1]) < 512
 
 
 def test_lengths_are_measured_and_told(tmp_path, capsys, inputs):

@@ -9,7 +9,7 @@ import pytest
 
 from instruct_jax.errors import UserError
 from instruct_jax.training.checkpoint import Checkpointer
-from instruct_jax.training.ledger import LEDGER, RUNNING, Ledger, account, read
+from instruct_jax.training.ledger import LEDGER, RUNNING, Account, Ledger, account, read
 from instruct_jax.training.loop import train
 from instruct_jax.training.metrics import MetricLogger
 
@@ -42,6 +42,13 @@ def test_parts_in_one_directory_have_accounts_of_their_own(tmp_path):
     assert account(tmp_path, "a").step == 3
     assert account(tmp_path).step == 5 and account(tmp_path).reason == "done"
     assert account(tmp_path / "nowhere") is None
+
+
+def test_the_account_is_told_of_a_run_that_was_long_or_stopped():
+    """Of a short one it says that compiling takes time."""
+    once = Account(step=9, processes=1, lost_steps=0, productive=1.0, wall=20.0, reason="done")
+    assert not once.tells
+    assert once._replace(wall=3600.0).tells and once._replace(processes=2).tells
 
 
 def test_half_a_line_is_left_out(tmp_path):

@@ -100,9 +100,20 @@ def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(tmp_path, mon
     assert lines == [
         "sft 1/4 loss 0.3333",
         "sft 2/4 loss 0.6667 | 0.1 steps/s | 0m20s left",
-        "sft 4/4 loss 1.333 | 0.15 steps/s | 0m00s left",
+        "sft 4/4 loss 1.333 | 0.15 steps/s",
         "sft: saved",
     ]
+
+
+def test_that_a_program_is_compiled_is_told_where_there_is_a_step_to_do(tmp_path, capsys):
+    for step, told in (
+        (0, "sft: compiling step 1 of 4\n"),
+        (3, "sft: compiling step 4 of 4\n"),
+        (4, ""),
+    ):
+        with MetricLogger(tmp_path, "sft", total=4) as logger:
+            logger.resume(step)
+        assert capsys.readouterr().err == told
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch, capsys):
