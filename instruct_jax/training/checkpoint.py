@@ -9,6 +9,7 @@ back as keys. Several processes save and restore together: each writes and reads
 file system that all of them see, and the first of them does the rest.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -27,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, Singl
 from instruct_jax.errors import CheckpointError, ConfigError, StorageError
 from instruct_jax.files import unfit_path
 from instruct_jax.training import hosts, ocp
-from instruct_jax.training.integrity import UNFINISHED, write_manifest
+from instruct_jax.training.integrity import UNFINISHED, strangers, write_manifest
 from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
 from instruct_jax.training.signals import hold_signals
 
@@ -188,9 +189,13 @@ def set_damaged_aside(directory: Path) -> dict[int, str]:
 
 
 def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
-    """Writes the final parameters of a stage, over an earlier model in `directory`."""
+    """Writes the final parameters of a stage, over an earlier model in `directory`.
+
+    What else was put there is moved to a folder beside it: Orbax empties the one that it writes.
+    """
     directory = Path(directory).absolute()
     _check_name(directory)
+    hosts.first_alone(lambda: _keep_strangers(directory))
     with _writing(directory, sum(x.nbytes for x in jax.tree.leaves(params))):
         ocp.save_checkpointables(
             str(directory),
@@ -199,6 +204,15 @@ def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
             custom_metadata=_record(metadata),
         )
         hosts.first_alone(lambda: write_manifest(directory))
+
+
+def _keep_strangers(directory: Path) -> None:
+    names = (directory.with_name(f"{directory.name}.kept{n or ''}") for n in itertools.count())
+    folder = next(folder for folder in names if not folder.exists())
+    for path in strangers(directory):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(directory / path, folder / path)
+        logger.warning("%s: not of this model; moved to %s", directory / path, folder / path)
 
 
 def load_model(directory: str | Path, abstract: Any = None) -> tuple[Any, Metadata]:

@@ -38,7 +38,7 @@ def find_damage(directory: Path) -> str | None:
         return UNFINISHED
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    present = {str(path) for path in _files(directory)}
+    present = set(map(str, _files(directory)))
     if missing := wanted.keys() - present:
         return f"{_some(missing)} missing"
     if added := present - wanted.keys():
@@ -55,6 +55,17 @@ def find_damage(directory: Path) -> str | None:
 
     with ThreadPoolExecutor(_READERS) as pool:
         return next(filter(None, pool.map(differs, sorted(wanted))), None)
+
+
+def strangers(directory: Path) -> list[Path]:
+    """The files below `directory`, relative to it, that its save did not write; none where no
+    manifest says what it wrote.
+    """
+    try:
+        wanted = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return []
+    return [path for path in _files(directory) if str(path) not in wanted]
 
 
 def _files(directory: Path) -> Iterable[Path]:

@@ -175,3 +175,15 @@ def test_a_model_replaces_the_earlier_one(tmp_path):
     assert loaded["w"][0] == 2.0 and metadata == {"value": 2.0}
     with pytest.raises(CheckpointError, match="nowhere: no model here"):
         load_model(tmp_path / "nowhere")
+
+
+def test_a_file_of_the_users_among_the_parameters_is_kept_when_they_are_written_again(tmp_path):
+    """Orbax empties the folder that it writes."""
+    folder = tmp_path / "params"
+    for value in (1.0, 2.0, 3.0):
+        save_model(folder, {"w": jnp.full(3, value)}, {})
+        (folder / "params" / "notes.txt").write_text(f"mine {value}")
+    save_model(folder, {"w": jnp.full(3, 4.0)}, {})
+    assert load_model(folder)[0]["w"][0] == 4.0
+    kept = sorted(tmp_path.glob("params.kept*/params/notes.txt"))
+    assert [path.read_text() for path in kept] == ["mine 1.0", "mine 2.0", "mine 3.0"]
