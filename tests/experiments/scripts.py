@@ -11,8 +11,12 @@ import jax
 
 from instruct_jax import cli
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
-from instruct_jax.models.transformer import TransformerConfig, language_model
-from instruct_jax.stages.trained import TrainedModel, save_trained
+from instruct_jax.models.transformer import (
+    TransformerConfig,
+    language_model,
+    scalar_from_language,
+)
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 
 WORDS = [
     "the",
@@ -51,6 +55,13 @@ def write_model(folder: Path, *, reads: Tokenizer | None = None) -> Path:
     )
     params = language_model(shape).init(jax.random.key(0))
     return save_trained(folder, TrainedModel("language", shape, params, reads, "pretrain"))
+
+
+def write_reward_model(folder: Path, start: Path) -> Path:
+    """A reward model on the trunk of the model in `start`."""
+    model = load_trained(start)
+    params = scalar_from_language(model.params, jax.random.key(0), model.config)
+    return save_trained(folder, model._replace(kind="scalar", params=params, stage="reward_model"))
 
 
 def sentence(i: int, length: int = 5) -> str:

@@ -6,11 +6,9 @@ import importlib
 import json
 import re
 
-import jax
 import pytest
 
-from instruct_jax.models.transformer import scalar_from_language
-from instruct_jax.stages.trained import load_trained, save_trained
+from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 
 LENGTHS = {"prompt_length": 24, "response_length": 16}
@@ -21,10 +19,7 @@ def inputs(tmp_path_factory):
     """Rows, a language model and a reward model of the same tokens."""
     folder = tmp_path_factory.mktemp("inputs")
     paths = scripts.write_rows(folder)
-    model = load_trained(scripts.write_model(folder / "model"))
-    params = scalar_from_language(model.params, jax.random.key(0), model.config)
-    reward = model._replace(kind="scalar", params=params, stage="reward_model")
-    save_trained(folder / "reward", reward)
+    scripts.write_reward_model(folder / "reward", scripts.write_model(folder / "model"))
     return folder, paths
 
 
@@ -84,6 +79,7 @@ LONG = " ".join(scripts.WORDS * 4)
         ("sft", "--config.sft.prompt_length=1", "none of "),
         ("sft", "--config.sft.prompt_length=1", "raise config.sft.prompt_length: "),
         ("sft", "--config.sft.pack_length=8", "the longest demonstration has"),
+        ("sft", "--config.sft.pack_length=1000000000", "all demonstrations together have"),
         ("sft", "--config.data.demonstrations={long}", "raise config.sft.prompt_length"),
         ("sft", "--config.sft.batch_size=7", "7 rows cannot be divided over mesh data:2"),
         ("reward_model", "--config.data.demonstrations={long}", "normalisation=demo_mean needs"),
