@@ -1,13 +1,19 @@
-"""Hugging Face models in and out: config.json, safetensors, tokenizer, chat template, model card.
+"""Models in and out: folders of Hugging Face (config.json, safetensors, tokenizer, chat template,
+model card) and GGUF files, which llama.cpp, Ollama and LM Studio run.
 
     python experiments/convert.py --config=configs/convert.py:from_hf --config.source=DIR_OR_HUB_ID
     python experiments/convert.py --config=configs/convert.py:to_hf --config.source=runs/sft/model
+    python experiments/convert.py --config=configs/convert.py:from_gguf --config.source=FILE.gguf
+    python experiments/convert.py --config=configs/convert.py:to_gguf --config.source=runs/ppo/model
 
 from_hf reads a folder or a hub id (its config, safetensors and tokenizer files; never pickles or
 code) and writes WORKDIR/model, which every stage takes as its `init`. to_hf reads the `model`
 folder of a stage and writes WORKDIR/hf, which transformers loads as a causal language model, or,
 for a reward or value model, as a sequence classifier with one label; its model card is made from
 the record of the stage's run. Half precision only saves disk: parameters are fp32 here.
+from_gguf reads a file of any quantisation that the package gguf dequantises, with its tokenizer and
+template; to_gguf writes WORKDIR/model.gguf of a language model, in float32, float16, bfloat16 or
+q8_0. Both need pip install -e '.[gguf]'.
 """
 
 import json
@@ -20,7 +26,9 @@ from instruct_jax.data.templates import template_named
 from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.data.tokenizer_checks import FORMS
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.gguf import open_gguf, save_gguf
 from instruct_jax.models.hf import (
+    Pretrained,
     chat_template_of,
     exported_files,
     family_of,
@@ -37,15 +45,17 @@ from instruct_jax.stages.record import Base, read_record
 from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
-WRITES = exported_files("hf")
+WRITES = (*exported_files("hf"), "model.gguf", ".model.gguf.partial")
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     """One conversion; `source` is a folder of the one kind, the work directory gets the other."""
 
-    direction: Literal["from_hf", "to_hf"] = setting("from_hf", "which way")
-    source: str = setting("", "the model to convert: a folder, or a hub id for from_hf")
+    direction: Literal["from_hf", "to_hf", "from_gguf", "to_gguf"] = setting("from_hf", "which way")
+    source: str = setting(
+        "", "the model to convert: a folder, a hub id for from_hf, a file for from_gguf"
+    )
     revision: str | None = setting(None, "of a hub id", needs="direction=from_hf")
     ignore_code: bool = setting(
         False,
@@ -53,27 +63,29 @@ class Config(Settings):
         needs="direction=from_hf",
     )
     tokenizer: str | None = setting(
-        None, "a tokenizer instead of the folder's own", needs="direction=from_hf"
+        None, "a tokenizer instead of the model's own", needs="direction=from_hf|from_gguf"
     )
     resize: bool = setting(
         False,
         "give tokens that the tokenizer has and the model lacks the mean of all embeddings",
-        needs="direction=from_hf",
+        needs="direction=from_hf|from_gguf",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "of the numbers that are written", needs="direction=to_hf"
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = setting(
+        "float32",
+        "of the numbers that are written; q8_0, a byte a number, only as GGUF",
+        needs="direction=to_hf|to_gguf",
     )
     family: str | None = setting(
         None,
         "a model_type; None is the one that came in, or the first that fits",
-        needs="direction=to_hf",
+        needs="direction=to_hf|to_gguf",
     )
     template: str | None = setting(
         None,
         "the template that becomes the chat template; None is the run's own",
-        needs="direction=to_hf",
+        needs="direction=to_hf|to_gguf",
     )
-    name: str | None = setting(None, "of the model, for its card", needs="direction=to_hf")
+    name: str | None = setting(None, "of the model, for its card", needs="direction=to_hf|to_gguf")
     licence: str | None = setting(None, "of the weights; None is what the base says")
     shard_gb: float = setting(
         5.0, "size of a file of weights at most", above=0.0, unit="GB", needs="direction=to_hf"
@@ -84,7 +96,8 @@ def main(config: Config, run: cli.Run) -> Path:
     """Writes the model and returns its folder."""
     if not config.source:
         raise ConfigError("config.source is empty; name the model to convert")
-    return (from_hf if config.direction == "from_hf" else to_hf)(config, run)
+    ways = {"from_hf": from_hf, "to_hf": to_hf, "from_gguf": from_gguf, "to_gguf": to_gguf}
+    return ways[config.direction](config, run)
 
 
 def from_hf(config: Config, run: cli.Run) -> Path:
@@ -96,6 +109,17 @@ def from_hf(config: Config, run: cli.Run) -> Path:
         tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer else None,
         resize=config.resize,
     )
+    return _import(found, config, run)
+
+
+def from_gguf(config: Config, run: cli.Run) -> Path:
+    """WORKDIR/model of a GGUF file."""
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    with open_gguf(config.source, tokenizer=tokenizer, resize=config.resize) as found:
+        return _import(found, config, run)
+
+
+def _import(found: Pretrained, config: Config, run: cli.Run) -> Path:
     tokenizer = found.tokenizer
     if tokenizer is None:
         raise ConfigError(
@@ -159,6 +183,26 @@ def to_hf(config: Config, run: cli.Run) -> Path:
     if bias and not folded:
         print(f"scores in transformers are lower by the head's bias, {bias!r}: see the model card")
     return folder
+
+
+def to_gguf(config: Config, run: cli.Run) -> Path:
+    """WORKDIR/model.gguf of a stage's model folder."""
+    source = Path(config.source)
+    trained = load_trained(source, kind="language")
+    name = config.name or _name(source, trained)
+    path = save_gguf(
+        run.workdir / "model.gguf",
+        trained.config,
+        trained.params,
+        tokenizer=trained.tokenizer,
+        chat_template=_chat_template(config, source, trained),
+        family=config.family,
+        dtype=config.dtype,
+        name=name,
+        licence=config.licence or (trained.base and trained.base.licence),
+    )
+    print(f"{name}: written to {path}, {path.stat().st_size / 1e6:.0f} MB")
+    return path
 
 
 def _chat_template(config: Config, source: Path, trained: TrainedModel) -> str | None:

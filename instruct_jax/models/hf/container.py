@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,29 @@ _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 
 _LENGTH = struct.Struct("<Q")
 # A thousand tensors take a tenth of a megabyte; of what JSON may hold, values cost more than bytes.
 _LONGEST_JSON, _MOST_VALUES = 64_000_000, 2_000_000
+
+
+class Source(Protocol):
+    """A tensor of which nothing is read yet; `kind` is one of `FLOATS`, or is refused."""
+
+    @property
+    def path(self) -> Path:
+        """The file that it is in."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What `open` gives, as safetensors calls it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `open` gives."""
+        ...
+
+    def open(self) -> np.ndarray:
+        """The tensor."""
+        ...
 
 
 class Stored(NamedTuple):

@@ -6,7 +6,7 @@ one stacked parameter at a time, straight onto the devices when shardings are gi
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.families import parameter_count
-from instruct_jax.models.hf.container import FLOATS, Stored, open_weights, printable, read_header
+from instruct_jax.models.hf.container import FLOATS, Source, open_weights, printable, read_header
 from instruct_jax.models.hf.folder import (
     TOKENIZER_FILES,
     find_folder,
@@ -49,6 +49,8 @@ class Pretrained(NamedTuple):
     """A hub id where one is known, else the bare name of the folder."""
     licence: str | None
     """What its README.md says."""
+    stored: Mapping[str, Source] | None = None
+    """Tensors without the family's prefix, where they are not in files of the folder."""
 
 
 def inspect_pretrained(
@@ -114,7 +116,9 @@ def read_pretrained(
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     kind = FLOATS[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]]
-    stored = _strip(found.family, open_weights(found.folder))
+    stored = found.stored
+    if stored is None:
+        stored = _strip(found.family, open_weights(found.folder))
     extra = _read_head(found)
     _check_size(found, stored)
     tree, shapes = parameter_shapes(found.config, found.kind)
@@ -167,11 +171,11 @@ def _vocab_size(path: Path, raw: Raw, tokenizer: Tokenizer | None, *, resize: bo
     return min(rows, tokens)
 
 
-def _strip(family: Family, stored: dict[str, Stored]) -> dict[str, Stored]:
+def _strip(family: Family, stored: Mapping[str, Source]) -> dict[str, Source]:
     """Tensors by their name without the family's prefix, under its usual alias."""
     parts = family.prefix.split(".")[:-1]
     prefixes = [".".join(parts[i:]) + "." for i in range(len(parts))]
-    short: dict[str, Stored] = {}
+    short: dict[str, Source] = {}
     for name, tensor in stored.items():
         prefix = next((p for p in prefixes if name.startswith(p)), "")
         bare = name.removeprefix(prefix)
@@ -182,7 +186,7 @@ def _strip(family: Family, stored: dict[str, Stored]) -> dict[str, Stored]:
     return short
 
 
-def _check_size(found: Pretrained, stored: dict[str, Stored]) -> None:
+def _check_size(found: Pretrained, stored: Mapping[str, Source]) -> None:
     """Refuses absurd sizes while they are still only numbers in a JSON file."""
     held = sum(int(np.prod(tensor.shape, dtype=object)) for tensor in stored.values())
     described = parameter_count(found.config)
@@ -208,7 +212,7 @@ def _read_head(found: Pretrained) -> dict[str, np.ndarray]:
 
 def _read_window(
     of_layers: list[Piece],
-    stored: dict[str, Stored],
+    stored: Mapping[str, Source],
     window: tuple[slice, ...],
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -244,7 +248,7 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _check(found: Pretrained, plan: list[Piece], stored: dict[str, Stored]) -> None:
+def _check(found: Pretrained, plan: list[Piece], stored: Mapping[str, Source]) -> None:
     known = {piece.name for piece in plan}
     allowed = set(known)
     if found.config.tie_embeddings and found.kind == "language":

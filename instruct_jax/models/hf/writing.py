@@ -94,7 +94,8 @@ def save_pretrained(
     partial = _partial(directory)
     _empty(partial)
     numbers = FLOATS[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]]
-    write_weights(partial, _tensors(config, model_type, flat), numbers, max_bytes=shard_bytes)
+    tensors = tensors_to_write(config, model_type, flat, rows=config.vocab_size + 1)
+    write_weights(partial, tensors, numbers, max_bytes=shard_bytes)
     if kept:
         tensors = [ToWrite(name, x.shape, lambda x=x: x) for name, x in kept.items()]
         write_file(partial / HEAD_FILE, tensors, FLOATS["F32"])
@@ -172,9 +173,14 @@ def _fold_bias(flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarr
     return {**flat, "final_norm/bias": shifted.astype(np.float32)}, kept
 
 
-def _tensors(config: TransformerConfig, model_type: str, flat: dict[str, Any]) -> list[ToWrite]:
-    """Every stored tensor, made of its pieces when it is written."""
-    family, rows = FAMILIES[model_type], config.vocab_size + 1
+def tensors_to_write(
+    config: TransformerConfig, model_type: str, flat: dict[str, Any], *, rows: int
+) -> list[ToWrite]:
+    """Every stored tensor by transformers' name, made of its pieces when it is written.
+
+    `flat` are parameters by their path; of the vocabulary tables the first `rows` are stored.
+    """
+    family = FAMILIES[model_type]
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces(config, family, flat, rows=rows, kept=rows):
         by_name.setdefault(piece.name, []).append(piece)
