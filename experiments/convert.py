@@ -17,6 +17,7 @@ q8_0. Both need pip install -e '.[gguf]'.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,9 @@ from instruct_jax.data.templates import template_named
 from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.data.tokenizer_checks import FORMS
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.gguf import open_gguf, save_gguf
+from instruct_jax.models.gguf import ARCHITECTURES, open_gguf, save_gguf
 from instruct_jax.models.hf import (
+    FAMILIES,
     Pretrained,
     chat_template_of,
     exported_files,
@@ -196,7 +198,7 @@ def to_gguf(config: Config, run: cli.Run) -> Path:
         trained.params,
         tokenizer=trained.tokenizer,
         chat_template=_chat_template(config, source, trained),
-        family=config.family,
+        family=config.family or _family(trained, {a.model_type for a in ARCHITECTURES.values()}),
         dtype=config.dtype,
         name=name,
         licence=config.licence or (trained.base and trained.base.licence),
@@ -221,9 +223,11 @@ def _name(source: Path, trained: TrainedModel) -> str:
     return trained.stage if folder == Path.home() else f"{folder.name}-{trained.stage}"
 
 
-def _family(trained: TrainedModel) -> str | None:
+def _family(trained: TrainedModel, known: Collection[str] = FAMILIES) -> str | None:
     """The family that the weights came in, where it can still say what they have become."""
     name = trained.base and trained.base.model_type
+    if name not in known:
+        return None
     try:
         return family_of(trained.config, name)
     except ValueError:

@@ -110,7 +110,7 @@ def _byte_level(
             f"tokenizer.ggml.pre={printable(str(name), 40)} is not known; known: "
             f"{', '.join(splits.NAMES)}; give its tokenizer as config.tokenizer"
         )
-    merges = metadata.get("tokenizer.ggml.merges")
+    merges = metadata.get("tokenizer.ggml.merges", [])
     if not isinstance(merges, list) or not all(isinstance(m, str) for m in merges):
         raise ValueError("tokenizer.ggml.merges: expected a list of texts")
     pairs = []
@@ -270,6 +270,8 @@ def tokenizer_metadata(
         name = splits.name_of(about["pre_tokenizer"], whole_words=whole_words)
         if name is None or set(kinds) - {"NFC"}:
             raise ValueError("llama.cpp has no name for the normalizer and split of its tokenizer")
+        if not merges:
+            raise ValueError("llama.cpp reads no byte-level tokenizer without merges")
         keys |= {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": name,

@@ -92,8 +92,11 @@ def save_gguf(
         _add_keys(writer, about)
         plan += [(key, ToWrite(key, x.shape, lambda x=x: x)) for key, x in further.items()]
         _write_tensors(writer, plan, translation, dtype)
-    finally:
+    except BaseException:
         writer.close()
+        partial.unlink(missing_ok=True)
+        raise
+    writer.close()
     partial.replace(path)
     return path
 
@@ -107,6 +110,9 @@ def _architecture(config: TransformerConfig, family: str | None) -> tuple[str, s
         raise UserError(f"no architecture of GGUF is written for {family!r}: {', '.join(known)}")
     reasons = []
     for model_type in [family] if family else known:
+        if family is None and model_type == "phi3" and any(config.local_layers):
+            reasons.append("llama.cpp leaves the window of phi3 out")
+            continue
         try:
             family_of(config, model_type)
             return known[model_type], model_type
