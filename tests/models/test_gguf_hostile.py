@@ -17,8 +17,6 @@ HUGE = (2**63, 2**64 - 1, 2**40, 10**9)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "a.gguf", "llama")
-    with open_gguf(path) as found:  # what tracing makes once is not to be counted
-        read_pretrained(found)
     return path.read_bytes()
 
 
@@ -36,7 +34,7 @@ def refused(tmp_path):
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert peak < 10_000_000, "tracing a model for its shapes takes some"
+        assert peak < 80_000_000, "the buffer for a tokenizer of the largest size takes 64 million"
         told = str(error.value)
         assert "\n" not in told and len(told) < 1_000 and str(path) in told
         return told
