@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from instruct_jax.data.gguf_tokenizer import chat_template, tokenizer_files
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.gguf.architectures import (
@@ -25,7 +26,6 @@ from instruct_jax.models.gguf.architectures import (
     config_of,
 )
 from instruct_jax.models.gguf.container import Metadata, Numbers, gguf_package, read_container
-from instruct_jax.models.gguf.vocabulary import chat_template, tokenizer_files
 from instruct_jax.models.hf.container import Source, printable
 from instruct_jax.models.hf.layout import parameter_shapes, pieces
 from instruct_jax.models.hf.reading import Pretrained, inspect_pretrained

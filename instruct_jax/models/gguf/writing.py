@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from instruct_jax.data.gguf_tokenizer import tokenizer_metadata
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.gguf.architectures import ARCHITECTURES, Translation, metadata_of
 from instruct_jax.models.gguf.container import Metadata, gguf_package
-from instruct_jax.models.gguf.vocabulary import tokenizer_metadata
 from instruct_jax.models.hf.container import ToWrite
 from instruct_jax.models.hf.families import FAMILIES, family_of
 from instruct_jax.models.hf.schema import write_config

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as files of Hugging Face, and back.
 
 `tokenizer.ggml.model` is "gpt2" for byte-level BPE, with its merges and the name of its split
-(`splits.py`), or "llama" for SentencePiece's BPE with byte fallback, whose merges follow from the
+(`gguf_splits.py`), or "llama" for SentencePiece's BPE with byte fallback, whose merges follow from the
 scores of its tokens, as transformers converts it. `token_type` says which tokens are special
 (control tokens), which are added (user-defined) and which stand for a byte.
 """
@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from instruct_jax.models.gguf import splits
-from instruct_jax.models.gguf.container import Metadata
-from instruct_jax.models.hf.container import printable
+from instruct_jax.data import gguf_splits as splits
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
@@ -25,6 +23,7 @@ _FILLER = re.compile(r"\[PAD\d+\]")
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 _LONGEST_TEMPLATE = 1_000_000
 
+Metadata = dict[str, Any]
 Files = dict[str, dict[str, Any]]
 
 
@@ -36,7 +35,7 @@ def tokenizer_files(metadata: Metadata, architecture: str) -> Files:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"tokenizer.ggml.model={printable(str(kind), 40)}: gpt2 (byte-level BPE) and llama "
+            f"tokenizer.ggml.model={str(kind)!r:.40}: gpt2 (byte-level BPE) and llama "
             "(SentencePiece) are read; give another tokenizer as config.tokenizer"
         )
     tokens, types = _tokens(metadata, sentencepiece=kind == "llama")
@@ -97,7 +96,7 @@ def _tokens(metadata: Metadata, *, sentencepiece: bool) -> tuple[list[str], list
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))
-        raise ValueError(f"tokenizer.ggml.tokens: {printable(twice, 40)} is there twice")
+        raise ValueError(f"tokenizer.ggml.tokens: {twice!r:.40} is there twice")
     return tokens, kinds[: len(tokens)]
 
 
@@ -107,7 +106,7 @@ def _byte_level(
     name = metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(name, str) or name not in splits.NAMES:
         raise ValueError(
-            f"tokenizer.ggml.pre={printable(str(name), 40)} is not known; known: "
+            f"tokenizer.ggml.pre={str(name)!r:.40} is not known; known: "
             f"{', '.join(splits.NAMES)}; give its tokenizer as config.tokenizer"
         )
     merges = metadata.get("tokenizer.ggml.merges", [])
@@ -117,7 +116,7 @@ def _byte_level(
     for merge in merges:
         cut = merge.find(" ", 1)
         if cut < 0:
-            raise ValueError(f"tokenizer.ggml.merges: {printable(merge, 40)} is no pair")
+            raise ValueError(f"tokenizer.ggml.merges: {merge!r:.40} is no pair")
         pairs.append([merge[:cut], merge[cut + 1 :]])
     model = _model(tokens, types, pairs, ignore_merges=name in splits.WHOLE_WORDS)
     about = _tokenizer(tokens, types, model)
