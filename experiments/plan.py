@@ -28,7 +28,7 @@ tables of all plan-*.json beside it, and nothing else. On cards attention is cuD
 
 import argparse
 import inspect
-import json
+import math
 import shlex
 import sys
 import time
@@ -43,7 +43,7 @@ import sft
 
 from instruct_jax.cli import HOST_DEVICE_FLAGS, split_overrides
 from instruct_jax.errors import ConfigError, RunError
-from instruct_jax.files import user_path, write_json, write_text
+from instruct_jax.files import read_object, user_path, write_json, write_text
 from instruct_jax.models.config import Attention, Remat
 from instruct_jax.planning.jobs import Job, Stage, job_of
 from instruct_jax.planning.report import compile_part, make_plan, render
@@ -68,6 +68,13 @@ SCHEMAS: dict[Stage, type] = {
 }
 
 
+# What a way to plan does not read.
+_ALONE = {
+    "search": ("mesh", "scaling", "remat"),
+    "scaling": ("mesh", "estimate_only", "price"),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Whose errors are ours."""
 
@@ -86,20 +93,50 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     flag = parser.add_argument
     flag("--config", default="configs/ppo.py:instructgpt_1p3b_ptx", metavar="FILE:NAME")
     flag("--topology", default="cpu:8", help="such as v5p:4x4x4, h100:1x1x8, cpu:8 (the default)")
-    flag("--mesh", default="auto", help="such as fsdp:16,tensor:4 (auto: all devices to fsdp)")
+    flag("--mesh", help="such as fsdp:16,tensor:4 (default: all devices to fsdp)")
     flag("--policy", metavar="SIZE", help="size of the model that is trained, such as gpt3-6.7b")
     flag("--reward", metavar="SIZE", help="size of the reward and value model of PPO")
-    flag("--rows", type=int, default=100_000, help="examples in the data, for the run's length")
-    flag("--price", type=float, help="of a chip-hour, in any currency")
+    flag(
+        "--rows", type=_whole, help="examples in the data, for the run's length (default: 100,000)"
+    )
+    flag("--price", type=_price, help="of a chip-hour, in any currency")
     flag("--remat", choices=get_args(Remat), help="what to recompute (default: the model's)")
     flag("--attention", choices=get_args(Attention), help="default: by the chip")
-    flag("--search", type=int, nargs="?", const=3, metavar="N", help="compile the best N (3)")
+    flag("--search", type=_whole, nargs="?", const=3, metavar="N", help="compile the best N (3)")
     flag("--estimate_only", action="store_true", help="do not compile")
-    flag("--scaling", metavar="N,N,...", help="device counts of a scaling table")
+    flag("--scaling", type=_counts, metavar="N,N,...", help="device counts of a scaling table")
     flag("--json", type=user_path, metavar="FILE", help="also write the figures")
     flag("--table", type=user_path, metavar="FILE", help="tables of the plan-*.json in its folder")
     rest, overrides = split_overrides(argv)
-    return parser.parse_args(rest), overrides
+    flags = parser.parse_args(rest)
+    for first, others in _ALONE.items():
+        given = [name for name in others if getattr(flags, name) not in (None, False)]
+        if given and getattr(flags, first) is not None:
+            raise ConfigError(f"--{given[0]} has no effect with --{first}; leave one of them out")
+    parts = next((name for name in overrides if name.endswith("micro_batches")), None)
+    if parts is not None and flags.search is not None:
+        raise ConfigError(f"--config.{parts} has no effect with --search, which tries several")
+    return flags, overrides
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_whole(count) for count in text.split(",")]
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0.0 <= price < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return price
 
 
 def main(argv: list[str]) -> None:
@@ -109,7 +146,7 @@ def main(argv: list[str]) -> None:
         write_tables(flags.table)
         return
     if flags.scaling and flags.topology.startswith("cpu"):
-        flags.topology = f"cpu:{max(map(int, flags.scaling.split(',')))}"
+        flags.topology = f"cpu:{max(flags.scaling)}"
     topology = parse_topology(flags.topology)
     prepare(topology, HOST_DEVICE_FLAGS)
     sizes = {"policy": flags.policy, "reward": flags.reward, "rows": flags.rows}
@@ -123,7 +160,7 @@ def main(argv: list[str]) -> None:
     elif flags.search:
         results = {"plans": search(flags, job, topology)}
     else:
-        results = {"plans": [plan(flags, job, topology, flags.mesh)]}
+        results = {"plans": [plan(flags, job, topology, flags.mesh or "auto")]}
     if flags.json is not None:
         words = [word for word in argv if not word.startswith("--json")]
         command = shlex.join(["python", "experiments/plan.py", *words])
@@ -167,15 +204,16 @@ def search(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict
 
 def scale(flags: argparse.Namespace, job: Job, topology: Topology) -> list[dict[str, Any]]:
     """Collectives and bytes of a device, at growing numbers of devices."""
-    counts = [int(n) for n in flags.scaling.split(",")]
-    results = scaling_rows(job, flags.config, topology, counts)
+    results = scaling_rows(job, flags.config, topology, flags.scaling)
     print(scaling_table(results))
     return results
 
 
 def write_tables(path: Path) -> None:
     """The tables of every plan-*.json in the folder of `path`."""
-    found = [json.loads(file.read_text()) for file in sorted(path.parent.glob("plan-*.json"))]
+    found = [read_object(file) for file in sorted(path.parent.glob("plan-*.json"))]
+    if not found:
+        raise ConfigError(f"--table={path}: no plan-*.json in its folder; --json=FILE writes one")
     plans = [result for result in found if "plans" in result]
     text = "# Plans\n\n" + plan_tables(plans) + "\n"
     for result in found:

@@ -24,7 +24,7 @@ Qwix is used for is the base: quantised matrices and products with them (`quanti
 import dataclasses
 import functools
 import re
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instruct_jax.errors import ConfigError
+from instruct_jax.models.config import Quantization
 from instruct_jax.models.matrices import (
     MATRICES,
     Multiply,
@@ -49,9 +50,6 @@ _A, _B = "_lora_a", "_lora_b"
 _WHOLE = r"^head/"
 
 
-Base = Literal["int8", "int4", "nf4", "fp8"]
-
-
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Settings):
     """An adapter; `targets` are searched for in paths such as "layers/attention/query/kernel"."""
@@ -63,7 +61,7 @@ class LoraConfig(Settings):
     targets: tuple[str, ...] = setting(
         MATRICES, "regular expressions for the matrices that it stands beside", needs="rank"
     )
-    base: Base | None = setting(
+    base: Quantization | None = setting(
         None, "what the frozen weights are quantised to (QLoRA)", needs="rank"
     )
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from instruct_jax.models import quantization
+from instruct_jax.models.config import Quantization
 from instruct_jax.models.matrices import tree_bytes
 from instruct_jax.models.pruning import prune, sparse_bytes
 from instruct_jax.models.quantization import quantize_params, quantized, with_int8_cache
 from instruct_jax.models.transformer import Model, Params, unstack_layers
 
 # The weight-only kinds, then the others; SHARE stands for a number.
-NAMES = (*get_args(quantization.Kind), "int8_activations", "int8_cache", "prune:SHARE")
+NAMES = (*get_args(Quantization), "int8_activations", "int8_cache", "prune:SHARE")
 
 
 @dataclass(frozen=True)

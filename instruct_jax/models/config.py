@@ -10,6 +10,7 @@ from instruct_jax.settings import Settings, setting
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "xla", "blocks", "cudnn", "splash"]
 Remat = Literal["none", "products", "full"]
+Quantization = Literal["int8", "int4", "nf4", "fp8"]  # what weights are stored as
 
 _GATED = ("swiglu", "geglu")
 _CHOICES = {

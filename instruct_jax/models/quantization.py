@@ -20,7 +20,7 @@ gradient: train adapters over weight-only kinds.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import qwix
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from instruct_jax.models.config import Quantization
 from instruct_jax.models.matrices import (
     Multiply,
     matrices,
@@ -36,9 +37,8 @@ from instruct_jax.models.matrices import (
 )
 from instruct_jax.models.transformer import Cache, Model, Params
 
-Kind = Literal["int8", "int4", "nf4", "fp8"]
 # The numbers Qwix calls by these names, and how many input rows share a scale (None: all of them).
-_KINDS: dict[Kind, tuple[str, int | None]] = {
+_KINDS: dict[Quantization, tuple[str, int | None]] = {
     "int8": ("int8", None),
     "int4": ("int4", 32),
     "nf4": ("nf4", 32),
@@ -48,7 +48,7 @@ _KINDS: dict[Kind, tuple[str, int | None]] = {
 _TABLES = {"embedder/tokens": 0, "unembedding/kernel": 1}
 
 
-def quantize_params(params: Params, kind: Kind) -> Params:
+def quantize_params(params: Params, kind: Quantization) -> Params:
     """`params` with its matrices in `kind` and its vocabulary tables in int8.
 
     A tile that does not divide D_in is lengthened to the next divisor.

@@ -97,6 +97,7 @@ SIZES |= {"1b": "gpt3-1.3b", "7b": "llama-7b", "small": "small"}
 TOY = ("toyworld", "debug", "shared")
 # Ouyang et al.: one reward model of 6B beside policies of every size (MODEL-6).
 INSTRUCTGPT_REWARD = "gpt3-6.7b"
+ROWS = 100_000  # examples in the data, where nothing says how many
 LARGE = 256  # a wider model computes in bfloat16 and recomputes its activations
 
 
@@ -114,20 +115,24 @@ def job_of(
     *,
     policy: str | None = None,
     reward: str | None = None,
-    rows: int = 100_000,
+    rows: int | None = None,
 ) -> Job:
     """The job of "FILE:NAME" with overrides; `schemas` are the configurations of the scripts.
 
-    `policy` and `reward` name sizes, `rows` is the number of examples in the data. A folder that
-    the overrides name says the size of its model; one that only the preset names does so where its
-    name tells none, since it may hold anything. ConfigError where the stage or a size cannot be
-    told.
+    `policy` and `reward` name sizes, `rows` is the number of examples in the data, by default ROWS.
+    A folder that the overrides name says the size of its model; one that only the preset names does
+    so where its name tells none, since it may hold anything. ConfigError where the stage or a size
+    cannot be told, and for a size or a number that the stage has not.
     """
     values = load_config(spec)
     found = [stage for stage in schemas if isinstance(values.get(stage), dict)]
     if len(found) != 1:
         raise ConfigError(f"{spec}: not the configuration of one stage of {', '.join(schemas)}")
     (stage,) = found
+    if reward is not None and stage != "ppo":
+        raise ConfigError(f"--reward={reward} has no effect: {stage} has one model; leave it out")
+    if rows is not None and stage == "ppo":
+        raise ConfigError(f"--rows={rows} has no effect: config.ppo.episodes says how long it is")
     config: Any = resolve(schemas[stage], values, overrides)
     name = spec.partition(":")[2] or "toyworld"
     inner, scalar, ptx_length = getattr(config, stage), None, 0
@@ -142,7 +147,7 @@ def job_of(
         scalar = _model(name, reward, "reward_model", config, overrides, flag, paper=paper)
         ptx_length, steps = config.ptx_length, inner.iterations
     else:
-        steps = steps_of(inner.epochs, rows, inner.batch_size)
+        steps = steps_of(inner.epochs, ROWS if rows is None else rows, inner.batch_size)
     if stage != "pretrain":
         model = model._replace(config=config.model.on(model.config))
     if scalar is not None:

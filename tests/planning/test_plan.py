@@ -311,12 +311,18 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
         open_devices(parse_topology("h100:1x1x8"))
 
 
-def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def plan(repository, monkeypatch):
+    """The script, in a process whose devices are chosen already."""
     monkeypatch.syspath_prepend(str(repository / "experiments"))
     monkeypatch.delitem(sys.modules, "plan", raising=False)
     import plan
 
     monkeypatch.setattr(plan, "prepare", lambda *_: None)
+    return plan
+
+
+def test_the_script_names_the_stage_and_the_sizes(plan, capsys, tmp_path):
     out = tmp_path / "plan-a.json"
     plan.main(
         [
@@ -339,12 +345,41 @@ def test_the_script_names_the_stage_and_the_sizes(repository, monkeypatch, capsy
         plan.main(["--config=configs/sft.py:toyworld", "--policy=gpt3-6b", "--topology=cpu:8"])
 
 
-def test_a_damaged_model_folder_is_told_with_exit_code_4(tmp_path, repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "experiments"))
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
-    import plan
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scaling=8,x"], "--scaling: expected a whole number from 1, got 'x'"),
+        (["--scaling=0"], "--scaling: expected a whole number from 1, got '0'"),
+        (["--search=-2"], "--search: expected a whole number from 1, got '-2'"),
+        (["--rows=0"], "--rows: expected a whole number from 1"),
+        (["--price=nan"], "--price: expected a number from 0, got 'nan'"),
+        (["--price=free"], "--price: expected a number from 0, got 'free'"),
+        (["--scaling=8", "--search"], "--scaling has no effect with --search"),
+        (["--mesh=data:8", "--search=2"], "--mesh has no effect with --search"),
+        (["--remat=full", "--search"], "--remat has no effect with --search"),
+        (["--config.sft.micro_batches=2", "--search"], "--config.sft.micro_batches has no effect"),
+        (["--estimate_only", "--scaling=8"], "--estimate_only has no effect with --scaling"),
+        (["--reward=gpt3-6.7b"], "--reward=gpt3-6.7b has no effect: sft has one model"),
+        (["--config=configs/ppo.py:toyworld", "--rows=9"], "config.ppo.episodes says how long"),
+        (["--table=EMPTY/plans.md"], "no plan-*.json in its folder; --json=FILE writes one"),
+    ],
+)
+def test_a_flag_that_cannot_be_or_cannot_act_is_refused(plan, tmp_path, arguments, words):
+    given = [argument.replace("EMPTY", str(tmp_path)) for argument in arguments]
+    with pytest.raises(ConfigError) as error:
+        plan.main(["--config=configs/sft.py:toyworld", *given])
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr(plan, "prepare", lambda *_: None)
+
+def test_a_damaged_plan_is_no_row_of_a_table(plan, tmp_path):
+    (tmp_path / "plan-a.json").write_text("{bad")
+    with pytest.raises(CheckpointError, match=r"plan-a\.json"):
+        plan.main([f"--table={tmp_path / 'plans.md'}"])
+    assert not (tmp_path / "plans.md").exists()
+
+
+def test_a_damaged_model_folder_is_told_with_exit_code_4(plan, tmp_path):
     (tmp_path / "model.json").write_text("[]")
     arguments = [f"--config.init={tmp_path}", "--topology=v5e:8x8", "--estimate_only"]
     with pytest.raises(CheckpointError, match=r"model\.json") as error:
@@ -353,12 +388,8 @@ def test_a_damaged_model_folder_is_told_with_exit_code_4(tmp_path, repository, m
 
 
 @pytest.fixture
-def jobs(repository, monkeypatch, tmp_path):
+def jobs(plan, monkeypatch, tmp_path):
     """`job_of` in a directory where a stage has left a tiny model, as the presets name it."""
-    monkeypatch.syspath_prepend(str(repository / "experiments"))
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
-    import plan
-
     about = {"config": asdict(TINY), "kind": "language", "stage": "sft", "notes": {}}
     for name in ("runs/rlhf_init/model", "runs/reward_model/model", "runs/gpt2/model"):
         (tmp_path / name).mkdir(parents=True)
