@@ -81,18 +81,25 @@ class Config(Settings):
     With `startup` the start of stages is measured, and no phase.
     """
 
-    acts_if: ClassVar[Mapping[str, str]] = data_acts(
-        "documents", "demonstrations", "comparisons", "prompts"
-    )
+    acts_if: ClassVar[Mapping[str, str]] = {
+        **data_acts("documents", "demonstrations", "comparisons", "prompts"),
+        **dict.fromkeys(("shape", "data", "phases", "peer"), "startup=None"),
+    }
 
     shape: Shape = Shape()
     phases: tuple[str, ...] = setting(PHASES, "what is measured, in this order")
     repeats: int = setting(5, "measurements, of which the median counts", low=1)
     data: DataConfig | None = setting(None, "real rows; none draws random tokens")
     tokenizer: str | None = setting(None, "a tokenizer.json or folder, for real rows")
-    sweep: tuple[tuple[str, tuple[int, ...]], ...] = setting((), "fields of the shape, with values")
+    sweep: tuple[tuple[str, tuple[int, ...]], ...] = setting(
+        (), "fields of the shape, with values", needs="startup=None and peer=none"
+    )
     startup: StartupConfig | None = setting(None, "the stages whose start is measured instead")
-    profile: bool = setting(False, "whether a trace of each phase is left in WORKDIR/profile")
+    profile: bool = setting(
+        False,
+        "whether a trace of each phase is left in WORKDIR/profile",
+        needs="startup=None and peer=none",
+    )
     peer: Literal["none", "trl", "tunix"] = setting("none", "what the same work is compared with")
     peer_python: str | None = setting(
         None, "interpreter that has the peer; none is this one", needs="peer"

@@ -96,6 +96,25 @@ def test_a_mistake_is_told_in_one_line(tmp_path, capsys, flag, words):
 
 
 @pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--config.startup.preset=debug", "--config.profile=True"], "profile"),
+        (["--config.startup.preset=debug", "--config.phases=('sft',)"], "phases"),
+        (["--config.startup.preset=debug", "--config.shape.rows=8"], "shape.rows"),
+        (["--config.peer=trl", "--config.phases=rollout", "--config.profile=True"], "profile"),
+        (["--config.peer=trl", "--config.phases=rollout", "--config.sweep=(('rows',(2,)),)"],
+         "sweep"),
+    ],
+)  # fmt: skip
+def test_a_field_that_cannot_act_is_refused(tmp_path, capsys, flags, field):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", *flags)
+    assert stop.value.code == 2
+    assert f"config.{field} has no effect" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("mesh", "flags", "words"),
     [
         ("data:2", ["--config.peer=trl", "--config.phases=sft", "--config.shape.pack_length=24"],
