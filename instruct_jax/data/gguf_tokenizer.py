@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file as files of Hugging Face, and back.
 
 `tokenizer.ggml.model` is "gpt2" for byte-level BPE, with its merges and the name of its split
-(`gguf_splits.py`), or "llama" for SentencePiece's BPE with byte fallback, whose merges follow from the
-scores of its tokens, as transformers converts it. `token_type` says which tokens are special
+(`gguf_splits.py`), or "llama" for SentencePiece's BPE with byte fallback, whose merges follow from
+the scores of its tokens, as transformers converts it. `token_type` says which tokens are special
 (control tokens), which are added (user-defined) and which stand for a byte.
 """
 
