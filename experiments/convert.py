@@ -44,7 +44,7 @@ from instruct_jax.models.vocabulary import resize_vocabulary
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages.record import RECORD as MODEL_RECORD
 from instruct_jax.stages.record import Base, read_record
-from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, check_exported, load_trained, save_trained
 
 # Beside what every run writes; --overwrite replaces these.
 WRITES = (*exported_files("hf"), "model.gguf", ".model.gguf.partial")
@@ -104,6 +104,7 @@ def main(config: Config, run: cli.Run) -> Path:
 
 def from_hf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/model of a Hugging Face folder or hub id."""
+    check_exported(Path(config.source))
     found = inspect_pretrained(
         config.source,
         revision=config.revision,
@@ -175,6 +176,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         family=config.family or _family(trained),
         dtype=config.dtype,
         shard_bytes=int(config.shard_gb * 1e9),
+        again=True,  # the run is this one: its directory says so
     )
     print(f"{name}: written to {folder}")
     if not licence:

@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from instruct_jax.cli.record import ARTEFACTS
+from instruct_jax.cli.record import RECORD as RUN_RECORD
+from instruct_jax.cli.record import read_record as read_run
+from instruct_jax.cli.replacing import is_run
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from instruct_jax.files import read_object, unfit_path, write_json, write_text
@@ -203,6 +207,7 @@ def _check_shapes(directory: Path, about: Record, params: Any) -> None:
 
 
 def _load_foreign(directory: Path) -> TrainedModel:
+    check_exported(directory)
     found = inspect_pretrained(directory)
     if found.tokenizer is None:
         raise ConfigError(
@@ -213,6 +218,19 @@ def _load_foreign(directory: Path) -> TrainedModel:
     base = Base(found.name, found.licence, found.raw["model_type"])
     tokenizer, history = found.tokenizer, ("imported",)
     return TrainedModel(found.kind, config, params, tokenizer, "imported", base, history)
+
+
+def check_exported(directory: Path) -> None:
+    """CheckpointError where `directory` is a Hugging Face folder in that of a run of ours, whose
+    record names the hash of a file there that is another one.
+    """
+    run = directory.absolute().parent
+    if not is_run(run):
+        return
+    named = (read_run(run) or {}).get(ARTEFACTS, {})
+    inside = {Path(name).name: digest for name, digest in named.items()
+              if Path(name).parent == Path(directory.name)}  # fmt: skip
+    check_files(directory, str(run / RUN_RECORD), inside)
 
 
 class Adapter(NamedTuple):

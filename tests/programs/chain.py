@@ -43,7 +43,8 @@ def commands(folder: Path, paths: dict[str, Path]) -> dict[str, list[str]]:
         sft__lora__rank=2, **within("sft"),
     )  # fmt: skip
     add(
-        "reward_model", "reward_model", *rows("comparisons", "demonstrations"), init=sft, **within("reward_model"),
+        "reward_model", "reward_model", *rows("comparisons", "demonstrations"), init=sft,
+        **within("reward_model"),
     )  # fmt: skip
     add(
         "ppo", "ppo", *rows("prompts", "documents"), f"--config.ppo.{saving}", init=sft,

@@ -27,6 +27,8 @@ class Programs:
         )  # fmt: skip
         self.events: dict[str, int] = {}
         """How often each program changed the file system."""
+        self.states: dict[str, dict[str, str]] = {}
+        """What each had left, where a test put that down."""
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """One job of the server."""
@@ -42,8 +44,8 @@ class Programs:
         return answer["code"], self._log.read_text(errors="replace")
 
     def finish(self, *names: str) -> None:
-        """Runs these, or all."""
-        for name in names or self.commands:
+        """Runs these."""
+        for name in names:
             code, text = self.run(*self.commands[name], below=self.folder / name)
             assert code == 0, (name, text)
             self.events[name] = self.last_events
@@ -83,7 +85,9 @@ def main() -> None:
                   flush=True)  # fmt: skip
             began = time.monotonic()
             files = programs.state(name)
-            print(f"   {time.monotonic() - began:6.1f} s, {len(files)} files and arrays", flush=True)
+            print(
+                f"   {time.monotonic() - began:6.1f} s, {len(files)} files and arrays", flush=True
+            )
     shutil.rmtree(folder)
 
 

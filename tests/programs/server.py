@@ -78,19 +78,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def state(folder: Path) -> dict[str, str]:
-    """{path: hash} of all in a run's directory; of arrays, of the numbers and not of their files."""
-    return {
-        name: hashlib.sha256(data).hexdigest()[:16] for name, data in sorted(_contents(folder))
-    }
+    """{path: hash} of all in a run's directory; of arrays, that of the numbers in them."""
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sorted(_contents(folder))}
 
 
 def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    import jax
+    import numpy as np
+
     from instruct_jax.training.checkpoint import load_item
     from instruct_jax.training.mesh import tree_paths
     from instruct_jax.training.ocp import checkpointables_metadata
-
-    import jax
-    import numpy as np
 
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != "tensorboard"]

@@ -66,8 +66,10 @@ def save_pretrained(
     family: str | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    again: bool = False,
 ) -> Path:
-    """Writes a new folder, which appears whole or not at all; returns it.
+    """Writes a new folder, which appears whole or not at all; returns it. With `again` an earlier
+    export there is replaced.
 
     `params` are those of a language or a scalar model, on the host or on devices; they are read
     one tensor at a time. `family` is a model_type, by default the first that can hold `config`.
@@ -75,7 +77,9 @@ def save_pretrained(
     which it is made (`.NAME.partial`) holds anything but what a killed export has left.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if again and directory.exists():
+        _exported(directory)
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: is there already; choose another folder")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -113,6 +117,7 @@ def save_pretrained(
     if card is not None:
         write_text(partial / "README.md", card)
     if directory.exists():
+        _empty(directory)
         directory.rmdir()
     partial.replace(directory)
     return directory
@@ -122,18 +127,23 @@ def _partial(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
-def _empty(partial: Path) -> None:
-    """Makes the folder, and deletes in it what a killed export has left."""
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise UserError(f"{partial}: no folder of an export; move it away")
-    partial.mkdir(parents=True, exist_ok=True)
-    found = sorted(partial.iterdir())
+def _empty(folder: Path) -> None:
+    """Makes the folder, and deletes in it what another export has left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _exported(folder):
+        path.unlink()
+
+
+def _exported(folder: Path) -> list[Path]:
+    """The files in a folder of an export. UserError where anything else is in it."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: no folder of an export; move it away")
+    found = sorted(folder.iterdir())
     for path in found:
         known = any(fnmatchcase(path.name.removesuffix(PARTIAL), name) for name in _FILES)
         if not known or path.is_symlink() or not path.is_file():
             raise UserError(f"{path}: not of an export; move it away")
-    for path in found:
-        path.unlink()
+    return found
 
 
 def _config_json(
