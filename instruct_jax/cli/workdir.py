@@ -30,7 +30,7 @@ from instruct_jax.cli.config import REPOSITORY
 from instruct_jax.cli.record import ARTEFACTS, RECORD, SCHEMA, changes, read_record
 from instruct_jax.cli.replacing import artefacts
 from instruct_jax.errors import ConfigError, RunError, UserError
-from instruct_jax.files import hash_of_file, read_object, unfit_path, write_json
+from instruct_jax.files import PARTIAL, hash_of_file, read_object, unfit_path, write_json
 
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
@@ -290,7 +290,8 @@ def _claim(
     replacing.recover(workdir, read_record(workdir))
     record = read_record(workdir)
     if record is None:
-        strangers = sorted(p.name for p in workdir.iterdir() if _is_stranger(p))
+        half = RECORD + PARTIAL  # of a run that was killed before it had a record
+        strangers = sorted(p.name for p in workdir.iterdir() if p.name != half and _is_stranger(p))
         if strangers:
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             raise ConfigError(

@@ -43,6 +43,7 @@ from instruct_jax.errors import CheckpointError
 from instruct_jax.files import hash_of_file, read_object, write_bytes, write_json
 
 FORMAT = 1
+PLAN, TOKENS = "plan.json", ".tokens"
 PART_BYTES = 256 * 2**20
 MAX_PARTS = 256  # every part is an open file of the process that reads
 COMMIT_TOKENS = 4 * 2**20
@@ -101,10 +102,10 @@ def check_tokens(directory: Path) -> None:
     """Reads all the tokens in the folder of a corpus. CheckpointError or DataError where they are
     not as they were written; those of a part that is not complete are not looked at.
     """
-    plan = read_object(directory / "plan.json", "parts")
-    _check_owner(directory / "plan.json", plan.get("corpus"), directory.name)
+    plan = read_object(directory / PLAN, "parts")
+    _check_owner(directory / PLAN, plan.get("corpus"), directory.name)
     for i in range(len(plan["parts"])):
-        path = directory / f"{i:05}.tokens"
+        path = directory / f"{i:05}{TOKENS}"
         journal = _read_journal(path, f"{directory.name}/{i}")
         sums = _sums_of(path, journal)
         if journal.complete and sums is not None:
@@ -132,7 +133,7 @@ class Corpus:
         DataError where the files are not those whose tokens are here; where these are not all made
         yet, they are begun anew.
         """
-        path = self.directory / "plan.json"
+        path = self.directory / PLAN
         groups = self._groups(self.text.names)
         found = {p: stat for group in groups.values() for p, stat in group.items()}
         if path.exists():
@@ -268,7 +269,7 @@ class Corpus:
         return {name: {} if self.text.made else _files_of(name) for name in names}
 
     def _read_plan(self) -> dict[str, Any]:
-        path = self.directory / "plan.json"
+        path = self.directory / PLAN
         if not path.exists():
             hint = "every process must see the same folder"
             raise DataError("no plan of tokens here", path=path, hint=hint)
@@ -297,7 +298,7 @@ class Corpus:
             ) from error
 
     def _path(self, i: int) -> Path:
-        return self.directory / f"{i:05}.tokens"
+        return self.directory / f"{i:05}{TOKENS}"
 
 
 @contextmanager

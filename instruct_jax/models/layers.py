@@ -205,11 +205,14 @@ class Embedder(nn.Module):
             self.positions = self.param("positions", init, (c.max_length, c.d_model), jnp.float32)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """int32[B, T] twice -> dtype[B, T, D]."""
+        """int32[B, T] twice -> dtype[B, T, D]; NaN for ids past the vocabulary and PAD."""
         c = self.config
         # A gather from a table split on D makes the partitioner replicate its result.
         table = constrain(self.tokens, ("tensor",), WHOLE)
         x = constrain_hidden(jnp.take(table, tokens, axis=0, mode="clip")).astype(c.dtype)
+        # An id that is neither a token nor PAD is seen in every number that is made of it.
+        known = (tokens >= 0) & (tokens <= c.pad_id)
+        x = jnp.where(known[..., None], x, jnp.asarray(jnp.nan, c.dtype))
         if c.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if c.positions == "learned":

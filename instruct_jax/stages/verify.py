@@ -12,7 +12,7 @@ from typing import Any
 from instruct_jax.cli.record import ARTEFACTS, read_record
 from instruct_jax.cli.record import RECORD as RUN
 from instruct_jax.cli.replacing import is_run
-from instruct_jax.data.corpus import check_tokens
+from instruct_jax.data.corpus import PLAN, TOKENS, check_tokens
 from instruct_jax.data.files import check_hash
 from instruct_jax.data.rows import HASH_SUFFIX
 from instruct_jax.errors import CheckpointError, RunError
@@ -53,6 +53,8 @@ def verify_run(workdir: Path) -> Iterator[tuple[str, str | None]]:
         yield from ((name, _told(_CHECKS[record], folder)) for record in found)
         if not found and (folder / PARAMS).is_dir():
             yield name, f"parameters without {RECORD} or {ADAPTER_RECORD}"
+        if PLAN not in files and any(file.endswith(TOKENS) for file in files):
+            yield name, f"tokens without {PLAN}"
         for file in sorted(file for file in files if file.endswith(HASH_SUFFIX)):
             rows = folder / file.removesuffix(HASH_SUFFIX)
             yield str(rows.relative_to(workdir)), _told(check_hash, rows)
@@ -100,5 +102,5 @@ def _check_folder(folder: Path, record: str, files: Mapping[str, str]) -> None:
 _CHECKS: dict[str, Callable[[Path], None]] = {
     RECORD: _check_model,
     ADAPTER_RECORD: _check_adapter,
-    "plan.json": check_tokens,
+    PLAN: check_tokens,
 }

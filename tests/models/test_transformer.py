@@ -155,6 +155,19 @@ def test_columns_past_the_vocabulary_are_never_drawn_and_never_in_the_normaliser
     assert drawn.max() < config.vocab_size == config.pad_id
 
 
+@pytest.mark.parametrize("wrong", [-1, -100, 62, 63, 2**31 - 1])
+def test_an_id_that_is_neither_a_token_nor_padding_is_seen_in_all_of_its_row(wrong):
+    """Not read as the nearest row of the table, nor as one that only rounds it up."""
+    model, params = language(GPT)
+    assert GPT.pad_id == 61 and GPT.vocab_rows == 64
+    tokens = jnp.asarray(random_tokens(*SHAPE))
+    for place, good in ((GPT.pad_id, True), (wrong, False)):
+        logits = jitted(model.apply)(params, tokens.at[0, 3].set(place))[..., : GPT.vocab_size]
+        assert jnp.isfinite(logits[1]).all()
+        assert jnp.isfinite(logits[0]).all() == good
+        assert jnp.isnan(logits[0, 3:]).all() != good
+
+
 @pytest.mark.parametrize(("vocab_size", "rows"), [(50_257, 50_304), (127, 128), (128, 256)])
 def test_there_is_always_a_row_for_padding(vocab_size, rows):
     """T12: PAD is an id of its own, past every real one."""

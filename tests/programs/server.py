@@ -48,11 +48,11 @@ def watch(below: str, kill_at: int) -> list[int]:
             writes = flags & WRITING if mode is None else set(mode) & set("wxa+")
         else:
             path, writes = (arguments[0] if arguments else None), event in CHANGES
-        if writes and isinstance(path, str | bytes | os.PathLike):
-            if os.path.abspath(os.fsdecode(path)).startswith(below):
-                count[0] += 1
-                if count[0] == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        named = writes and isinstance(path, str | bytes | os.PathLike)
+        if named and os.path.abspath(os.fsdecode(path)).startswith(below):
+            count[0] += 1
+            if count[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     return count
