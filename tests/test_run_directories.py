@@ -383,6 +383,14 @@ def test_what_a_shell_or_a_cluster_writes_there_is_no_stranger(launch, tmp_path)
     assert (workdir / "slurm-12.out").exists()
 
 
+def test_half_a_record_that_a_kill_left_is_no_stranger(launch, tmp_path):
+    workdir = tmp_path / "runs/a"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json.tmp").write_text('{\n  "sha')
+    assert launch() == 0
+    assert not (workdir / "config.json.tmp").exists()
+
+
 # --- what may be a run's directory ---------------------------------------------------------------
 
 
