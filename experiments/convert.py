@@ -36,7 +36,6 @@ from instruct_jax.models.hf import (
     family_of,
     inspect_pretrained,
     model_card,
-    read_chat_template,
     read_pretrained,
     save_pretrained,
 )
@@ -134,8 +133,7 @@ def _import(found: Pretrained, config: Config, run: cli.Run) -> Path:
         print(f"{config.source}: {added} tokens without a row got the mean of all embeddings")
     base = Base(found.name, config.licence or found.licence, found.raw["model_type"])
     trained = TrainedModel(found.kind, shape, params, tokenizer, "imported", base)
-    chat = read_chat_template(found.folder)
-    folder = save_trained(run.workdir / "model", trained, chat_template=chat)
+    folder = save_trained(run.workdir / "model", trained)
     print(f"{config.source}: a {found.kind} model of {shape.num_layers} layers, now in {folder}")
     return folder
 
@@ -171,7 +169,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
         trained.config,
         trained.params,
         tokenizer=trained.tokenizer,
-        chat_template=_chat_template(config, source, trained),
+        chat_template=_chat_template(config, trained),
         card=card,
         family=config.family or _family(trained),
         dtype=config.dtype,
@@ -199,7 +197,7 @@ def to_gguf(config: Config, run: cli.Run) -> Path:
         trained.config,
         trained.params,
         tokenizer=trained.tokenizer,
-        chat_template=_chat_template(config, source, trained),
+        chat_template=_chat_template(config, trained),
         family=config.family or _family(trained, {a.model_type for a in ARCHITECTURES.values()}),
         dtype=config.dtype,
         name=name,
@@ -209,11 +207,11 @@ def to_gguf(config: Config, run: cli.Run) -> Path:
     return path
 
 
-def _chat_template(config: Config, source: Path, trained: TrainedModel) -> str | None:
+def _chat_template(config: Config, trained: TrainedModel) -> str | None:
     """That of the template asked for, or trained on, or the one that came in with the weights."""
     name = config.template or trained.template
     if name is None:
-        return read_chat_template(source)
+        return trained.tokenizer.chat
     try:
         return chat_template_of(template_named(name))
     except ValueError as error:

@@ -124,6 +124,11 @@ class Settings:
     # configuration reads it at all; NEVER, or `never(why)`, for one that it does not.
     acts_if: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def leaves_files(self) -> bool:
+        """Whether a script that is so configured works in a directory of its own."""
+        return True
+
     def __post_init__(self) -> None:
         """ConfigError, of one line that starts with the field's name, for a value out of range."""
         for field in dataclasses.fields(self):

@@ -106,6 +106,10 @@ def _run(
     loaded = load(flags.config, default=default)
     config = resolve(config_class, loaded.values, overrides)
     workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
+    if not config.leaves_files:
+        _configure_jax(flags.host_devices)
+        main(config, Run(workdir, flags.mesh))
+        return
     record = describe(config, loaded.spec, flags.mesh, argv, writes=writes)
     several = processes.announced()
     if several:

@@ -24,7 +24,8 @@ from instruct_jax.cli.record import RECORD, is_record
 from instruct_jax.files import PARTIAL, write_bytes
 
 _MODEL = (
-    "model.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "params",
+    "model.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json", "params",
     "params.*-tmp*",
 )  # fmt: skip
 # "*" is any part of a name, "#" a number; a folder is meant with all that is in it. A name that

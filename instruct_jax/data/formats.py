@@ -61,6 +61,7 @@ __all__ = [
     "read_dialogues",
     "read_documents",
     "read_prompts",
+    "read_questions",
     "stream_documents",
     "write_rows",
 ]
@@ -70,6 +71,8 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["error", "skip"]
 # Reasons that a verdict lists; sets of columns and reasons that are remembered of a file.
 _SHOWN, _KNOWN = 8, 1000
+# Whatever has the side of a prompt.
+_ASKING: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts", "documents")
 _HOPELESS = 10_000  # bad rows without a good one: the wrong file
 T = TypeVar("T", Document, Demonstration, Comparison, Prompt, Dialogue)
 
@@ -255,8 +258,24 @@ def read_prompts(
         beside = {"reference": case.answers[0]} if len(case.answers) == 1 else {}
         return Prompt(prompt_of(case, style), beside | dict(case.meta), _name(style))
 
-    kinds: tuple[Kind, ...] = ("comparisons", "demonstrations", "prompts", "documents")
-    return _read(source, kinds, convert, limit, on_bad_row, "line")
+    return _read(source, _ASKING, convert, limit, on_bad_row, "line")
+
+
+def read_questions(
+    source: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Rows[Dialogue]:
+    """What `read_prompts` reads as turns, in no template yet; the last one is a question."""
+
+    def convert(case: Case) -> Dialogue:
+        turns = turns_of(case)
+        if turns[-1].role == "assistant":
+            raise ValueError("the last turn is the assistant's: there is nothing to answer")
+        return Dialogue(turns, case.meta)
+
+    return _read(source, _ASKING, convert, limit, on_bad_row, "line")
 
 
 def _read(

@@ -9,7 +9,7 @@ and only the loader puts EOS where a response ends.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -32,6 +32,8 @@ EOS = "<|endoftext|>"
 # The stop tokens of published tokenizers, for a tokenizer.json that does not name its own.
 _KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 _BYTES = 256
+CHAT_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
+_LONGEST_TEMPLATE = 1_000_000
 _SAMPLE = ("Hello, world 1\n", "\u00e9 \u4e2d")
 
 
@@ -41,8 +43,22 @@ class Tokenizer:
     `vocab_size` counts the real vocabulary, EOS included; `pad_id == vocab_size`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str = EOS) -> None:
-        """`backend` is kept; ValueError when it has no token `eos`."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos: str = EOS,
+        named: Mapping[str, str] | None = None,
+        chat: str | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`backend` is kept; ValueError when it has no token `eos`.
+
+        `named` are the special tokens as tokenizer_config.json has them ("bos_token", "unk_token"
+        and their like), `chat` is the model's own template (chat_template.py), and `generation`
+        what generation_config.json holds: of it `stop_ids` are read, which end an answer as EOS
+        does.
+        """
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise ValueError(f"the tokenizer has no token {eos!r} to end a text with")
@@ -56,6 +72,33 @@ class Tokenizer:
         # A published vocabulary may have gaps, so its size is not always its length.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.pad_id: int = self.vocab_size
+        self.named: dict[str, str] = {**(named or {}), "eos_token": eos}
+        added = backend.get_added_tokens_decoder().values()
+        self.added: tuple[str, ...] = tuple(token.content for token in added)
+        self.special: tuple[str, ...] = tuple(token.content for token in added if token.special)
+        self.chat, self.generation = chat, dict(generation or {})
+        ends = self.generation.get("eos_token_id")
+        # Published files name ids that are no token; no model draws them.
+        known = [i for i in _listed(ends) if type(i) is int and 0 <= i < self.vocab_size]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *known]))
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text that is in no template: one BOS, or
+        nothing.
+        """
+        own = self._backend.encode("a", add_special_tokens=True).ids
+        bare = self.encode("a")
+        at = next((i for i in range(len(own)) if own[i : i + len(bare)] == bare), 0)
+        return tuple(own[:at])
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary."""
+        return self._backend.token_to_id(token)
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._backend.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without EOS; never a special token, never PAD."""
@@ -80,13 +123,17 @@ class Tokenizer:
         return hashlib.sha256(f"{self.eos_id}\n{self._backend.to_str()}".encode()).hexdigest()
 
     def save(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads; their
-        names.
+        """Writes what `load_tokenizer` reads: tokenizer.json, tokenizer_config.json, and where the
+        model has its own, chat_template.jinja and generation_config.json; their names.
         """
         texts = {
             "tokenizer.json": self._backend.to_str(),
-            "tokenizer_config.json": json.dumps({"eos_token": self.eos}) + "\n",
+            "tokenizer_config.json": json.dumps(self.named) + "\n",
         }
+        if self.chat is not None:
+            texts[CHAT_FILE] = self.chat
+        if self.generation:
+            texts[GENERATION_FILE] = json.dumps(self.generation, indent=2) + "\n"
         for name, text in texts.items():
             write_text(Path(directory) / name, text)
         return list(texts)
@@ -119,8 +166,14 @@ def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> T
     if not vocabulary:
         raise DataError("the vocabulary is empty", path=path)
     check_ids(vocabulary, about.get("added_tokens"), found)
+    folder = path if path.is_dir() else path.parent
+    named = _named_tokens(vocabulary, folder)
     tokenizer = Tokenizer(
-        backend, eos=eos or _eos_of(vocabulary, path if path.is_dir() else path.parent)
+        backend,
+        eos=eos or _eos_of(vocabulary, named, folder),
+        named=named,
+        chat=read_chat_template(folder),
+        generation=_object_in(folder / GENERATION_FILE),
     )
     if not all(_guarded(found, lambda: tokenizer.encode_batch(_SAMPLE))):
         raise DataError("it encodes plain text to nothing", path=found)
@@ -182,18 +235,55 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
     return _byte_level(models.BPE.from_file(*map(str, files)))
 
 
-def _eos_of(vocabulary: dict[str, int], folder: Path) -> str:
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        token = parse_object(read_text(config), config).get("eos_token")
-        # Hugging Face writes the token as a string or as {"content": string, ...}.
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
-            if not isinstance(token, str) or token not in vocabulary:
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder, as text; DataError for a file that is no text."""
+    path = folder / CHAT_FILE
+    if path.is_file():
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_TEMPLATE + 1)
+        if len(data) > _LONGEST_TEMPLATE:
+            told = f"more than {_LONGEST_TEMPLATE:,} bytes; no template is so long"
+            raise DataError(told, path=path)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 at byte {error.start}", path=path) from error
+    found = _object_in(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    return parse_object(read_text(path), path) if path.is_file() else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _named_tokens(vocabulary: dict[str, int], folder: Path) -> dict[str, str]:
+    """The tokens that tokenizer_config.json and the older special_tokens_map.json name, such as
+    "bos_token" and "eos_token".
+    """
+    named = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        for name, token in _object_in(path).items():
+            if not name.endswith("_token"):
+                continue
+            # Hugging Face writes the token as a string or as {"content": string, ...}.
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in vocabulary:
+                named[name] = token
+            elif name == "eos_token" and token is not None:
                 told = f"eos_token={str(token)[:60]!r} is no token of the tokenizer"
-                raise DataError(told, path=config, hint="name the one that ends a text")
-            return token
-    for token in _KNOWN_EOS:
+                raise DataError(told, path=path, hint="name the one that ends a text")
+    return named
+
+
+def _eos_of(vocabulary: dict[str, int], named: dict[str, str], folder: Path) -> str:
+    for token in (named.get("eos_token"), *_KNOWN_EOS):
         if token in vocabulary:
             return token
     hint = f"looked for {', '.join(_KNOWN_EOS)}; name it as eos_token in tokenizer_config.json"

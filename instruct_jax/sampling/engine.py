@@ -60,7 +60,12 @@ class Response(NamedTuple):
 
     tokens: tuple[int, ...]  # through the end token or stop sequence
     log_probs: np.ndarray  # float32[len(tokens)], the sampler's own
-    ended: bool  # by an end token or stop sequence, not by the budget
+    ending: int  # how many tokens are the end token or stop sequence; 0 where the budget ended it
+
+    @property
+    def ended(self) -> bool:
+        """Whether by an end token or stop sequence, not by the budget."""
+        return self.ending > 0
 
 
 class _Row(NamedTuple):
@@ -105,6 +110,11 @@ class Engine:
         self.drawn = 0  # tokens of the responses that have ended
 
     @property
+    def busy(self) -> bool:
+        """Whether a row waits or lives."""
+        return bool(self._waiting) or any(self._rows)
+
+    @property
     def occupancy(self) -> float:
         """Drawn tokens a slot and turn: 1 where no slot ever idled."""
         return self.drawn / max(self.turns * self.slots, 1)
@@ -143,11 +153,13 @@ class Engine:
 
     def run(self) -> Iterator[tuple[int, Response]]:
         """Steps until nothing waits or lives; yields numbers and responses as they end."""
-        while self._waiting or any(self._rows):
+        while self.busy:
             yield from self.step().items()
 
-    def step(self) -> dict[int, Response]:
-        """Fills free slots, decodes until enough are free again; the responses that ended."""
+    def step(self, turns: int | None = None) -> dict[int, Response]:
+        """Fills free slots, decodes until enough are free again, or for `turns` tokens a row; the
+        responses that ended.
+        """
         with self._scope():
             while self._waiting and self._rows.count(None) >= self._next_arrival():
                 self._admit()
@@ -157,10 +169,38 @@ class Engine:
                 self._make_room(0)
             until = self.slots - self._next_arrival() if self._waiting else 0
             assert self._state is not None
+            # All that there is room for is no limit.
+            most = np.int32(self._columns if turns is None else turns)
             self._state = _advance(
-                self._model, self._params, self._state, np.int32(until), sampling=self._sampling
-            )
+                self._model, self._params, self._state, np.int32(until), most,
+                sampling=self._sampling,
+            )  # fmt: skip
             return self._harvest(self._state)
+
+    def drawn_by(self) -> dict[int, tuple[int, ...]]:
+        """The tokens so far of the rows that live, by their numbers."""
+        if self._state is None:
+            return {}
+        tokens = hosts.fetch(self._state.tokens)
+        return {
+            row.number: tuple(tokens[slot, first : first + length].tolist())
+            for slot, (row, first, length) in enumerate(
+                zip(self._rows, self._first, self._length, strict=True)
+            )
+            if row is not None
+        }
+
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Gives up rows that wait or live: their slots are free at once."""
+        given_up = set(numbers)
+        self._waiting = deque(row for row in self._waiting if row.number not in given_up)
+        kept = np.ones(self.slots, np.bool_)
+        for slot, row in enumerate(self._rows):
+            if row is not None and row.number in given_up:
+                kept[slot], self._rows[slot] = False, None
+        if self._state is not None and not kept.all():
+            with self._scope():
+                self._state = _keep(self._state, self._put(kept))
 
     def _next_arrival(self) -> int:
         return min(self._arrival, len(self._waiting))
@@ -230,7 +270,7 @@ class Engine:
             response = tuple(tokens[slot, columns].tolist())
             self.drawn += len(response)
             ended[row.number] = Response(
-                response, log_probs[slot, columns].copy(), self._sampling.ending(response) > 0
+                response, log_probs[slot, columns].copy(), self._sampling.ending(response)
             )
             self._rows[slot] = None
         return ended
@@ -315,9 +355,20 @@ def _admit(slots: Slots, arrivals: Arrivals, prefix: Any) -> Slots:
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="slots")
 def _advance(
-    model: Model, params: Any, slots: Slots, until: jax.Array, *, sampling: Sampling
+    model: Model,
+    params: Any,
+    slots: Slots,
+    until: jax.Array,
+    turns: jax.Array,
+    *,
+    sampling: Sampling,
 ) -> Slots:
-    return spread_rows(advance(model, params, slots, sampling, until=until))
+    return spread_rows(advance(model, params, slots, sampling, until=until, turns=turns))
+
+
+@partial(jax.jit, donate_argnames="slots")
+def _keep(slots: Slots, kept: jax.Array) -> Slots:
+    return spread_rows(slots._replace(live=slots.live & kept))
 
 
 @partial(jax.jit, static_argnames="columns")  # into buffers of another width

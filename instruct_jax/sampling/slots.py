@@ -64,12 +64,14 @@ def advance(
     sampling: Sampling,
     *,
     until: jax.Array | int = 0,
+    turns: jax.Array | int | None = None,
     blocks: int = 1,
 ) -> Slots:
-    """Decodes until no more than `until` rows of any of the contiguous `blocks` live, or the
-    columns are used up.
+    """Decodes until no more than `until` rows of any of the contiguous `blocks` live, the columns
+    are used up, or `turns` tokens of each row were drawn.
     """
     columns = slots.cache.mask.shape[1]
+    end = columns if turns is None else jnp.minimum(columns, slots.head + turns)
 
     def body(slots: Slots) -> Slots:
         fed = jax.lax.dynamic_slice_in_dim(slots.tokens, slots.head, 1, axis=1)
@@ -96,7 +98,7 @@ def advance(
 
     def unfinished(slots: Slots) -> jax.Array:
         live = slots.live.reshape(blocks, -1).sum(axis=1, dtype=jnp.int32)
-        return (live.max() > until) & (slots.head < columns)
+        return (live.max() > until) & (slots.head < end)
 
     return jax.lax.while_loop(unfinished, body, slots)
 

@@ -24,11 +24,10 @@ from instruct_jax.cli.record import read_record as read_run
 from instruct_jax.cli.replacing import is_run
 from instruct_jax.data.tokenizer import Tokenizer, load_tokenizer
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from instruct_jax.files import read_object, unfit_path, write_json, write_text
+from instruct_jax.files import read_object, unfit_path, write_json
 from instruct_jax.models.adapters import LoraConfig
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.hf import inspect_pretrained, parameter_shapes, read_pretrained
-from instruct_jax.models.hf.text import CHAT_FILE
 from instruct_jax.models.transformer import Model, TransformerConfig, language_model, scalar_model
 from instruct_jax.stages.record import (
     RECORD,
@@ -75,16 +74,11 @@ class TrainedModel(NamedTuple):
 
 
 def save_trained(
-    directory: Path,
-    trained: TrainedModel,
-    *,
-    notes: dict[str, Any] | None = None,
-    chat_template: str | None = None,
+    directory: Path, trained: TrainedModel, *, notes: dict[str, Any] | None = None
 ) -> Path:
-    """Writes a model folder; `notes` (metrics, data hashes) go into model.json, and the Jinja text
-    `chat_template`, of a model that came in with one, beside it. Returns `directory`; ConfigError
-    where its name is one below which arrays cannot be kept, NonFiniteError where a parameter is not
-    finite. Then nothing is written.
+    """Writes a model folder; `notes` (metrics, data hashes) go into model.json. Returns
+    `directory`; ConfigError where its name is one below which arrays cannot be kept, NonFiniteError
+    where a parameter is not finite. Then nothing is written.
     """
     _check_name(directory)
     _check_finite(directory, trained.params)
@@ -101,9 +95,6 @@ def save_trained(
 
     def describe() -> None:
         names = [*trained.tokenizer.save(directory), _ARRAYS]
-        if chat_template is not None:
-            write_text(directory / CHAT_FILE, chat_template)
-            names.append(CHAT_FILE)
         files = hashes_of(directory, names)
         write_json(directory / RECORD, about._replace(files=files).as_json())
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from instruct_jax.data.gguf_tokenizer import chat_template, tokenizer_files
-from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokenizer import CHAT_FILE, Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.models.gguf.architectures import (
     ARCHITECTURES,
@@ -30,7 +30,6 @@ from instruct_jax.models.hf.container import Source, printable
 from instruct_jax.models.hf.layout import parameter_shapes, pieces
 from instruct_jax.models.hf.reading import Pretrained, inspect_pretrained
 from instruct_jax.models.hf.schema import Raw
-from instruct_jax.models.hf.text import CHAT_FILE
 
 _MOST_FACTORS = 65_536
 _REPOSITORY = re.compile(r"(?:https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)")
@@ -54,7 +53,7 @@ class Translated(NamedTuple):
 def open_gguf(
     path: str | Path, *, tokenizer: Tokenizer | None = None, resize: bool = False
 ) -> Iterator[Pretrained]:
-    """What a GGUF file holds, for `read_pretrained` and `read_chat_template` within the block.
+    """What a GGUF file holds, for `read_pretrained` within the block.
 
     `tokenizer` stands in for the file's own; `resize` is that of `inspect_pretrained`. Raises
     UserError for a file that is damaged or hostile, for an architecture, tokenizer or quantisation

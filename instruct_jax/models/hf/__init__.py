@@ -13,7 +13,7 @@ from instruct_jax.models.hf.reading import (
     load_pretrained,
     read_pretrained,
 )
-from instruct_jax.models.hf.text import chat_template_of, read_chat_template
+from instruct_jax.models.hf.text import chat_template_of
 from instruct_jax.models.hf.writing import exported_files, save_pretrained
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "load_pretrained",
     "model_card",
     "parameter_shapes",
-    "read_chat_template",
     "read_pretrained",
     "save_pretrained",
 ]

@@ -23,6 +23,7 @@ PATTERNS = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "README.md",
 )

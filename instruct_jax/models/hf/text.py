@@ -8,14 +8,10 @@ import json
 from pathlib import Path
 
 from instruct_jax.data.templates import Template
-from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokenizer import CHAT_FILE, Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.files import json_text, write_text
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.hf.container import read_json
-
-CHAT_FILE = "chat_template.jinja"
-_LONGEST_TEMPLATE = 1_000_000
 
 
 def write_tokenizer(
@@ -31,14 +27,9 @@ def write_tokenizer(
             "export the model with the tokenizer it was trained with"
         )
     tokenizer.save(directory)
-    path = directory / "tokenizer.json"
-    about = json.loads(path.read_text(encoding="utf-8"))
-    words: set[str] = {token["content"] for token in about.get("added_tokens", ())}
-    words |= set(about["model"]["vocab"])
-    pad = "<|pad|>" if "<|pad|>" not in words else f"<|pad_{config.pad_id}|>"
-    described = {
+    pad = "<|pad|>" if tokenizer.id_of("<|pad|>") is None else f"<|pad_{config.pad_id}|>"
+    described = tokenizer.named | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokenizer.eos,
         "pad_token": pad,
         "model_max_length": config.max_length,
         "clean_up_tokenization_spaces": False,
@@ -80,25 +71,6 @@ def chat_template_of(template: Template) -> str:
         "{%- endfor -%}",
     ]
     return "".join(pieces) + "\n"
-
-
-def read_chat_template(directory: Path) -> str | None:
-    """The chat template of a folder, as text: it is passed on, never rendered here. UserError for a
-    file that is no text.
-    """
-    path = directory / CHAT_FILE
-    if path.is_file():
-        if path.stat().st_size > _LONGEST_TEMPLATE:
-            raise UserError(
-                f"{path}: more than {_LONGEST_TEMPLATE:,} bytes; no template is so long"
-            )
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
-    old = directory / "tokenizer_config.json"
-    template = read_json(old).get("chat_template") if old.is_file() else None
-    return template if isinstance(template, str) else None
 
 
 def _refusal(reason: str) -> str:

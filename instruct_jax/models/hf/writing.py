@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from instruct_jax import __version__
-from instruct_jax.data.tokenizer import Tokenizer
+from instruct_jax.data.tokenizer import GENERATION_FILE, Tokenizer
 from instruct_jax.errors import UserError
 from instruct_jax.files import PARTIAL, json_text, write_text
 from instruct_jax.models.config import TransformerConfig
@@ -108,12 +108,10 @@ def save_pretrained(
         folded = "final_norm/bias" in flat
         raw["instruct_jax"] |= {"head_bias": float(kept["head/bias"][0]), "bias_is_folded": folded}
     write_text(partial / "config.json", json_text(raw))
-    if kind == "language":
-        generation = {"pad_token_id": config.pad_id, "suppress_tokens": [config.pad_id]}
-        ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_id}
-        write_text(partial / "generation_config.json", json_text(generation | ends))
     if tokenizer is not None:
         write_tokenizer(partial, tokenizer, config, chat_template)
+    if kind == "language":
+        write_text(partial / GENERATION_FILE, json_text(_generation(config, tokenizer)))
     if card is not None:
         write_text(partial / "README.md", card)
     if directory.exists():
@@ -146,17 +144,28 @@ def _exported(folder: Path) -> list[Path]:
     return found
 
 
+def _generation(config: TransformerConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The defaults that came in with the weights, where they did; PAD is ours and never drawn."""
+    own = {"pad_token_id": config.pad_id, "suppress_tokens": [config.pad_id]}
+    if tokenizer is None:
+        return own
+    ends = tokenizer.stop_ids
+    return {**tokenizer.generation, "eos_token_id": list(ends) if len(ends) > 1 else ends[0], **own}
+
+
 def _config_json(
     config: TransformerConfig, model_type: str, kind: str, dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     family = FAMILIES[model_type]
+    named = {} if tokenizer is None else tokenizer.named
+    bos = tokenizer.id_of(named["bos_token"]) if tokenizer and "bos_token" in named else None
     raw = {
         "architectures": [family.language if kind == "language" else family.scalar],
         "model_type": model_type,
         **write_config(family, config),
         "vocab_size": config.vocab_size + 1,
         "pad_token_id": config.pad_id,
-        "bos_token_id": None,
+        "bos_token_id": bos,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
         "dtype": dtype,
         "instruct_jax": {"version": __version__, "vocab_size": config.vocab_size},
