@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from instruct_jax.errors import UserError
 from instruct_jax.models.gguf import open_gguf
 from instruct_jax.models.gguf.container import read_container
-from instruct_jax.models.hf import load_pretrained, read_chat_template, read_pretrained
+from instruct_jax.models.hf import load_pretrained, read_pretrained
 from tests.models.gguf_files import ARCHITECTURES, config_of, tensors_of, write_gguf
 
 Q = gguf.GGMLQuantizationType
@@ -116,7 +116,7 @@ def test_the_name_the_licence_and_the_template_come_along(tmp_path):
     }
     with open_gguf(write_gguf(tmp_path / "a.gguf", "llama", **about)) as found:
         assert (found.name, found.licence) == ("owner/name-1", "apache-2.0")
-        assert read_chat_template(found.folder) == "{{ messages }}\u00e9"
+        assert found.tokenizer.chat == "{{ messages }}\u00e9"
         folder = found.folder
     assert not folder.exists()
     strange = {"general.source.repo_url": "../../etc/passwd", "general.license": "x\ny"}
