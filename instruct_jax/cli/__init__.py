@@ -30,6 +30,7 @@ from instruct_jax.cli.names import suggest, suggest_field
 from instruct_jax.cli.workdir import Run, describe, open_workdir
 from instruct_jax.errors import ConfigError, Interrupted, RunError, StorageError
 from instruct_jax.files import user_path
+from instruct_jax.settings import Settings
 
 __all__ = [
     "HOST_DEVICE_FLAGS",
@@ -106,7 +107,7 @@ def _run(
     loaded = load(flags.config, default=default)
     config = resolve(config_class, loaded.values, overrides)
     workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
-    if not config.leaves_files:
+    if isinstance(config, Settings) and not config.leaves_files:
         _configure_jax(flags.host_devices)
         main(config, Run(workdir, flags.mesh))
         return
