@@ -91,12 +91,12 @@ def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the last epoch."""
     stage, mesh = config.sft, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
+    check_weights(config)
     config.data.find()  # before the model is read
     start = load_trained(config.init, kind="language", compute=config.model)
     if not config.measure_lengths:
         check_lengths(stage, start.config)
     source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
-    check_weights(config)
     chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
     if config.measure_lengths:
         lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))

@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instruct_jax.models.transformer import TransformerConfig, language_model, scalar_model
+from instruct_jax.sampling.sampler import Rollout
 from instruct_jax.stages import experience as experiences
 from instruct_jax.stages import ppo_losses
+from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_logs import sampler_logs
+from instruct_jax.stages.ppo_models import Models, Recipe
 from instruct_jax.stages.pretrain import language_loss
 from tests.stages import lab as labs
 from tests.stages.lab import CONFIG, EOS, KEY, PROMPT, RESPONSE, ROWS, SHAPE
@@ -213,6 +217,45 @@ def test_scoring_takes_the_memory_of_a_micro_batch_and_gives_the_numbers_of_the_
         np.testing.assert_allclose(
             getattr(parts, name), getattr(experience, name), atol=1e-5, err_msg=name
         )
+
+
+def test_the_memory_of_scoring_falls_with_the_micro_batches():
+    """512 rows of 64 + 64 tokens, a model of 4 layers, 128 wide, vocabulary 512 (LOG, section 11):
+    322 MiB when all rows were read at once, which no number of micro-batches changed.
+    """
+    shape = TransformerConfig(
+        vocab_size=512, num_layers=4, d_model=128, num_heads=4, max_length=128
+    )
+    rows, prompt, response = 512, 64, 64
+    models = language_model(shape), scalar_model(shape)
+    params = [jax.eval_shape(model.init, labs.KEY) for model in models]
+    tokens = jax.ShapeDtypeStruct((rows, prompt + response), jnp.int32)
+    where = jax.ShapeDtypeStruct((rows, response), jnp.bool_)
+    rollout = Rollout(
+        tokens,
+        jax.ShapeDtypeStruct(tokens.shape, jnp.bool_),
+        where,
+        jax.ShapeDtypeStruct(where.shape, jnp.float32),
+    )
+    sizes = []
+    for parts in (1, 16):
+        config = PPOConfig(
+            episodes=rows,
+            rollout_batch=rows,
+            minibatch=64,
+            micro_batches=parts,
+            prompt_length=prompt,
+            response_length=response,
+            warmup_iterations=0,
+        )
+        recipe = Recipe(config, *models, labs.DESCENT, labs.DESCENT, EOS)
+        policy, scalar = params
+        read = jax.jit(partial(experiences.read_rollout, recipe))
+        program = read.lower(Models(policy, policy, scalar, scalar), rollout).compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes / 2**20)
+    # One minibatch of the eight, then a sixteenth of that.
+    assert sizes[0] < 60
+    assert sizes[1] < min(30, 0.2 * sizes[0])
 
 
 def test_the_gap_of_the_sampler_is_told_by_its_size_and_its_bands():

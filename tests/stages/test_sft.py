@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instruct_jax.data.packing import pack
+from instruct_jax.data.shares import Shares
 from instruct_jax.errors import ConfigError
 from instruct_jax.models.transformer import language_model
 from instruct_jax.sampling.sampler import generate
@@ -198,3 +199,33 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused_before_anything_is_writt
             workdir=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_weighed_files_taken_up_at_a_checkpoint_ends_with_the_same_bits(tmp_path):
+    """R7, in demonstrations and in the text beside them."""
+    halves = Shares(np.repeat([0, 1], [12, 8]), (1, 4), ("a", "b"))
+    config = dataclasses.replace(CONFIG, pretrain_fraction=0.5, save_every=1, eval_every=3)
+
+    def run(folder, stop=False):
+        def evaluate(step, state):
+            if stop:
+                raise KeyboardInterrupt
+            return {}
+
+        return sft.train(
+            config,
+            language_model(SHAPE),
+            labs.policy_params(),
+            random_demonstrations(20),
+            pretraining=labs.text_rows(rows=20, length=20)["tokens"],
+            shares=halves,
+            text_shares=halves,
+            mesh=ONE,
+            workdir=tmp_path / folder,
+            evaluate=evaluate,
+        )
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop=True)
+    assert labs.same_bits(run("stopped"), whole)
