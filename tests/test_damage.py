@@ -119,6 +119,8 @@ def unnoticed(programs: Programs, names: tuple[str, ...], count: int) -> tuple[l
         if not gone and (code != 4 or not told_in_one_line(code, text)):
             wrong.append(f"{path} {kind}: verify {code} {text[-200:]}")
         reader = reader_of(programs, path)
+        if path.endswith(".sha256") and instead and instead[:64] == before[:64]:
+            reader = None  # the hash is right; the name behind it is for sha256sum
         if reader is not None:
             read += 1
             code, text = programs.run(*reader)
