@@ -35,6 +35,7 @@ import numpy as np
 from instruct_jax.data import hub
 from instruct_jax.data.files import hash_files, list_files, remember_hashes
 from instruct_jax.data.formats import FileReport
+from instruct_jax.data.journal import PLAN, TOKENS, Journal, check_owner, read_journal, sums_of
 from instruct_jax.data.progress import Progress
 from instruct_jax.data.rows import DataError, Document
 from instruct_jax.data.tokenizer import Tokenizer
@@ -43,7 +44,6 @@ from instruct_jax.errors import CheckpointError
 from instruct_jax.files import hash_of_file, read_object, write_bytes, write_json
 
 FORMAT = 1
-PLAN, TOKENS = "plan.json", ".tokens"
 PART_BYTES = 256 * 2**20
 MAX_PARTS = 256  # every part is an open file of the process that reads
 COMMIT_TOKENS = 4 * 2**20
@@ -76,42 +76,6 @@ class Text:
         return itertools.chain.from_iterable(
             self.read(name, reports, lambda file: None) for name in self.names
         )
-
-
-@dataclass(frozen=True)
-class Journal:
-    """How much of a part is safely in its file; `bad` are the verdicts on files with bad rows.
-
-    `part` says whose it is, and `sums` has the sha256 of the checksums; older ones have neither.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    complete: bool = False
-    bad: tuple[str, ...] = ()
-    part: str = ""
-    sums: str = ""
-
-    def after(self, documents: int, tokens: int) -> "Journal":
-        """With so many more."""
-        counts = {"documents": self.documents + documents, "tokens": self.tokens + tokens}
-        return dataclasses.replace(self, **counts)
-
-
-def check_tokens(directory: Path) -> None:
-    """Reads all the tokens in the folder of a corpus. CheckpointError or DataError where they are
-    not as they were written; those of a part that is not complete are not looked at.
-    """
-    plan = read_object(directory / PLAN, "parts")
-    _check_owner(directory / PLAN, plan.get("corpus"), directory.name)
-    for i in range(len(plan["parts"])):
-        path = directory / f"{i:05}{TOKENS}"
-        journal = _read_journal(path, f"{directory.name}/{i}")
-        sums = _sums_of(path, journal)
-        if journal.complete and sums is not None:
-            dtype = np.dtype("<u2" if path.stat().st_size <= 2 * journal.tokens else "<u4")
-            if block_sums(path, dtype) != sums.read_bytes():
-                raise CheckpointError(f"{path} is not as it was written")
 
 
 class Corpus:
@@ -215,7 +179,7 @@ class Corpus:
 
     def _sums(self, i: int, journal: Journal) -> Path | None:
         with self._named_damage(self._path(i)):
-            return _sums_of(self._path(i), journal)
+            return sums_of(self._path(i), journal)
 
     def _make_part(self, i: int, names: Sequence[str], progress: Progress) -> None:
         done = self._journal(i)
@@ -278,13 +242,13 @@ class Corpus:
         if plan["format"] != FORMAT:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
         with self._named_damage(path):
-            _check_owner(path, plan.get("corpus"), self.directory.name)
+            check_owner(path, plan.get("corpus"), self.directory.name)
         remember_hashes(plan["files"])
         return plan
 
     def _journal(self, i: int) -> Journal:
         with self._named_damage(self._path(i).with_suffix(".json")):
-            return _read_journal(self._path(i), f"{self.directory.name}/{i}")
+            return read_journal(self._path(i), f"{self.directory.name}/{i}")
 
     @contextmanager
     def _named_damage(self, path: Path) -> Iterator[None]:
@@ -312,32 +276,6 @@ def _locked(path: Path, flags: int) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _read_journal(tokens: Path, part: str) -> Journal:
-    """That of the part whose tokens are in a file; an empty one where there is none."""
-    path = tokens.with_suffix(".json")
-    if not path.exists():
-        return Journal(part=part)
-    journal = Journal(**read_object(path))
-    _check_owner(path, journal.part, part)
-    return journal
-
-
-def _sums_of(tokens: Path, journal: Journal) -> Path | None:
-    """The checksums of a part; CheckpointError where they are not those of its journal."""
-    if not journal.sums:  # made by an older version, or not complete
-        return None
-    path = tokens.with_suffix(".sums")
-    if not path.exists() or hash_of_file(path) != journal.sums:
-        raise CheckpointError(f"{path} is not the file that the journal beside it names")
-    return path
-
-
-def _check_owner(path: Path, said: str | None, wanted: str) -> None:
-    """CheckpointError where a file says that it is of something else; older ones do not say."""
-    if said and said != wanted:
-        raise CheckpointError(f"{path} is of {said}")
 
 
 def _files_of(name: str) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 from instruct_jax.cli.record import ARTEFACTS, read_record
 from instruct_jax.cli.record import RECORD as RUN
 from instruct_jax.cli.replacing import is_run
-from instruct_jax.data.corpus import PLAN, TOKENS, check_tokens
 from instruct_jax.data.files import check_hash
+from instruct_jax.data.journal import PLAN, TOKENS, check_tokens
 from instruct_jax.data.rows import HASH_SUFFIX
 from instruct_jax.errors import CheckpointError, RunError
 from instruct_jax.files import hash_of_file, read_object

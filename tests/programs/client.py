@@ -1,10 +1,8 @@
 """A server of programs (`server.py`) to talk to, and a chain of finished runs to start from."""
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,30 +64,3 @@ class Programs:
         assert self._server.stdin
         self._server.stdin.close()
         self._server.wait()
-
-
-def main() -> None:
-    """Runs the chain once and says how long each program took and what it did."""
-    import time
-
-    folder = Path(tempfile.mkdtemp())
-    with Programs(folder) as programs:
-        for name in programs.commands:
-            began = time.monotonic()
-            try:
-                programs.finish(name)
-            except AssertionError as error:
-                print(error)
-                continue
-            print(f"{name:14} {time.monotonic() - began:6.1f} s {programs.events[name]:4} events",
-                  flush=True)  # fmt: skip
-            began = time.monotonic()
-            files = programs.state(name)
-            print(
-                f"   {time.monotonic() - began:6.1f} s, {len(files)} files and arrays", flush=True
-            )
-    shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()

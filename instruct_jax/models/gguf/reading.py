@@ -18,6 +18,7 @@ import numpy as np
 from instruct_jax.data.gguf_tokenizer import chat_template, tokenizer_files
 from instruct_jax.data.tokenizer import CHAT_FILE, Tokenizer
 from instruct_jax.errors import UserError
+from instruct_jax.files import write_text
 from instruct_jax.models.gguf.architectures import (
     ARCHITECTURES,
     ROPE_TENSORS,
@@ -107,10 +108,10 @@ def _write_folder(
     if own:
         files |= tokenizer_files(metadata, name)
     for file, value in files.items():
-        (folder / file).write_text(json.dumps(value), encoding="utf-8")
+        write_text(folder / file, json.dumps(value))
     template = chat_template(metadata)
     if template is not None:
-        (folder / CHAT_FILE).write_text(template, encoding="utf-8")
+        write_text(folder / CHAT_FILE, template)
     return raw
 
 
