@@ -15,7 +15,7 @@ from instruct_jax.errors import NonFiniteError, UserError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.loop import train
 from instruct_jax.training.metrics import MetricLogger
-from instruct_jax.training.optim import adamw, cosine_schedule
+from instruct_jax.training.optim import adamw, schedule
 from instruct_jax.training.signals import catch_stop_signals, hold_signals
 from instruct_jax.training.state import init_state, make_train_step
 from tests.training import tiny
@@ -198,7 +198,7 @@ def test_non_finite_steps_in_a_row_stop_the_run_with_a_good_checkpoint(tmp_path)
 
 def restored(workdir):
     """The state of the newest checkpoint of `run`."""
-    tx = adamw(cosine_schedule(1e-2, steps=STEPS), weight_decay=0.1)
+    tx = adamw(schedule(1e-2, "cosine", steps=STEPS), weight_decay=0.1)
     state = init_state(tiny.init(jax.random.key(1)), tx, ema=True)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         return checkpointer.restore({"state": state})[0]["state"]
