@@ -45,6 +45,7 @@ def list_steps(flags: argparse.Namespace, directory: Path) -> None:
     for step in saved_steps(directory):
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(step.written))
         state = ("finished" if step.finished else "no manifest") + ", pinned" * step.pinned
+        state += f", the best ({step.best})" if step.best else ""
         print(f"{step.number:>8}  {written:19}  {_size(step.size):>10}  {state}")
     if (total := account(flags.workdir)) is not None:
         print(f"step {total.step}, {total.reason}: {total}")
@@ -98,7 +99,7 @@ def export(flags: argparse.Namespace, directory: Path) -> None:
 
 
 def prune_steps(flags: argparse.Namespace, directory: Path) -> None:
-    """Delete old steps."""
+    """Delete old steps, but pinned ones and the best."""
     if flags.keep < 1:
         raise ConfigError(f"--keep={flags.keep}: expected 1 or more")
     deleted = prune(directory, keep=flags.keep)

@@ -2,8 +2,9 @@
 
 0: done, or stopped by a signal with everything saved
 2: a mistake in the configuration or the data (`UserError`), told in one line, nothing written
-3: too many non-finite updates in a row (`NonFiniteError`), or no reward where one was asked for
-   (`RewardError`); the last good state is saved
+3: too many non-finite updates in a row (`NonFiniteError`), no reward where one was asked for
+   (`RewardError`), or no figures of an evaluation of the user's (`EvaluationError`); the last good
+   state is saved
 4: a checkpoint that cannot be used (`CheckpointError`)
 5: a file of the run that cannot be written (`StorageError`); the last saved step stands
 130, 143: stopped by Ctrl-C or SIGTERM where no step could be saved (`Interrupted`)
@@ -39,6 +40,13 @@ class NonFiniteError(RunError):
 
 class RewardError(RunError):
     """A reward from outside raised, hung, or gave no finite number; nothing was learnt from it."""
+
+    exit_code = 3
+    everywhere = True
+
+
+class EvaluationError(RunError):
+    """A function of the user's that evaluates raised, or gave something else than numbers."""
 
     exit_code = 3
     everywhere = True

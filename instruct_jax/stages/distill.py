@@ -30,7 +30,7 @@ from instruct_jax.sampling.complete import Completion
 from instruct_jax.sampling.scores import divergence
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss
-from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
+from instruct_jax.stages.stage import FitConfig, OnBest, fit, steps_of, trained_form
 from instruct_jax.stages.trained import TrainedModel, save_trained
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -91,6 +91,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
 ) -> Any:
     """Trains the student on encoded answers of the teacher (tokens int32[N, T], mask, loss_mask);
     returns its parameters. Resumes from `workdir/checkpoints` when there is one.
@@ -111,6 +112,7 @@ def train(
         workdir=workdir,
         name="distill",
         evaluate=evaluate,
+        on_best=on_best,
     )
 
 

@@ -57,10 +57,11 @@ from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
 from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.resampling import Answered, Refill, first_look, lively, refilled
 from instruct_jax.stages.rewards import Given, HostRewards
-from instruct_jax.stages.stage import RULES, place_params
+from instruct_jax.stages.stage import RULES, OnBest, place_params
 from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
+from instruct_jax.training.keeping import Best
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import batch_sharding, check_batch_size, replicated
 from instruct_jax.training.metrics import MetricLogger
@@ -269,6 +270,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, PPOState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
     rewards: HostRewards | None = None,
     model_weight: float = 1.0,
 ) -> PPOState:
@@ -280,7 +282,8 @@ def train(
     the policy and the frozen reference; `reward_params` the reward model and, with estimator "gae",
     the value model, bias included. The policy to evaluate and to keep is `state.policy.ema`, whole
     parameters also where an adapter is trained. Resumes from `workdir/checkpoints` when there is
-    one; ConfigError where that was trained with other models.
+    one; ConfigError where that was trained with other models. `on_best` is called at the end with
+    the average of the best evaluation's policy, where `config.best_metric` names one.
 
     `rewards` are added to `model_weight` times the reward model's score, and read the `index` of
     `prompts`. With weight 0 the reward model is what the value model starts as and no more.
@@ -306,7 +309,12 @@ def train(
         assert evaluate is not None
         return evaluate(step, merged(config, frozen, models_of(state)))
 
-    state = _run(iteration, state, batch_at, workdir, None if evaluate is None else shown)
+    def kept(best: Best, state: PPOState | Lagging) -> None:
+        assert on_best is not None
+        on_best(best, merged(config, frozen, models_of(state)).policy.ema)
+
+    looks = None if evaluate is None else shown, None if on_best is None else kept
+    state = _run(iteration, state, batch_at, workdir, *looks)
     if config.lora.rank == 0:
         return state
     base = trunk_fingerprint(policy_params)
@@ -338,6 +346,7 @@ def _run(
     batch_at: IterationBatches,
     workdir: Path,
     evaluate: Callable[[int, PPOState | Lagging], dict[str, float]] | None,
+    on_best: Callable[[Best, PPOState | Lagging], None] | None,
 ) -> PPOState:
     """All iterations, from the newest checkpoint of `workdir` if there is one; the last state."""
     config, frozen = iteration.recipe.config, iteration.frozen
@@ -369,6 +378,9 @@ def _run(
             eval_every=config.eval_every,
             log_every=config.log_every,
             inputs=inputs,
+            stop_when=None if config.kl_stop is None else config.why_stop,
+            best=config.best_by,
+            on_best=on_best,
         )
     return models_of(end)
 

@@ -25,6 +25,7 @@ algorithms.py has a constructor of each, and `named`, which says what a configur
 Sources: losses/group.py, losses/policy_gradient.py. All of them take the pretraining mix.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,13 @@ class PPOConfig(RunConfig):
     )
     kl_horizon: int = setting(
         10_000, "episodes in which kl_coef is steered", low=1, unit="episodes", needs="kl_target"
+    )
+    kl_stop: float | None = setting(
+        None,
+        "the run ends after the first iteration whose mean KL of a response is above this",
+        above=0.0,
+        unit="nats",
+        may_change=True,
     )
     missing_eos: Literal["none", "replace", "subtract"] = setting(
         "none", "what missing_eos_penalty does to the score of a response without a stop token"
@@ -327,6 +335,12 @@ class PPOConfig(RunConfig):
                 f"length_buckets {self.length_buckets} is not between 1 and "
                 f"response_length {self.response_length}"
             )
+
+    def why_stop(self, metrics: Mapping[str, float]) -> str | None:
+        """Why the run ends after an iteration of these metrics, where its KL was too large."""
+        if self.kl_stop is None or not metrics["kl"] > self.kl_stop:
+            return None
+        return f"its KL of {metrics['kl']:.4g} nats is above kl_stop {self.kl_stop:g}"
 
     @property
     def iterations(self) -> int:

@@ -57,7 +57,7 @@ from instruct_jax.stages.preference_rows import (
     with_mismatched,
 )
 from instruct_jax.stages.rankings import by_prompt, refuse_labels, tree_batches
-from instruct_jax.stages.stage import FitConfig, check_warmup, fit, steps_of, trained_form
+from instruct_jax.stages.stage import FitConfig, OnBest, check_warmup, fit, steps_of, trained_form
 from instruct_jax.training import hosts
 from instruct_jax.training.state import LossFn, TrainState
 
@@ -364,6 +364,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
 ) -> Any:
     """Trains `params` on encoded comparisons (see `encode_comparisons`); returns the parameters.
 
@@ -393,6 +394,7 @@ def train(
         workdir=workdir,
         name="preference",
         evaluate=evaluate,
+        on_best=on_best,
     )
 
 

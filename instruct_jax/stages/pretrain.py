@@ -25,7 +25,7 @@ from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.sampling.scores import cross_entropy_sum
 from instruct_jax.settings import setting
 from instruct_jax.stages.optimizers import AdamConfig
-from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
+from instruct_jax.stages.stage import FitConfig, OnBest, fit, steps_of, trained_form
 from instruct_jax.training.state import LossFn, TrainState
 
 
@@ -93,6 +93,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
 ) -> Any:
     """Trains `params` on packed documents int32[N, T], of whose sources the batches have these
     `shares`; returns the trained parameters.
@@ -113,4 +114,5 @@ def train(
         workdir=workdir,
         name="pretrain",
         evaluate=evaluate,
+        on_best=on_best,
     )

@@ -39,6 +39,7 @@ from instruct_jax.settings import setting
 from instruct_jax.stages.rankings import TREE, by_prompt, refuse_labels, tree_batches
 from instruct_jax.stages.stage import (
     FitConfig,
+    OnBest,
     fit,
     in_batches,
     steps_of,
@@ -218,6 +219,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
 ) -> Any:
     """Trains a scalar model on encoded comparisons and sets its zero point; returns the parameters.
 
@@ -234,6 +236,7 @@ def train(
     steps = steps_of(config.epochs, len(comparisons["tokens"]), config.batch_size)
     rows = {"pad_id": model.config.pad_id, "steps": steps, "shares": shares}
     batches = tree_batches(config, comparisons, mesh=mesh, **rows)
+    zero = partial(normalise, model, rows=standard or {}, kind=config.normalisation)
     params = fit(
         config,
         reward_loss(
@@ -248,5 +251,6 @@ def train(
         workdir=workdir,
         name="reward_model",
         evaluate=evaluate,
+        on_best=None if on_best is None else lambda best, params: on_best(best, zero(params)),
     )
-    return normalise(model, params, standard or {}, kind=config.normalisation)
+    return zero(params)

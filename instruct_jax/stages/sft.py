@@ -29,7 +29,7 @@ from instruct_jax.files import write_json
 from instruct_jax.models.transformer import Model, language_model
 from instruct_jax.settings import setting
 from instruct_jax.stages.pretrain import language_loss, language_rows
-from instruct_jax.stages.stage import FitConfig, fit, steps_of, trained_form
+from instruct_jax.stages.stage import FitConfig, OnBest, fit, steps_of, trained_form
 from instruct_jax.training.state import TrainState
 
 
@@ -58,6 +58,12 @@ class SFTConfig(FitConfig):
         "tokens of a row of several demonstrations, which batch_size counts; none: one a row",
         low=2,
         unit="tokens",
+    )
+    # Every epoch is evaluated, whatever `eval_every` says.
+    best_metric: str | None = setting(
+        None,
+        "figure of an evaluation, such as valid_loss, whose best step is kept beside the last",
+        may_change=True,
     )
     pretrain_fraction: float = setting(
         0.0, "share of a batch's rows that is pretraining text (SFT-5)", low=0.0, below=1.0
@@ -90,6 +96,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
     on_epoch: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """Fine-tunes `params` on encoded demonstrations; returns the parameters after the last epoch.
@@ -139,6 +146,7 @@ def train(
         name="sft",
         evaluate=None if on_epoch is None and evaluate is None else look,
         epoch=per_epoch,
+        on_best=on_best,
     )
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -29,6 +29,8 @@ from instruct_jax.stages.optimizers import OptimizerConfig
 from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
+from instruct_jax.training.keeping import Best
+from instruct_jax.training.loop import BestBy
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import (
     batch_sharding,
@@ -48,6 +50,8 @@ from instruct_jax.training.state import (
 )
 
 RULES = adapter_rules(PARTITION_RULES)
+# The best evaluation of a run, and the whole parameters of then
+OnBest = Callable[[Best, Any], None]
 # The role of the key that an adapter is drawn with. Steps count up from 0 and what is drawn once
 # counts down from the top of `fold_in`'s numbers, so that no two meet (ppo_lag.py has the first).
 ADAPTER = 2**32 - 2
@@ -102,6 +106,20 @@ class RunConfig(OptimizerConfig):
         unit="steps",
         may_change=True,
     )
+    best_metric: str | None = setting(
+        None,
+        "figure of an evaluation, such as valid_loss, whose best step is kept beside the last",
+        needs="eval_every",
+        may_change=True,
+    )
+    best_mode: Literal["min", "max"] = setting(
+        "min", "which of its values is the best", needs="best_metric", may_change=True
+    )
+
+    @property
+    def best_by(self) -> BestBy | None:
+        """For the loop."""
+        return None if self.best_metric is None else BestBy(self.best_metric, self.best_mode)
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,7 @@ def fit(
     name: str,
     frozen: Any = None,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+    on_best: OnBest | None = None,
     epoch: int = 0,
 ) -> Any:
     """Minimises one loss for `steps` updates and returns the parameters.
@@ -245,9 +264,10 @@ def fit(
     all that is trained and checkpointed; `evaluate` and the caller see the parameters merged, and
     the adapter alone is left in `workdir/adapter`. `frozen` holds what else the loss finds beside
     its parameters and does not change (a teacher). Resumes from `workdir/checkpoints`. `evaluate`
-    is also called after every `epoch` updates. Raises ConfigError, before anything is compiled,
-    where `mesh` does not divide the batch or the run ends within its warm-up, and where what is
-    there to be taken up was trained from other parameters.
+    is also called after every `epoch` updates, and `on_best` at the end with the best evaluation
+    and its parameters, where `config` names a metric. Raises ConfigError, before anything is
+    compiled, where `mesh` does not divide the batch or the run ends within its warm-up, and where
+    what is there to be taken up was trained from other parameters.
     """
     check_warmup(config, steps=steps)
     check_batch_size(batch_at.batch_size, mesh, micro_batches=config.micro_batches)
@@ -281,6 +301,10 @@ def fit(
             eval_every=(config.eval_every, epoch),
             log_every=config.log_every,
             inputs=inputs,
+            best=config.best_by,
+            on_best=None
+            if on_best is None
+            else lambda best, state: on_best(best, merge(base, state.params, lora)),
         )
     if lora.rank:
         save_adapter(workdir / "adapter", Adapter(state.params, lora, trunk_fingerprint(params)))

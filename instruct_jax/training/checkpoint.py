@@ -13,9 +13,10 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +44,8 @@ Metadata = dict[str, Any]
 
 
 class Checkpointer:
-    """The steps of one run: the newest `keep` stay, every multiple of `keep_every`, pinned ones.
+    """The steps of one run: the newest `keep` stay, every multiple of `keep_every`, pinned ones,
+    and the best.
 
     Opening it checks the newest step; one that is damaged is moved aside, with a warning that says
     why, and the next older is checked. Raises CheckpointError where steps are left but none intact.
@@ -53,8 +55,8 @@ class Checkpointer:
         self, directory: str | Path, *, keep: int = 2, keep_every: int | None = None
     ) -> None:
         policies = ocp.training.preservation_policies
-        pinned = sorted(pinned_steps(Path(directory)))
-        preserve: list[Any] = [policies.LatestN(keep), policies.CustomSteps(pinned)]
+        self._stay = _Staying(pinned_steps(Path(directory)))
+        preserve: list[Any] = [policies.LatestN(keep), self._stay]
         if keep_every is not None:
             preserve.append(policies.EveryNSteps(keep_every))
         self.directory = Path(directory).absolute()
@@ -81,8 +83,18 @@ class Checkpointer:
         """The newest step, or None in a fresh directory."""
         return max(self.steps, default=None)
 
-    def save(self, step: int, items: Items, metadata: Metadata | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        items: Items,
+        metadata: Metadata | None = None,
+        *,
+        best: int | None = None,
+    ) -> None:
         """Copies `items` to the host and returns; they are written in the background.
+
+        `best` is a step that stays as long as it is named by every save, and one save longer: until
+        the step that says what took its place is finished.
 
         The caller may donate the arrays at once: the writer holds a copy, or on a CPU a view of a
         buffer, which the runtime then does not give away. A step that exists is left as it is. An
@@ -92,6 +104,7 @@ class Checkpointer:
         if step in self.steps:
             return
         self._finish()  # an older step is only deleted once this one is finished
+        self._stay.best = (*self._stay.best[-1:], best)
         self._bytes = sum(x.nbytes for x in jax.tree.leaves(items) if hasattr(x, "nbytes"))
         with _writing(self.directory / str(step), self._bytes):
             response = self._steps.save_checkpointables_async(
@@ -160,6 +173,19 @@ class Checkpointer:
             return
         # The others may be gone: nothing to wait for.
         self._pool.shutdown(wait=False)
+
+
+@dataclass
+class _Staying:
+    """Which steps stay whatever their age, as Orbax asks."""
+
+    pinned: set[int]
+    best: tuple[int | None, ...] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each of them."""
+        del context
+        return [c.step in self.pinned or c.step in self.best for c in checkpoints]
 
 
 def set_damaged_aside(directory: Path) -> dict[int, str]:

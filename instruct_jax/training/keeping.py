@@ -1,6 +1,7 @@
 """What stands in a directory of checkpoints: which steps, whether intact, which stay for good.
 
-A pinned step is never deleted, neither by a run that goes on nor by `prune` (R17).
+A pinned step is never deleted, neither by a run that goes on nor by `prune` (R17), nor is the best
+one, which the newest names.
 """
 
 import json
@@ -27,6 +28,18 @@ class Step(NamedTuple):
     written: float  # seconds since the epoch
     finished: bool
     pinned: bool
+    best: str = ""  # by what it is the best of the run, as "valid_loss 1.234"
+
+
+class Best(NamedTuple):
+    """The step of the best value so far of a metric."""
+
+    step: int
+    metric: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.value:.4g}"
 
 
 def step_numbers(directory: Path) -> list[int]:
@@ -39,7 +52,7 @@ def saved_steps(directory: Path) -> list[Step]:
     """All steps of `directory`, oldest first; CheckpointError where there is no such directory."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no checkpoints here")
-    pins = pinned_steps(directory)
+    pins, best = pinned_steps(directory), best_step(directory)
     steps = []
     for number in step_numbers(directory):
         path = directory / str(number)
@@ -52,6 +65,7 @@ def saved_steps(directory: Path) -> list[Step]:
                 written=max((stat.st_mtime for stat in files), default=0.0),
                 finished=(path / MANIFEST).exists(),
                 pinned=number in pins,
+                best=str(best) if best is not None and best.step == number else "",
             )
         )
     return steps
@@ -78,6 +92,20 @@ def damage_of(path: Path) -> str | None:
     if step is not None and path.name.isdigit() and int(path.name) != step:
         return f"it is step {step}, in a folder that says {path.name}: rename it"
     return None
+
+
+def best_step(directory: Path) -> Best | None:
+    """The best step, as the newest finished one says; None where it does not, or it is gone."""
+    numbers = step_numbers(directory)
+    finished = [n for n in numbers if (directory / str(n) / MANIFEST).exists()]
+    if not finished:
+        return None
+    try:
+        record = ocp.checkpointables_metadata(str(directory / str(finished[-1]))).custom_metadata
+        best = Best(*record["metadata"]["best"])
+    except Exception:  # of the many layers below, of a damaged step, or of one without a best
+        return None
+    return best if best.step in numbers else None
 
 
 def pinned_steps(directory: Path) -> set[int]:
@@ -108,7 +136,7 @@ def pin(directory: Path, steps: Collection[int], *, pinned: bool = True) -> set[
 
 
 def prune(directory: Path, *, keep: int) -> list[int]:
-    """Deletes all finished steps but the newest `keep` and the pinned ones; which were deleted.
+    """Deletes all finished steps but the newest `keep`, the pinned ones and the best; which.
 
     The newest that is intact to the bit is never deleted, nor is anything newer than it: what
     cannot be trusted does not count as kept. ValueError for `keep` below 1.
@@ -118,7 +146,7 @@ def prune(directory: Path, *, keep: int) -> list[int]:
     kept, deleted = 0, []
     for step in reversed(saved_steps(directory)):
         if kept >= keep:
-            if not step.pinned:
+            if not step.pinned and not step.best:
                 # Renamed first: a directory half deleted must not look like a step.
                 doomed = step.path.with_name(f"{step.number}.deleting")
                 os.replace(step.path, doomed)

@@ -16,14 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import jax
 
-from instruct_jax.errors import ConfigError, NonFiniteError, RewardError
+from instruct_jax.errors import ConfigError, EvaluationError, NonFiniteError, RewardError
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
+from instruct_jax.training.keeping import Best
 from instruct_jax.training.ledger import Ledger
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.signals import StopSignal, catch_stop_signals
@@ -32,6 +33,15 @@ from instruct_jax.training.state import TrainState
 State = TypeVar("State")
 StepFn = Callable[[State, Any, jax.Array], tuple[State, Mapping[str, jax.Array]]]
 Evaluate = Callable[[int, State], Mapping[str, float]]
+# The metrics of a step -> why the run is to end after it, or None
+StopWhen = Callable[[Mapping[str, float]], str | None]
+
+
+class BestBy(NamedTuple):
+    """What the best evaluation is the best by."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
 
 
 def train(
@@ -49,6 +59,9 @@ def train(
     log_every: int = 1,
     max_skipped: int = 20,
     inputs: Mapping[str, str] = MappingProxyType({}),
+    stop_when: StopWhen | None = None,
+    best: BestBy | None = None,
+    on_best: Callable[[Best, State], None] | None = None,
 ) -> State:
     """Runs steps 0 to `steps` - 1, from the newest checkpoint if there is one; the last state.
 
@@ -64,31 +77,40 @@ def train(
     saved first, and a run that is taken up with nothing left to do raises it again (R21). `inputs`
     are hashes by name of what the steps read beside the state: a run is taken up with the same
     alone (R20).
+
+    `stop_when` may end the run after a step, as if that were the last; taken up again, the run goes
+    on where the same metrics would not end it any more. With `best` the state is also saved after
+    every evaluation that is the best so far, and stays; `on_best` sees it at the end.
     """
     start = _newest(checkpointer, state, key, inputs)
     if start.step and checkpointer is not None:
         logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")
     logger.resume(start.step)
-    active = checkpointer is not None and start.step < steps and jax.process_index() == 0
+    ended = stop_when(start.ended) if stop_when is not None and start.ended else None
+    ahead = range(start.step, start.step if ended else steps)
+    active = checkpointer is not None and len(ahead) > 0 and jax.process_index() == 0
     ledger = Ledger(
         logger.path.parent, logger.name, step=start.step, productive=start.productive, active=active
     )
     every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
     run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs)
-    state, run.fault = start.state, start.fault
+    run.by, run.stop_when, run.ended = best, stop_when, start.ended if ended else None
+    state, run.fault, run.best, done = start.state, start.fault, start.best, start.step
     signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
     with _accounted(ledger, logger):
         if start.evaluation_owed:
             run.evaluate(start.step, state)
-        with signals as stop, closing(_ahead(batch_at, range(start.step, steps))) as batches:
+        with signals as stop, closing(_ahead(batch_at, ahead)) as batches:
             interval, anyone = _Interval(), AnyProcess()
             for i, batch, waited in batches:
                 with run.kept(i, state):
                     state, metrics = step_fn(state, batch, jax.random.fold_in(start.key, i))
                 done = i + 1
-                run.fault = _fault(state, metrics) if done == steps else None
+                ended = run.ends(metrics)
+                last = done == steps or ended is not None
+                run.fault = _fault(state, metrics) if last else None
                 interval.add(metrics, waited)
-                due = done % log_every == 0 or done == steps
+                due = done % log_every == 0 or last
                 run.report(done, state, interval.end() if due else {})
                 if anyone.ask(bool(stop)):
                     run.stop(done, state, stop)
@@ -97,9 +119,15 @@ def train(
                     interval.restart_clock()
                 if save_every and done % save_every == 0:
                     run.save(done, state)
-        run.save(max(start.step, steps), state, wait=True)
+                if ended is not None:
+                    break
+        run.save(done, state, wait=True)
         if run.fault is not None:
-            raise NonFiniteError(f"step {max(start.step, steps)}: {run.fault}")
+            raise NonFiniteError(f"step {done}: {run.fault}")
+    if ended is not None:
+        logger.note(f"ended after step {done} of {steps}: {ended}")
+    if run.best is not None and on_best is not None:
+        on_best(run.best, run.at_best(done, state))
     return state
 
 
@@ -112,6 +140,8 @@ class _Start(NamedTuple):
     evaluation_owed: bool = False
     productive: float = 0.0
     fault: str | None = None
+    ended: Mapping[str, float] = MappingProxyType({})
+    best: Best | None = None
 
 
 def _newest(
@@ -132,6 +162,7 @@ def _newest(
             f" {' and '.join(changed)} than is given now; put it back, choose another --workdir,"
             " or --overwrite"
         )
+    best = Best(*metadata["best"]) if metadata.get("best") else None
     return _Start(
         step,
         items["state"],
@@ -139,6 +170,9 @@ def _newest(
         metadata["evaluation_owed"],
         metadata.get("productive_seconds", 0.0),
         metadata.get("fault"),
+        metadata.get("ended", {}),
+        # Gone where what was newer than this step was set aside: then there is one of it to come.
+        best if best is not None and best.step in checkpointer.steps else None,
     )
 
 
@@ -180,6 +214,21 @@ class _Run:
     inputs: Mapping[str, str]
     fault: str | None = None
     """why no model may be made of the state, once all steps are done"""
+    by: BestBy | None = None
+    best: Best | None = None
+    stop_when: StopWhen | None = None
+    ended: Mapping[str, float] | None = None
+    """the metrics of the step that the run ended after before its time"""
+
+    def ends(self, metrics: Mapping[str, jax.Array]) -> str | None:
+        """Why the run ends after the step of these metrics; None where it goes on."""
+        if self.stop_when is None:
+            return None
+        row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        reason = self.stop_when(row)
+        if reason is not None:
+            self.ended = {name: value for name, value in row.items() if math.isfinite(value)}
+        return reason
 
     def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
         """A step ended, and with it a log interval where `row` is not empty.
@@ -215,10 +264,48 @@ class _Run:
         return self.evaluation is not None and due
 
     def evaluate(self, done: int, state: Any) -> None:
-        """Evaluates, where there is something to evaluate with."""
-        if self.evaluation is not None:
+        """Evaluates, where there is something to evaluate with, and saves what is the best so far.
+
+        Where that cannot be done the state is saved first, and it is tried again when the run is
+        taken up.
+        """
+        if self.evaluation is None:
+            return
+        try:
             with self.ledger.aside():
-                self.logger.write(done, self.evaluation(done, state))
+                row = self.evaluation(done, state)
+            better = self.by is not None and self._is_better(done, row)
+        except (EvaluationError, ConfigError):
+            self.save(done, state, wait=True, evaluation_owed=True)
+            raise
+        self.logger.write(done, row)
+        if better:
+            self.save(done, state)
+
+    def _is_better(self, done: int, row: Mapping[str, float]) -> bool:
+        """Whether this is the best so far, which is then noted. ConfigError without the metric."""
+        assert self.by is not None
+        if self.by.metric not in row:
+            raise ConfigError(
+                f"best_metric {self.by.metric!r} is not among what is evaluated: "
+                f"{', '.join(sorted(row)) or 'nothing'}; the state is saved"
+            )
+        value, before = float(row[self.by.metric]), self.best
+        if before is not None and before.metric != self.by.metric:
+            before = None
+        sign = 1 if self.by.mode == "max" else -1
+        better = before is None or sign * value > sign * before.value
+        if not math.isfinite(value) or not better:
+            return False
+        self.best = Best(done, self.by.metric, value)
+        return True
+
+    def at_best(self, done: int, state: Any) -> Any:
+        """The state of the best step, where that is not the last."""
+        assert self.best is not None
+        if self.checkpointer is None or self.best.step == done:
+            return state
+        return self.checkpointer.restore({"state": state}, step=self.best.step)[0]["state"]
 
     def save(
         self, done: int, state: Any, *, wait: bool = False, evaluation_owed: bool = False
@@ -232,9 +319,13 @@ class _Run:
             "productive_seconds": productive,
             "inputs": dict(self.inputs),
             "fault": self.fault,
+            "ended": dict(self.ended or {}),
+            "best": None if self.best is None else list(self.best),
         }
+        items = {"state": state, "key": self.key}
         with self.ledger.aside():
-            self.checkpointer.save(done, {"state": state, "key": self.key}, metadata)
+            best = None if self.best is None else self.best.step
+            self.checkpointer.save(done, items, metadata, best=best)
             if wait:
                 self.checkpointer.wait()
 
