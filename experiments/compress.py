@@ -63,6 +63,8 @@ class Config(Settings):
         "compute.remat": "students",
         "distill": "students",
         "distill.eval_every": never("a student is measured when it is done"),
+        "distill.best_metric": never("a student is measured when it is done"),
+        "distill.best_mode": never("a student is measured when it is done"),
     }
 
     model: str = setting("runs/ppo_ptx/model", "model folder of the original, a language model")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from instruct_jax import cli
 from instruct_jax.data.config import DataConfig
@@ -25,6 +26,7 @@ from instruct_jax.data.encoding import Encoded, encode_demonstrations, encode_pr
 from instruct_jax.data.loader import Batches
 from instruct_jax.data.rows import Prompt, PromptText, plain_text
 from instruct_jax.data.sources import Source, open_source
+from instruct_jax.data.tokens import TokenRows
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.language import held_out_loss
 from instruct_jax.models.config import ComputeConfig, check_length
@@ -33,6 +35,12 @@ from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import ppo
 from instruct_jax.stages.algorithms import named
+from instruct_jax.stages.evaluations import (
+    evaluate_with,
+    keeping_best,
+    users_evaluation,
+    with_users,
+)
 from instruct_jax.stages.inputs import (
     check_batch,
     data_acts,
@@ -105,6 +113,7 @@ class Config(Settings):
     model: ComputeConfig = ComputeConfig()
     ptx_length: int = setting(96, "of a row of documents", low=2, unit="tokens")
     ppo: PPOConfig = PPOConfig()
+    evaluate_with: str | None = evaluate_with("ppo.eval_every")
     measure_lengths: bool = setting(
         False, "whether prompt_length is cut to what the training prompts need"
     )
@@ -120,6 +129,7 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
+    users = users_evaluation(config.evaluate_with)
     start = load_trained(config.init, kind="language", compute=config.model)
     reward, reward_params = load_reward(config, start)
     check_lengths(config, start, reward)
@@ -129,55 +139,19 @@ def main(config: Config, run: cli.Run) -> Path:
     stage, prompts, rows = read_prompts(config, run, source, start, reward)
     shares = source.shares("prompts", prompts["index"])
     rewards = load_rewards(config, stage, start, rows)
-    ptx = None
-    text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
-    if stage.ptx_coef > 0:
-        rows, of_text = training_text(source, start.tokenizer, **text)
-        update = stage.minibatch * stage.ptx_ratio
-        kind = f"rows of {config.ptx_length} tokens of text"
-        check_batch(len(rows), update, kind=kind, field="ppo.minibatch x ptx_ratio")
-        ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1, shares=of_text)
-    held_out = held_out_text(config.data, source, start.tokenizer, **text)
+    ptx, held_out = read_text(config, stage, run, source, start)
     probes = read_probes(stage, source, start)
     standard = demonstration_score(config.data, stage, source, reward)
     run.record_data(source.provenance(), source.licences(), source.counts())
     run.note(f"algorithm: {named(stage)}")
     if not len(held_out):
         run.note("no documents are held out: there is no held-out loss of text")
-    policy = start.model
-
-    def judge(params: Any) -> dict[str, float]:
-        """Held-out pretraining loss, where there is such text."""
-        if not len(held_out):
-            return {}
-        return {"valid_pretrain_loss": held_out_loss(policy, params, held_out, mesh=mesh)}
-
-    def evaluate(step: int, state: ppo.PPOState) -> dict[str, float]:
-        """That, and a fixed set of prompts answered, for people to read."""
-        params = state.policy.ema
-        answers = complete(
-            policy,
-            params,
-            start.tokenizer,
-            probes,
-            key=jax.random.key(0),
-            max_new_tokens=stage.response_length,
-            prompt_length=stage.prompt_length,
-            batch_size=PROBES,
-            temperature=stage.temperature,
-            mesh=mesh,
-        )
-        if run.writes and probes:
-            rows = (
-                {"step": step, "prompt": plain_text(p), "response": a.text, "ended": a.ended}
-                for p, a in zip(probes, answers, strict=True)
-            )
-            append_rows(run.workdir / ppo.SAMPLES, rows)
-        return judge(params) | standard
-
+    trained = start._replace(stage="ppo")
+    look = Look(run, stage, trained, mesh, held_out, probes, standard)
+    own = look if probes or len(held_out) or standard else None
     state = ppo.train(
         stage,
-        policy,
+        start.model,
         reward.model,
         start.params,
         reward_params,
@@ -189,10 +163,11 @@ def main(config: Config, run: cli.Run) -> Path:
         workdir=run.workdir,
         rewards=rewards,
         model_weight=0.0 if config.reward_model is None else config.reward_weight,
-        evaluate=evaluate if probes or len(held_out) or standard else None,
+        evaluate=with_users(own, users, trained, mesh, params=lambda state: state.policy.ema),
+        on_best=keeping_best(run.workdir, trained, run.say),
     )
-    trained = start._replace(params=state.policy.ema, stage="ppo")
-    notes = judge(state.policy.ema)
+    notes = look.judge(state.policy.ema)
+    trained = trained._replace(params=state.policy.ema)
     folder = save_trained(run.workdir / "model", trained, notes=notes)
     figure = ""
     if notes:
@@ -202,6 +177,64 @@ def main(config: Config, run: cli.Run) -> Path:
     if (run.workdir / ppo.SAMPLES).exists():
         run.say(f"answers to held-out prompts on the way: {run.workdir / ppo.SAMPLES}")
     return folder
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the policy's average is evaluated by; `trained` gives its functions and tokenizer."""
+
+    run: cli.Run
+    stage: PPOConfig
+    trained: TrainedModel
+    mesh: Mesh
+    held_out: np.ndarray | TokenRows
+    probes: Sequence[PromptText]
+    standard: Mapping[str, float]
+
+    def judge(self, params: Any) -> dict[str, float]:
+        """Held-out pretraining loss, where there is such text."""
+        if not len(self.held_out):
+            return {}
+        loss = held_out_loss(self.trained.model, params, self.held_out, mesh=self.mesh)
+        return {"valid_pretrain_loss": loss}
+
+    def __call__(self, step: int, state: ppo.PPOState) -> dict[str, float]:
+        """That, and a fixed set of prompts answered, for people to read."""
+        params = state.policy.ema
+        answers = complete(
+            self.trained.model,
+            params,
+            self.trained.tokenizer,
+            self.probes,
+            key=jax.random.key(0),
+            max_new_tokens=self.stage.response_length,
+            prompt_length=self.stage.prompt_length,
+            batch_size=PROBES,
+            temperature=self.stage.temperature,
+            mesh=self.mesh,
+        )
+        if self.run.writes and self.probes:
+            rows = (
+                {"step": step, "prompt": plain_text(p), "response": a.text, "ended": a.ended}
+                for p, a in zip(self.probes, answers, strict=True)
+            )
+            append_rows(self.run.workdir / ppo.SAMPLES, rows)
+        return {**self.judge(params), **self.standard}
+
+
+def read_text(
+    config: Config, stage: PPOConfig, run: cli.Run, source: Source, start: TrainedModel
+) -> tuple[Batches | None, np.ndarray | TokenRows]:
+    """Batches of the text of PPO-ptx, where it is mixed in, and the rows that are held out."""
+    text = {"length": config.ptx_length, "folder": config.data.token_folder(run.workdir)}
+    ptx = None
+    if stage.ptx_coef > 0:
+        rows, of_text = training_text(source, start.tokenizer, **text)
+        update = stage.minibatch * stage.ptx_ratio
+        kind = f"rows of {config.ptx_length} tokens of text"
+        check_batch(len(rows), update, kind=kind, field="ppo.minibatch x ptx_ratio")
+        ptx = Batches({"tokens": rows}, stage.updates * update, seed=stage.seed + 1, shares=of_text)
+    return ptx, held_out_text(config.data, source, start.tokenizer, **text)
 
 
 def check_lengths(config: Config, start: TrainedModel, reward: TrainedModel) -> None:

@@ -21,6 +21,12 @@ from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import preference
+from instruct_jax.stages.evaluations import (
+    evaluate_with,
+    keeping_best,
+    users_evaluation,
+    with_users,
+)
 from instruct_jax.stages.inputs import (
     data_acts,
     no_held_out,
@@ -46,13 +52,14 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("comparisons"),
-        "preference.eval_every": where_held_out("comparisons"),
+        "preference.eval_every": f"{where_held_out('comparisons')} or evaluate_with",
     }
 
     init: str = setting("runs/sft/model", "model folder to start from, and the reference")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    evaluate_with: str | None = evaluate_with("preference.eval_every")
     measure_lengths: bool = setting(
         False, "whether prompt_length and response_length are cut to what the training rows need"
     )
@@ -60,6 +67,7 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
+    users = users_evaluation(config.evaluate_with)
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.preference, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
@@ -88,6 +96,7 @@ def main(config: Config, run: cli.Run) -> Path:
         )
         return {f"valid_{name}": value for name, value in metrics.items()}
 
+    trained = start._replace(stage="preference")
     params = preference.train(
         stage,
         model,
@@ -96,7 +105,8 @@ def main(config: Config, run: cli.Run) -> Path:
         shares=source.shares("comparisons", rows["index"]),
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate if judged else None,
+        evaluate=with_users(evaluate if judged else None, users, trained, mesh),
+        on_best=keeping_best(run.workdir, trained, run.say),
     )
     report, figure = {}, ""
     if judged:
@@ -107,8 +117,7 @@ def main(config: Config, run: cli.Run) -> Path:
             f" (held-out accuracy {percent(report['accuracy'])}, loss {report['loss']:.3f} "
             f"on {len(valid['tokens']):,} comparisons)"
         )
-    trained = start._replace(params=params, stage="preference")
-    folder = save_trained(run.workdir / "model", trained, notes=report)
+    folder = save_trained(run.workdir / "model", trained._replace(params=params), notes=report)
     run.say(f"model: {folder}{figure}")
     return folder
 

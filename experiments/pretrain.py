@@ -23,6 +23,12 @@ from instruct_jax.models.config import check_length
 from instruct_jax.models.transformer import language_model
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import pretrain
+from instruct_jax.stages.evaluations import (
+    evaluate_with,
+    keeping_best,
+    users_evaluation,
+    with_users,
+)
 from instruct_jax.stages.inputs import (
     check_batch,
     data_acts,
@@ -47,7 +53,7 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("documents", demonstrations="tokenizer=None"),
-        "pretrain.eval_every": where_held_out("documents"),
+        "pretrain.eval_every": f"{where_held_out('documents')} or evaluate_with",
     }
 
     data: DataConfig = DataConfig()
@@ -59,10 +65,12 @@ class Config(Settings):
     )
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    evaluate_with: str | None = evaluate_with("pretrain.eval_every")
 
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder."""
+    users = users_evaluation(config.evaluate_with)
     source, mesh = open_source(config.data, weighed=("documents",)), make_mesh(run.mesh)
     fit = config.pretrain
     check_batch_size(fit.batch_size, mesh, micro_batches=fit.micro_batches)
@@ -93,17 +101,20 @@ def main(config: Config, run: cli.Run) -> Path:
         """As metrics of a step."""
         return judge(state.params)
 
+    start = model.init(jax.random.key(fit.seed))
+    trained = TrainedModel("language", model_config, start, tokenizer, "pretrain")
     params = pretrain.train(
         fit,
         model,
-        model.init(jax.random.key(fit.seed)),
+        start,
         rows,
         shares=shares,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate if len(valid) else None,
+        evaluate=with_users(evaluate if len(valid) else None, users, trained, mesh),
+        on_best=keeping_best(run.workdir, trained, run.say),
     )
-    trained = TrainedModel("language", model_config, params, tokenizer, "pretrain")
+    trained = trained._replace(params=params)
     notes = judge(params)
     folder = save_trained(run.workdir / "model", trained, notes=notes)
     run.say(f"model: {folder}{held_out_loss_of(notes, len(valid))}")

@@ -34,6 +34,12 @@ from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.transformer import scalar_from_language, scalar_model
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import reward_model
+from instruct_jax.stages.evaluations import (
+    evaluate_with,
+    keeping_best,
+    users_evaluation,
+    with_users,
+)
 from instruct_jax.stages.inputs import (
     data_acts,
     no_held_out,
@@ -61,13 +67,14 @@ class Config(Settings):
 
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("comparisons", demonstrations="reward_model.normalisation"),
-        "reward_model.eval_every": where_held_out("comparisons"),
+        "reward_model.eval_every": f"{where_held_out('comparisons')} or evaluate_with",
     }
 
     init: str = setting("runs/sft/model", "model folder of a language model, whose trunk it is")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
+    evaluate_with: str | None = evaluate_with("reward_model.eval_every")
     measure_lengths: bool = setting(
         False, "whether prompt_length and response_length are cut to what the training rows need"
     )
@@ -85,6 +92,7 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
+    users = users_evaluation(config.evaluate_with)
     start = load_trained(config.init, kind="language", compute=config.model)
     stage, mesh = config.reward_model, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
@@ -111,18 +119,21 @@ def main(config: Config, run: cli.Run) -> Path:
         metrics = evaluate_rewards(scores, valid["ranks"], where=valid["where"]).metrics
         return {"valid_accuracy": metrics.accuracy.mean, "valid_loss": metrics.log_loss}
 
+    first = scalar_from_language(start.params, jax.random.key(stage.seed), start.config)
+    trained = start._replace(kind="scalar", params=first, stage="reward_model")
     params = reward_model.train(
         stage,
         model,
-        scalar_from_language(start.params, jax.random.key(stage.seed), start.config),
+        first,
         rows,
         shares=source.shares("comparisons", rows["index"]),
         standard=standard,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate if judged else None,
+        evaluate=with_users(evaluate if judged else None, users, trained, mesh),
+        on_best=keeping_best(run.workdir, trained, run.say),
     )
-    trained = start._replace(kind="scalar", params=params, stage="reward_model")
+    trained = trained._replace(params=params)
     notes, figure = {}, ""
     if judged:
         report = judge_reward_model(trained, rows, valid, standard, held_out)

@@ -34,6 +34,12 @@ from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.models.transformer import TransformerConfig
 from instruct_jax.settings import Settings, setting
 from instruct_jax.stages import sft
+from instruct_jax.stages.evaluations import (
+    evaluate_with,
+    keeping_best,
+    users_evaluation,
+    with_users,
+)
 from instruct_jax.stages.inputs import (
     UNLIMITED,
     check_batch,
@@ -64,13 +70,14 @@ class Config(Settings):
     acts_if: ClassVar[Mapping[str, str]] = {
         **data_acts("demonstrations", "dialogues", documents="sft.pretrain_fraction"),
         "sft.all_turns": "data.dialogues",
-        "sft.eval_every": where_held_out("demonstrations", "dialogues"),
+        "sft.eval_every": f"{where_held_out('demonstrations', 'dialogues')} or evaluate_with",
     }
 
     init: str = setting("runs/pretrain/model", "model folder to start from")
     data: DataConfig = DataConfig()
     model: ComputeConfig = ComputeConfig()
     sft: SFTConfig = SFTConfig()
+    evaluate_with: str | None = evaluate_with()
     measure_lengths: bool = setting(
         False,
         "whether prompt_length and response_length are cut to what the training rows need, and "
@@ -93,6 +100,7 @@ def main(config: Config, run: cli.Run) -> Path:
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
     check_weights(config)
     config.data.find()  # before the model is read
+    users = users_evaluation(config.evaluate_with)
     start = load_trained(config.init, kind="language", compute=config.model)
     if not config.measure_lengths:
         check_lengths(stage, start.config)
@@ -123,7 +131,8 @@ def main(config: Config, run: cli.Run) -> Path:
     if not count:
         run.note(no_held_out("demonstrations"))
 
-    model, template, seen = start.model, chats.template.name, Judged()
+    model, seen = start.model, Judged()
+    trained = start._replace(stage="sft", template=chats.template.name)
 
     def judge(params: Any) -> dict[str, float]:
         """The loss of the rows that are held out, where there are any."""
@@ -136,9 +145,10 @@ def main(config: Config, run: cli.Run) -> Path:
         """SFT-4: every epoch's model, with its validation loss, for the choice by reward-model
         score.
         """
-        kept = start._replace(params=params, stage="sft", template=template)
         folder = run.workdir / "epochs" / str(epoch)
-        save_trained(folder, kept, notes={"epoch": epoch, **judge(params)})
+        save_trained(
+            folder, trained._replace(params=params), notes={"epoch": epoch, **judge(params)}
+        )
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         """As metrics of a step."""
@@ -154,12 +164,12 @@ def main(config: Config, run: cli.Run) -> Path:
         text_shares=text_shares,
         mesh=mesh,
         workdir=run.workdir,
-        evaluate=evaluate if count else None,
+        evaluate=with_users(evaluate if count else None, users, trained, mesh),
+        on_best=keeping_best(run.workdir, trained, run.say),
         on_epoch=keep if config.keep_epochs else None,
     )
     notes = judge(params)
-    trained = start._replace(params=params, stage="sft", template=template)
-    folder = save_trained(run.workdir / "model", trained, notes=notes)
+    folder = save_trained(run.workdir / "model", trained._replace(params=params), notes=notes)
     run.say(f"model: {folder}{held_out_loss_of(notes, count)}")
     if config.keep_epochs:
         run.say(f"every epoch's model: {run.workdir / 'epochs'}")

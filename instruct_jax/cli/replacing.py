@@ -37,7 +37,7 @@ COMMON = (
     "damaged/#", "damaged/#.#",
     "tensorboard/*/events.out.tfevents.*",
     "tokens/*-*/plan.json", "tokens/*-*/#.tokens", "tokens/*-*/#.json", "tokens/*-*/#.sums",
-    *(f"model/{name}" for name in _MODEL),
+    *(f"{folder}/{name}" for folder in ("model", "best") for name in _MODEL),
     "adapter/adapter.json", "adapter/params", "adapter/params.*-tmp*",
 )  # fmt: skip
 # What a save writes into a folder of arrays; once it is finished its manifest names all of it.

@@ -10,7 +10,6 @@
 Each may end with * and a weight: "python=rewards.py:exact*0.5".
 """
 
-import importlib.util
 import json
 import re
 import urllib.error
@@ -26,6 +25,7 @@ import numpy as np
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError, RewardError
 from instruct_jax.sampling.complete import Completion
+from instruct_jax.stages.functions import python_function
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.rewards import Answers, Reward, Weighted, unique_names
 from instruct_jax.stages.trained import TrainedModel
@@ -120,26 +120,6 @@ class Endpoint:
         return rewards
 
 
-def python_reward(file: str, name: str) -> Reward:
-    """The function called `name` in a file of the user's. Raises ConfigError."""
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"{file}: there is no such file of rewards")
-    spec = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does
-        raise ConfigError(f"{file}: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        there = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        raise ConfigError(f"{file}: no function {name!r} here; there are {', '.join(there)}")
-    reward: Reward = found
-    return reward
-
-
 def named_rewards(
     texts: Sequence[str], *, model: Callable[[str], Reward], seconds: float
 ) -> tuple[Weighted, ...]:
@@ -165,10 +145,7 @@ def _named(text: str, model: Callable[[str], Reward], seconds: float) -> Weighte
     if kind == "models":
         return Weighted("ensemble", _ensemble(where, model), weight)
     if kind == "python":
-        file, colon, name = where.rpartition(":")
-        if not colon:
-            raise ConfigError(f"rewards: {text!r}: expected python=FILE.py:NAME")
-        return Weighted(name, python_reward(file, name), weight)
+        return Weighted(where.rpartition(":")[2], python_function(where, field="rewards"), weight)
     if kind == "endpoint":
         if urlsplit(where).scheme not in ("http", "https"):
             raise ConfigError(f"rewards: {text!r}: expected http://... or https://...")

@@ -82,6 +82,8 @@ def train(
     on where the same metrics would not end it any more. With `best` the state is also saved after
     every evaluation that is the best so far, and stays; `on_best` sees it at the end.
     """
+    if best is not None and evaluate is None:
+        raise ConfigError(f"best_metric {best.metric!r}: nothing is evaluated in this run")
     start = _newest(checkpointer, state, key, inputs)
     if start.step and checkpointer is not None:
         logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")

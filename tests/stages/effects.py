@@ -44,6 +44,7 @@ FELT: dict[str, Any] = {
     "adam.weight_decay": 10.0,
     "adam.clip": 1e-9,  # only beside eps does a scale of all gradients count
     # A cut of all gradients alike is felt where the next is not cut by as much.
+    "best_metric": "looked",
     "adafactor.clip": 0.01,
     "lion.clip": 0.01,
     "adafactor.weight_decay": 10.0,
@@ -68,6 +69,7 @@ def bases() -> dict[str, Settings]:
     fit: dict[str, Any] = {"batch_size": 8, "warmup": 2, "epochs": 2.0, "micro_batches": 2}
     fit["adam"] = adam
     lora = LoraConfig(rank=2)
+    best: dict[str, Any] = {"eval_every": 1, "best_metric": "looked"}
     few = {"completions": 3, "prompt_length": 2, "response_length": 6}
     rl = PPOConfig(
         episodes=64,
@@ -85,8 +87,10 @@ def bases() -> dict[str, Settings]:
     return {
         "pretrain": PretrainConfig(**fit, length=8),
         "pretrain lora": PretrainConfig(**fit, length=8, lora=lora),
-        "pretrain adafactor": PretrainConfig(**fit, length=8, optimizer="adafactor"),
-        "pretrain lion": PretrainConfig(**fit, length=8, optimizer="lion", schedule="linear"),
+        "pretrain adafactor": PretrainConfig(**fit, length=8, optimizer="adafactor", eval_every=1),
+        "pretrain lion": PretrainConfig(
+            **fit, length=8, optimizer="lion", schedule="linear", **best
+        ),
         "pretrain muon": PretrainConfig(
             **fit, length=8, optimizer="muon", schedule="warmup_stable_decay"
         ),
@@ -99,8 +103,8 @@ def bases() -> dict[str, Settings]:
         "ppo": rl,
         "ppo one update": dataclasses.replace(rl, minibatch=16),
         **{
-            f"ppo {x}": dataclasses.replace(rl, optimizer=x, schedule="linear")
-            for x in ("adafactor", "lion", "muon")
+            f"ppo {x}": dataclasses.replace(rl, optimizer=x, schedule="linear", **more)
+            for x, more in (("adafactor", {"eval_every": 1}), ("lion", best), ("muon", {}))
         },
         "ppo everything": dataclasses.replace(
             rl, ptx_coef=0.5, ptx_ratio=2, kl_target=1.0, missing_eos="subtract", lora=lora
@@ -171,7 +175,7 @@ def plan(name: str, config: Any, workdir: Path) -> Plan:
         batches = [batch_at(i) for i in range(min(steps, 3))]
         seen.extend([state, batches, steps, jax.random.key_data(key)])
         seen.append({n: v for n, v in rest.items() if n.endswith("_every")})
-        seen.append(rest["evaluate"] is None)
+        seen.append((rest["evaluate"] is None, rest["best"], rest.get("stop_when") is None))
         programs.append(lambda: _program(step, state, batches[0], key))
         return state
 

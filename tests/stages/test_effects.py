@@ -28,7 +28,7 @@ OF_FIT = (
     *(f"adafactor.{field.name}" for field in dataclasses.fields(AdafactorConfig)),
     *(f"lion.{field.name}" for field in dataclasses.fields(LionConfig)),
     *(f"muon.{field.name}" for field in dataclasses.fields(MuonConfig)),
-    *("optimizer", "schedule", "decay_fraction"),
+    *("optimizer", "schedule", "decay_fraction", "best_metric", "best_mode"),
     *(f"lora.{name}" for name in ("rank", "alpha", "targets", "base")),
     *("learning_rate", "warmup", "final_fraction", "skip_above", "micro_batches"),
 )

@@ -295,3 +295,25 @@ def test_a_run_that_cannot_start_writes_nothing(tmp_path):
             CONFIG, *[None] * 5, eos_id=0, mesh=None, workdir=tmp_path / "c"
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_after_the_iteration_whose_kl_is_above_kl_stop(whole, tmp_path, capsys):
+    """Its model is that of a run of so many iterations; a rerun does nothing, and one with a larger
+    kl_stop goes on to the same bits.
+    """
+    workdir, state, *_ = whole
+    kls = [row["kl"] for row in rows(workdir)]
+    limit = (kls[0] + max(kls[1:])) / 2
+    last = next(i for i, kl in enumerate(kls, start=1) if kl > limit)
+    assert last < ITERATIONS, "else nothing is left out"
+    config = dataclasses.replace(CONFIG, kl_stop=limit)
+    ended = run(tmp_path, ITERATIONS, config=config)
+    assert int(ended.policy.step) == last * CONFIG.updates and len(rows(tmp_path)) == last
+    told = f"ended after step {last} of {ITERATIONS}: its KL of {kls[last - 1]:.4g} nats is above"
+    assert told in capsys.readouterr().err
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step == last
+    again = run(tmp_path, ITERATIONS, config=config)
+    assert fingerprint(again) == fingerprint(ended) and told in capsys.readouterr().err
+    larger = dataclasses.replace(CONFIG, kl_stop=1e6)
+    assert fingerprint(run(tmp_path, ITERATIONS, config=larger)) == fingerprint(state)

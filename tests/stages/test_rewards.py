@@ -243,7 +243,7 @@ def test_rewards_are_named_by_kind_place_and_weight(tmp_path):
     [
         ("my.py:score", "is not KIND=WHAT; kinds are model, models, python, endpoint"),
         ("pyton=a.py:b", "no kind 'pyton'"),
-        ("python=a.py", "expected python=FILE.py:NAME"),
+        ("python=a.py", "rewards: 'a.py': expected FILE.py:NAME"),
         ("python=nowhere.py:score", "nowhere.py: there is no such file"),
         ("python={here}:scroe", "no function 'scroe' here; there are right"),
         ("models=a,b", "expected FOLDER,FOLDER:mean"),
