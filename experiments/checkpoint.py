@@ -24,6 +24,7 @@ from typing import Any
 from instruct_jax.cli import hush
 from instruct_jax.errors import CheckpointError, ConfigError, RunError
 from instruct_jax.files import read_object, user_path
+from instruct_jax.paths import expanded
 from instruct_jax.training.keeping import damage_of, pin, prune, saved_steps
 from instruct_jax.training.ledger import account
 
@@ -129,7 +130,7 @@ def _like(workdir: Path) -> Path:
     init = read_object(record, "config")["config"].get("init") if record.is_file() else None
     if not isinstance(init, str):
         raise ConfigError(f"{workdir} has no model yet and began with none; name one with --like")
-    return Path(init)
+    return Path(expanded(init, workdir))
 
 
 def _size(size: float) -> str:

@@ -159,4 +159,4 @@ def readable(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/collect.py", writes=WRITES)
+    cli.run(main, Config, default="configs/collect.py", writes=WRITES, once=True)

@@ -343,4 +343,4 @@ def demonstration_score(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/ppo.py", writes=WRITES)
+    cli.run(main, Config, default="configs/ppo.py", writes=WRITES, once=True)

@@ -123,4 +123,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/preference.py", writes=WRITES)
+    cli.run(main, Config, default="configs/preference.py", writes=WRITES, once=True)

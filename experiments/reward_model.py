@@ -222,4 +222,4 @@ def judge_reward_model(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/reward_model.py", writes=WRITES)
+    cli.run(main, Config, default="configs/reward_model.py", writes=WRITES, once=True)

@@ -117,4 +117,4 @@ def main(config: Config, run: cli.Run) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/select_sft.py", writes=WRITES)
+    cli.run(main, Config, default="configs/select_sft.py", writes=WRITES, once=True)

@@ -281,4 +281,4 @@ def batched(stage: SFTConfig, rows: Encoded, *, pad_id: int) -> Encoded:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, default="configs/sft.py", writes=WRITES)
+    cli.run(main, Config, default="configs/sft.py", writes=WRITES, once=True)

@@ -266,9 +266,10 @@ def test_the_record_says_what_was_run(launch, config_file):
     _, run = launch("--mesh=data:2", "--config.steps=3", main=main)
     record = json.loads((run.workdir / "config.json").read_text())
     assert record["config"] == json.loads(json.dumps(dataclasses.asdict(Config(3, Adam(1e-3)))))
-    assert record["config_file"] == str(config_file)
+    # Paths as they lead there from the work directory: the record is published.
+    assert record["config_file"] == f"$HERE/../../{config_file.name}"
     assert record["command"][1:] == [
-        f"--workdir={run.workdir}",
+        "--workdir=$HERE",
         "--mesh=data:2",
         "--config.steps=3",
     ]
@@ -308,12 +309,15 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(launch, tmp
         "import sys, time\n"
         "from pathlib import Path\n"
         "from instruct_jax.cli import open_workdir\n"
-        "with open_workdir(Path(sys.argv[1]), None, {'process': '7 on here', 'config': {}}):\n"
+        "process = {'id': 7, 'machine': sys.argv[2]}\n"
+        "with open_workdir(Path(sys.argv[1]), None, {'process': process, 'config': {}}):\n"
         "    Path(sys.argv[1], 'held').touch()\n"
         "    time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", hold, str(workdir)], env=environment) as other:
+    own = cli.describe(Config(3, Adam(1e-3)), "", "auto", [])["process"]["machine"]
+    command = [sys.executable, "-c", hold, str(workdir), own]
+    with subprocess.Popen(command, env=environment) as other:
         try:
             while not (workdir / "held").exists():
                 assert other.poll() is None
@@ -322,7 +326,10 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(launch, tmp
                 with pytest.raises(SystemExit) as exit_:
                     launch(*flags)
                 assert exit_.value.code == 2
-                assert "is in use by another process, 7 on here; wait" in capsys.readouterr().err
+                assert (
+                    "is in use by another process, 7 on this machine; wait"
+                    in capsys.readouterr().err
+                )
             assert (workdir / "held").exists()
         finally:
             other.kill()

@@ -20,6 +20,7 @@ ROWS = {
     "errors": -2,  # what a user can get wrong: any room may raise it
     "settings": -1,  # what is said of a configuration's field: any room may have one
     "files": -1,  # small files of JSON: any room may write one
+    "paths": -1,  # how paths are written in them
     "losses": 0,
     "data": 0,
     "cli": 0,

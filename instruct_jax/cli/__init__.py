@@ -68,23 +68,25 @@ def run(
     *,
     default: str,
     writes: Sequence[str] = (),
+    once: bool = False,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Calls `main(config, run)` as the command line says; a RunError becomes its exit code.
 
     `config_class` is a frozen dataclass, `default` the "FILE:NAME" of its usual values, `writes`
     the files in the work directory that this script writes beside those that all do (`COMMON` in
-    replacing.py), so that --overwrite knows them. Writes workdir/config.json before `main`: the
-    resolved configuration, versions, commit and command. Ctrl-C and SIGTERM end it in one line with
-    code 130 and 143; a loop that can save its state handles them itself (training/loop.py).
-    Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or ~/.cache/instruct_jax/xla. Where the
-    environment says that there are several processes (processes.py) they meet first, and the first
-    of them alone writes.
+    replacing.py), so that --overwrite knows them. With `once` a run that has ended, and of which
+    nothing has changed, is not made again: `main` is not called. Writes workdir/config.json before
+    `main`: the resolved configuration, versions, commit and command. Ctrl-C and SIGTERM end it in
+    one line with code 130 and 143; a loop that can save its state handles them itself
+    (training/loop.py). Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR or
+    ~/.cache/instruct_jax/xla. Where the environment says that there are several processes
+    (processes.py) they meet first, and the first of them alone writes.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _ended_by_signals(), _plain_warnings():
-            _run(main, config_class, default, writes, argv)
+            _run(main, config_class, default, writes, once, argv)
     except RunError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -98,6 +100,7 @@ def _run(
     config_class: type[Config],
     default: str,
     writes: Sequence[str],
+    once: bool,
     argv: list[str],
 ) -> None:
     flags, overrides = _parse(argv, main, default, known(config_class))
@@ -119,11 +122,17 @@ def _run(
     with (
         processes.together(),
         _storage(workdir),
-        open_workdir(workdir, config, record, overwrite=flags.overwrite),
+        open_workdir(workdir, config, record, overwrite=flags.overwrite, once=once) as done,
     ):
+        run = Run(workdir, flags.mesh)
+        if done:
+            run.say_again()
+            return
         if not several:
             _configure_jax(flags.host_devices)
-        main(config, Run(workdir, flags.mesh))
+        main(config, run)
+        if run.said:
+            run.record(said=run.said)
 
 
 def _fields(config_class: type[Any], spec: str, default: str, overrides: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ has, where
   runs;
 - a field that the record lacks, since it is younger than the run, has its default now;
 - a field that the record has and this version lacks is a difference: what it did is not known;
-- two texts that name the same file are the same, however they are written.
+- two texts that name the same file are the same, however they are written (paths.py).
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from typing import Any
 from instruct_jax.cli.config import leaves
 from instruct_jax.errors import ConfigError
 from instruct_jax.files import unseal
+from instruct_jax.paths import expanded, published
 from instruct_jax.settings import about
 
 RECORD = "config.json"
@@ -66,8 +67,26 @@ def _foreign(path: Path, reason: str) -> ConfigError:
     return ConfigError(f"{path} {reason}; nothing there is touched: choose another --workdir")
 
 
-def changes(record: Mapping[str, Any], config: Any) -> list[str]:
-    """What stands against taking up the run of `record` with `config`, in words."""
+def unchanged(record: Mapping[str, Any], config: Any, workdir: Path) -> bool:
+    """Whether the run of `record`, in `workdir`, has this very configuration."""
+    before, after = dict(leaves(record["config"])), dict(leaves(_plain(dataclasses.asdict(config))))
+    same = before.keys() == after.keys()
+    return same and all(_alike(before[name], after[name], workdir) for name in after)
+
+
+def _alike(recorded: Any, now: Any, workdir: Path) -> bool:
+    """Whether a recorded value is the one that is given now."""
+    return _same(recorded, published(now, workdir)) or _same(_expanded(recorded, workdir), now)
+
+
+def _expanded(value: Any, workdir: Path) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item, workdir) for item in value]
+    return expanded(value, workdir) if isinstance(value, str) else value
+
+
+def changes(record: Mapping[str, Any], config: Any, workdir: Path = Path()) -> list[str]:
+    """What stands against taking up the run of `record`, in `workdir`, with `config`, in words."""
     before = dict(leaves(record["config"]))
     after = dict(leaves(_plain(dataclasses.asdict(config))))
     found = []
@@ -75,8 +94,11 @@ def changes(record: Mapping[str, Any], config: Any) -> list[str]:
         if name not in before and any(old.startswith(f"{name}.") for old in before):
             continue  # a group that was there; its fields are told below
         was = before[name] if name in before else _absent(name, before, config)
-        if not (was is not _MISSING and (_same(was, now) or _may_change(config, name, was, now))):
-            told = "absent" if was is _MISSING else repr(was)
+        if not (
+            was is not _MISSING
+            and (_alike(was, now, workdir) or _may_change(config, name, was, now))
+        ):
+            told = "absent" if was is _MISSING else repr(_expanded(was, workdir))
             grows = _about(config, name).may_change == "more" and isinstance(was, int | float)
             less = " (more would do)" if grows else ""
             found.append(f"{name} was {told}, is {now!r}{less}")

@@ -9,6 +9,7 @@ whatever is asked: nothing that a run did not write is written over or deleted.
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,10 +28,18 @@ from typing import Any
 from instruct_jax import __version__
 from instruct_jax.cli import processes, replacing
 from instruct_jax.cli.config import REPOSITORY
-from instruct_jax.cli.record import ARTEFACTS, RECORD, SCHEMA, changes, read_record
-from instruct_jax.cli.replacing import artefacts
+from instruct_jax.cli.finished import finish, stands
+from instruct_jax.cli.record import (
+    ARTEFACTS,
+    RECORD,
+    SCHEMA,
+    changes,
+    read_record,
+    unchanged,
+)
 from instruct_jax.errors import ConfigError, RunError, UserError
-from instruct_jax.files import PARTIAL, hash_of_file, read_object, unfit_path, write_json
+from instruct_jax.files import PARTIAL, read_object, unfit_path, write_json
+from instruct_jax.paths import expanded, published
 
 # Tokenised documents: after a mistake of the user's they are no reason to keep a work directory.
 TOKENS = "tokens"
@@ -46,6 +55,8 @@ class Run:
 
     workdir: Path
     mesh: str = "auto"
+    said: list[str] = field(default_factory=list)
+    """what was shown at its end"""
 
     @property
     def writes(self) -> bool:
@@ -56,6 +67,13 @@ class Run:
         """One line of what a script has to show at its end, from the process that writes."""
         if self.writes:
             print(text, flush=True)
+        self.said.append(text)
+
+    def say_again(self) -> None:
+        """What a run that has ended had to show, and that it has."""
+        for text in (read_record(self.workdir) or {}).get("said", ()):
+            self.say(expanded(text, self.workdir))
+        self.note(f"{self.workdir} is as this run left it, nothing was done; --overwrite: anew")
 
     def note(self, text: str) -> None:
         """One line, on stderr, of what the run decided for its user."""
@@ -68,7 +86,7 @@ class Run:
             return
         path = self.workdir / RECORD
         known = read_object(path) if path.exists() else {}
-        write_json(path, known | facts)
+        write_json(path, known | published(facts, self.workdir))
 
     def record_data(
         self,
@@ -85,9 +103,12 @@ class Run:
         path = self.workdir / RECORD
         before = read_object(path).get("data", {}) if path.exists() else {}
         for name, found in json.loads(json.dumps(hashes)).items():
-            if before.get(name, found) != found:
+            known = published(name, self.workdir)
+            # A record of an earlier version has names as they were given.
+            old = before.get(known, before.get(name, found))
+            if old != found:
                 raise ConfigError(
-                    f"{name}: not what the run in {self.workdir} began with ({before[name]}, now"
+                    f"{name}: not what the run in {self.workdir} began with ({old}, now"
                     f" {found}); put it back, choose another --workdir, or --overwrite"
                 )
         for name, licence in licences.items():
@@ -101,9 +122,17 @@ class Run:
 
 @contextmanager
 def open_workdir(
-    workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool = False
-) -> Iterator[None]:
+    workdir: Path,
+    config: Any,
+    record: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    once: bool = False,
+) -> Iterator[bool]:
     """Within it `workdir` belongs to this run; the record is written first.
+
+    Given is whether there is nothing to do: with `once`, where this very run has ended and all that
+    it left is there to the bit. Nothing is written then.
 
     Raises ConfigError where another run works in it (R6), where it cannot be a run's directory, and
     where it holds anything but an earlier part of this run. With `overwrite` another run is set
@@ -115,13 +144,13 @@ def open_workdir(
     if processes.index():
         if not processes.agreed(True):
             raise SystemExit(ConfigError.exit_code)
-        yield
+        yield processes.agreed(False)
         return
     told = False
     try:
-        with _opened(workdir, config, record, overwrite=overwrite):
+        with _opened(workdir, config, record, overwrite=overwrite, once=once) as done:
             told = processes.agreed(True)
-            yield
+            yield processes.agreed(done)
     except RunError as error:
         if not told:
             error.everywhere = not processes.agreed(False)
@@ -130,8 +159,8 @@ def open_workdir(
 
 @contextmanager
 def _opened(
-    workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool
-) -> Iterator[None]:
+    workdir: Path, config: Any, record: dict[str, Any], *, overwrite: bool, once: bool
+) -> Iterator[bool]:
     check_workdir(workdir, overwrite=overwrite)
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     with _at_the_door(workdir):
@@ -140,13 +169,22 @@ def _opened(
         try:
             with _at_the_door(workdir):
                 before, replaced = _claim(workdir, config, overwrite=overwrite)
-                write_json(workdir / RECORD, _new_record(record, before, replaced))
+                same = once and before is not None and replaced is None
+                done = (
+                    same and unchanged(before, config, workdir) and stands(workdir, before, config)
+                )
+                if not done:
+                    shown = published(record, workdir)
+                    write_json(workdir / RECORD, _new_record(shown, before, replaced))
         except BaseException:
             _remove(made)
             raise
+        if done:
+            yield True
+            return
         fresh = before is None or replaced is not None
         try:
-            yield
+            yield False
         except SystemExit as end:
             if not end.code:  # stopped by a signal, with everything saved
                 _forget_replaced(workdir)
@@ -159,7 +197,7 @@ def _opened(
                 write_json(workdir / RECORD, before)  # it was not taken up with what may change
             raise
         _forget_replaced(workdir)
-        _name_artefacts(workdir, record.get("writes", ()))
+        _name_artefacts(workdir, config, record.get("writes", ()))
 
 
 def check_workdir(workdir: Path, *, overwrite: bool) -> None:
@@ -236,10 +274,9 @@ def _forget_replaced(workdir: Path) -> None:
         write_json(workdir / RECORD, {k: v for k, v in record.items() if k != "replaces"})
 
 
-def _name_artefacts(workdir: Path, writes: Sequence[str]) -> None:
-    """Puts the hashes of what a finished run has written into its record."""
-    found = {str(path): hash_of_file(workdir / path) for path in artefacts(workdir, writes)}
-    write_json(workdir / RECORD, (read_record(workdir) or {}) | {ARTEFACTS: found})
+def _name_artefacts(workdir: Path, config: Any, writes: Sequence[str]) -> None:
+    """Puts what a finished run has written, and what it was made of, into its record."""
+    write_json(workdir / RECORD, (read_record(workdir) or {}) | finish(workdir, config, writes))
 
 
 def _say(text: str) -> None:
@@ -280,7 +317,11 @@ def _holder(workdir: Path) -> str:
         record = read_record(workdir) or {}
     except ConfigError:
         return ""
-    return f", {record['process']}" if record.get("process") else ""
+    process = record.get("process")
+    if not isinstance(process, dict):
+        return ""  # of an earlier version
+    where = "this machine" if process.get("machine") == _machine() else "another machine"
+    return f", {process.get('id')} on {where}"
 
 
 def _claim(
@@ -301,7 +342,7 @@ def _claim(
         return None, None
     if overwrite:
         return record, replacing.set_aside(workdir, record)
-    differences = changes(record, config)
+    differences = changes(record, config, workdir)
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         old = replacing.asides(record)
@@ -333,14 +374,26 @@ def describe(
     return {
         "config": dataclasses.asdict(config),
         "config_file": config_file,
-        "command": [sys.argv[0], *argv],
+        "command": [_script(), *argv],
         "mesh": mesh,
         "versions": versions,
         "commit": _commit(),
-        "process": f"{os.getpid()} on {platform.node()}",
+        # For whom finds the run in use; a machine is told from others, not named.
+        "process": {"id": os.getpid(), "machine": _machine()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "writes": list(writes),
     }
+
+
+def _script() -> str:
+    """The script as it is named in a checkout, wherever that lies."""
+    path = Path(os.path.abspath(sys.argv[0]))
+    inside = path.is_relative_to(REPOSITORY)
+    return str(path.relative_to(REPOSITORY)) if inside else sys.argv[0]
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
 def _commit() -> str | None:

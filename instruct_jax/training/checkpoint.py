@@ -115,7 +115,7 @@ class Checkpointer:
             if response is not None:
                 response.result()
             if jax.process_index() == 0:
-                write_manifest(self.directory / str(step))
+                _conclude(self.directory / str(step))
 
         self._manifest = self._pool.submit(complete)
 
@@ -229,7 +229,16 @@ def save_model(directory: str | Path, params: Any, metadata: Metadata) -> None:
             overwrite=True,
             custom_metadata=_record(metadata),
         )
-        hosts.first_alone(lambda: write_manifest(directory))
+        hosts.first_alone(lambda: _conclude(directory))
+
+
+def _conclude(directory: Path) -> None:
+    """Writes the manifest of what is all on disk. Orbax notes in each part where it was written:
+    what a run is published with is no path of the machine.
+    """
+    for path in directory.rglob("commit_success.txt"):
+        path.write_text("committed\n")
+    write_manifest(directory)
 
 
 def _keep_strangers(directory: Path) -> None:

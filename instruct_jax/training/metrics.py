@@ -5,8 +5,10 @@ checkpoint, it forgets the lines after it, so the file reads as if the run had n
 process 0 writes.
 """
 
+import itertools
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -103,7 +105,19 @@ class MetricLogger:
         # Made late: a run that fails before its first step leaves no files.
         purge = None if purge_after is None else purge_after + 1
         self._board = SummaryWriter(str(self._board_dir), purge_step=purge)
+        self._leave_out_the_host()
         return self._board
+
+    def _leave_out_the_host(self) -> None:
+        """Renames what the writer has just opened, whose name ends with that of this machine: the
+        directory of a run is published, and the file stays the one that is written to.
+        """
+        host = f".{socket.gethostname()}"
+        for path in self._board_dir.glob("events.out.tfevents.*"):
+            if path.name.endswith(host):
+                stem = path.name.removesuffix(host)
+                names = (path.with_name(f"{stem}.{i}") for i in itertools.count())
+                path.rename(next(name for name in names if not name.exists()))
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
         # An evaluation has none of those in `show`: the first of its own say how it went.

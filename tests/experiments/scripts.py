@@ -1,15 +1,15 @@
 """What the tests of the scripts share: a model folder to start from, rows on disk, a launcher."""
 
-import importlib
 import json
 import os
+import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from instruct_jax import cli
 from instruct_jax.data.tokenizer import Tokenizer, train_bpe
 from instruct_jax.models.transformer import (
     TransformerConfig,
@@ -18,6 +18,7 @@ from instruct_jax.models.transformer import (
 )
 from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 WORDS = [
     "the",
     "cat",
@@ -107,6 +108,10 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 def launch(script: str, *argv: str) -> None:
-    """The script's command line, in this process."""
-    module = importlib.import_module(f"experiments.{script}")
-    cli.run(module.main, module.Config, default=f"configs/{script}.py", argv=argv)
+    """The script as a user starts it, in this process."""
+    path, before = EXPERIMENTS / f"{script}.py", sys.argv
+    sys.argv = [str(path), *argv]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = before

@@ -3,13 +3,16 @@
 import hashlib
 import importlib
 import json
+import os
+import re
+import socket
+from pathlib import Path
 
 import pytest
 
 from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 from tests.stages.lab import same_bits
-from tests.stages.run_ppo import fingerprint
 
 # A script refuses the name of a file that it would not read.
 READS = {
@@ -81,9 +84,10 @@ def test_every_stage_writes_its_model_and_says_what_its_data_was(pipeline):
     for script in ("pretrain", "sft", "reward_model", "ppo", "preference"):
         assert load_trained(folder / script / "model").stage == script
         hashes = read(folder / script / "config.json")["data"]
-        assert set(hashes) == {str(paths[name]) for name in READS[script]}
-        for path in map(paths.get, READS[script]):
-            assert hashes[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+        names = {f"$HERE/../data/{paths[name].name}": paths[name] for name in READS[script]}
+        assert set(hashes) == set(names)
+        for name, path in names.items():
+            assert hashes[name] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_reward_model_is_judged_beside_the_lengths(pipeline):
@@ -147,16 +151,38 @@ def test_ppo_saves_its_average_and_shows_samples(pipeline):
 @pytest.mark.parametrize(
     "script", ["pretrain", "sft", "reward_model", "ppo", "preference", "select_sft"]
 )
-def test_a_finished_run_started_again_changes_nothing(pipeline, script):
-    """JAX-10: it resumes at its end; the model, its notes and the log stay as they are."""
+def test_a_finished_run_started_again_changes_nothing(pipeline, script, capsys):
+    """JAX-10, R22: no byte and no time of any file or folder; and it says so."""
     folder, _, commands = pipeline
     before = contents(folder / script)
+    capsys.readouterr()
     scripts.launch(script, *commands[script])
+    out, err = capsys.readouterr()
+    assert f"note: {folder / script} is as this run left it" in err
+    assert out.startswith(f"model: {folder / script / 'model'}"), "what it came to, as before"
     assert contents(folder / script) == before
 
 
 def contents(workdir):
-    """Parameters, notes and logs; not the time stamps inside a checkpoint."""
-    files = [*workdir.glob("*.jsonl"), *workdir.glob("[aps]*.json"), *workdir.rglob("model.json")]
-    texts = {str(path.relative_to(workdir)): path.read_text() for path in files}
-    return texts, fingerprint(load_trained(workdir / "model").params)
+    """The time of every file and folder, and the bytes of files."""
+    paths = [workdir, *workdir.rglob("*")]
+    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in paths}
+
+
+def test_nothing_that_a_run_writes_tells_of_the_machine(pipeline):
+    """No path but those from the work directory or the home, no name of this machine: what a run
+    writes is published. Nothing is excepted: whom a lock belongs to is told by a hash.
+    """
+    folder = pipeline[0]
+    host = re.compile(rf"(?<![a-z0-9]){re.escape(socket.gethostname())}(?![a-z0-9])")
+    secrets = [str(folder.parent).encode(), str(Path.home()).encode() + b"/", os.getcwd().encode()]
+    written = [p for p in folder.rglob("*") if p.is_file() and folder / "data" not in p.parents]
+    assert len(written) > 200
+    for path in written:
+        assert not host.search(str(path.relative_to(folder))), path
+        data = path.read_bytes()
+        assert not [secret for secret in secrets if secret in data], path
+        try:
+            assert not host.search(data.decode()), path
+        except UnicodeDecodeError:
+            continue  # arrays, in which a short name may stand by chance

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from instruct_jax.paths import expanded
 from instruct_jax.stages.trained import load_trained
 from tests.experiments import scripts
 from tests.experiments.own_files import write_own_files
@@ -95,7 +96,8 @@ def test_a_finished_run_started_again_says_where_its_model_is_and_its_figure(
     chain, capsys, script, figure
 ):
     record = json.loads((chain / script / "config.json").read_text())
-    scripts.launch(script, *record["command"][1:])
+    command = [expanded(word, chain / script) for word in record["command"][1:]]
+    scripts.launch(script, *command)
     out = capsys.readouterr().out.splitlines()
     assert re.fullmatch(re.escape(f"model: {chain / script / 'model'}") + figure, out[0]), out
 
