@@ -36,11 +36,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from instruct_jax.errors import ConfigError
 from instruct_jax.models.adapters import adapt
 from instruct_jax.models.transformer import Model
 from instruct_jax.sampling.sampler import Rollout, generate
 from instruct_jax.stages.experience import Experience, Scored, make_experience, read_rollout
+from instruct_jax.stages.ppo_batches import IterationBatches, iteration_batches
 from instruct_jax.stages.ppo_config import PPOConfig
 from instruct_jax.stages.ppo_lag import Lagging, behind, first_rollout, models_of
 from instruct_jax.stages.ppo_models import (
@@ -54,7 +54,6 @@ from instruct_jax.stages.ppo_models import (
     optimizers,
 )
 from instruct_jax.stages.ppo_update import minibatch_update, update_on_rollout
-from instruct_jax.stages.pretrain import language_rows
 from instruct_jax.stages.resampling import Answered, Refill, first_look, lively, refilled
 from instruct_jax.stages.rewards import Given, HostRewards
 from instruct_jax.stages.stage import RULES, OnBest, place_params
@@ -211,42 +210,6 @@ def make_iteration(
     return Iteration(recipe, make_programs(recipe, state, mesh), frozen, mesh, rewards)
 
 
-class IterationBatches(NamedTuple):
-    """Of iteration i: the prompts that it answers, those of i + `lag`, of `tries` more rollouts the
-    prompts of a stream of their own, and for PPO-ptx its pretraining rows; a pure function of i.
-    """
-
-    prompts: Callable[[int], dict[str, np.ndarray]]
-    text: Callable[[int], dict[str, np.ndarray]] | None
-    updates: int
-    lag: int = 0
-    more: Callable[[int], dict[str, np.ndarray]] | None = None
-    tries: int = 0
-
-    def answered(self, step: int) -> dict[str, Any]:
-        """The prompts that iteration `step` answers."""
-        step += self.lag
-        batch = _asked(self.prompts(step))
-        if self.more is not None:
-            at = range(step * self.tries, (step + 1) * self.tries)
-            batch["more"] = [_asked(self.more(i)) for i in at]
-        return batch
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        """The batch of iteration `step`."""
-        batch = self.answered(step)
-        if self.text is not None:
-            tokens = self.text(step)["tokens"]
-            shaped = tokens.reshape(self.updates, -1, tokens.shape[-1])
-            batch["text"] = language_rows(shaped)
-        return batch
-
-
-def _asked(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-    index = {"index": rows["index"]} if "index" in rows else {}
-    return {"prompts": rows["tokens"], "prompt_mask": rows["mask"]} | index
-
-
 def check_batches(config: PPOConfig, mesh: Mesh) -> None:
     """ConfigError where prompts, minibatches or their text do not divide over `mesh`."""
     check_batch_size(config.prompts, mesh)
@@ -292,7 +255,7 @@ def train(
     trunk of `policy_params`: that trunk then serves all four models (`ppo_models.py`). The average
     of the policy's adapter is also left in `workdir/adapter`.
     """
-    batch_at = _batches(config, prompts, ptx, more_prompts)
+    batch_at = iteration_batches(config, prompts, ptx, more_prompts)
     check_batches(config, mesh)
     recipe = Recipe(
         config,
@@ -320,24 +283,6 @@ def train(
     base = trunk_fingerprint(policy_params)
     save_adapter(workdir / "adapter", Adapter(state.policy.ema, config.lora, base))
     return merged(config, frozen, state)
-
-
-def _batches(
-    config: PPOConfig,
-    prompts: Callable[[int], dict[str, np.ndarray]],
-    ptx: Callable[[int], dict[str, np.ndarray]] | None,
-    more_prompts: Callable[[int], dict[str, np.ndarray]] | None,
-) -> IterationBatches:
-    if not config.ptx_coef:
-        ptx = None
-    elif ptx is None:
-        raise ConfigError(f"ptx_coef {config.ptx_coef} needs pretraining text; none was given")
-    if not config.max_resamples:
-        more_prompts = None
-    elif more_prompts is None:
-        raise ConfigError(f"max_resamples {config.max_resamples} needs more prompts")
-    lag, tries = config.rollout_lag, config.max_resamples
-    return IterationBatches(prompts, ptx, config.updates, lag, more_prompts, tries)
 
 
 def _run(

@@ -107,13 +107,7 @@ def train(
     the parameters after every epoch (SFT-4), `evaluate` then and every `config.eval_every` updates.
     Resumes from `workdir/checkpoints` when there is one.
     """
-    rows = dict(demonstrations)
-    if config.loss_on_prompt:
-        rows["loss_mask"] = rows["mask"]
-        if "segment_ids" in rows:  # what stands before a segment's first token is another row
-            segments = np.asarray(rows["segment_ids"])
-            rows["loss_mask"] = np.array(rows["mask"])
-            rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
+    rows = _targets(config, demonstrations)
     own = config.batch_size - config.mixed
     demonstrated = Batches(rows, own, seed=config.seed, shares=shares)
     batches: Batches | Mixture = demonstrated
@@ -148,6 +142,18 @@ def train(
         epoch=per_epoch,
         on_best=on_best,
     )
+
+
+def _targets(config: SFTConfig, demonstrations: Arrays) -> dict[str, Any]:
+    """The rows, with the loss on every real token where the configuration wants it there."""
+    rows = dict(demonstrations)
+    if config.loss_on_prompt:
+        rows["loss_mask"] = rows["mask"]
+        if "segment_ids" in rows:  # what stands before a segment's first token is another row
+            segments = np.asarray(rows["segment_ids"])
+            rows["loss_mask"] = np.array(rows["mask"])
+            rows["loss_mask"][:, 1:] &= segments[:, 1:] == segments[:, :-1]
+    return rows
 
 
 def select_epoch(scores: dict[int, float], *, losses: dict[int, float], path: Path) -> int:
