@@ -268,7 +268,8 @@ def _verdict(plan: Plan, job: Job) -> str:
 def _times(plan: Plan, price: float | None) -> list[str]:
     row = plan.as_json(price)
     if plan.step_seconds is None:
-        return []
+        told = f"{plan.steps} steps; how fast this machine computes is not known here:"
+        return [f"no time: {told} experiments/benchmark.py measures it"]
     text = (
         f"roofline: {plan.step_seconds:.2f} s a step, {plan.steps} steps, {row['days']:.2f} days, "
         f"{row['chip_hours']:.0f} chip-hours"

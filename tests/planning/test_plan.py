@@ -433,6 +433,15 @@ def test_a_presets_own_sizes_win_over_a_model_that_happens_to_be_there(
     )
 
 
+def test_why_a_plan_for_this_cpu_has_no_time_is_said(repository, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    import plan
+
+    plan.main(["--config=configs/sft.py:debug", "--topology=cpu:2", "--estimate_only"])
+    assert "steps; how fast this machine computes is not known here: " in capsys.readouterr().out
+
+
 def test_a_model_that_is_named_but_not_there_is_no_plan_of_another(jobs):
     with pytest.raises(ConfigError, match=r"config.init=nowhere: neither model.json nor config"):
         jobs("configs/sft.py:instructgpt_6b", {"init": "nowhere"})
