@@ -42,6 +42,7 @@ from instruct_jax.data.templates import PLAIN, Template, template_named
 from instruct_jax.data.toyworld.world import Split
 from instruct_jax.errors import ConfigError
 
+PARTS: tuple[Split, ...] = ("train", "valid", "test")
 Row = TypeVar("Row", Document, Demonstration, Comparison, Prompt, Dialogue)
 
 
@@ -85,9 +86,8 @@ class FileSource:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Rows of every kind that was read, in every part."""
-        order = ("train", "valid", "test")
         return {
-            kind: {part: parts[part] for part in order if part in parts}
+            kind: {part: parts[part] for part in PARTS if part in parts}
             for kind, parts in self._counts.items()
         }
 
@@ -208,12 +208,13 @@ class FileSource:
         own = self._own(field, split)
         paths = own or self._paths(field)
         if (field, paths) not in self._divided:
-            parts: dict[Split, list[Row]] = {split: []} if own else {"train": []}
+            shared = [part for part in PARTS if not self._own(field, part)]
+            parts: dict[Split, list[Row]] = {part: [] for part in ([split] if own else shared)}
             origins = []
             for number, path in enumerate(paths):
                 for row in self._read(path, read):
                     part = split if own else self._part(field, key(row))
-                    parts.setdefault(part, []).append(row)
+                    parts[part].append(row)
                     if part == "train":
                         origins.append(number)
             self._divided[field, paths] = parts
@@ -228,7 +229,7 @@ class FileSource:
                 "left to train on",
                 hint=f"data.valid_fraction is {valid:g}, data.test_fraction {test:g}: lower them",
             )
-        return parts.get(split, [])
+        return parts[split]
 
     def _read(self, path: str, read: Callable[..., Rows[Row]]) -> Rows[Row]:
         found = read(

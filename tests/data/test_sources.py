@@ -339,4 +339,4 @@ def test_excluded_rankings_are_not_counted_as_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", row, row | {"prompt": "q", "dataset": "selfinstruct"})
     source = files(comparisons=path, valid_fraction=0.0)
     assert len(source.comparisons("train")) == 1
-    assert source.counts() == {"comparisons": {"train": 1}}
+    assert source.counts() == {"comparisons": {"train": 1, "valid": 0, "test": 0}}

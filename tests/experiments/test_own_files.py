@@ -120,5 +120,7 @@ def test_the_flaws_are_told_with_what_to_do(data, tmp_path, capsys, change, word
             f"--config.data.dialogues={paths['chats']}", *change,
         )  # fmt: skip
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1
-    assert words in err and "alpaca.json" in err
+    *warnings, error = err.splitlines()
+    assert stop.value.code == 2 and words in error and "alpaca.json" in error
+    assert all(line.startswith("warning: ") and "rows skipped (" in line for line in warnings)
+    assert len(warnings) == len(change)  # said once, of one file
