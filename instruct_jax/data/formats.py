@@ -309,7 +309,7 @@ def _stream(
         report = FileReport(path)
         reports.append(report)
         formats: dict[tuple[str, ...], Format] = {}
-        last_error = None
+        first_error = None
         with closing(records):
             for record in records:
                 if left <= 0:
@@ -320,7 +320,7 @@ def _stream(
                     if on_bad_row == "error":
                         a_row = formats or isinstance(record, DataError)  # else: the whole file
                         raise (error.or_skip() if a_row else error) from None
-                    last_error = error
+                    first_error = first_error or error
                     if report.rows == 0 and report.bad.total() >= _HOPELESS:
                         break
                     reason = f"{error.field}: {error.reason}" if error.field else error.reason
@@ -333,7 +333,7 @@ def _stream(
                 yield from made
         if report.rows == 0 and left > 0:
             # Not one good row: a wrong file rather than one with bad rows.
-            raise last_error or DataError("no rows", path=path)
+            raise first_error or DataError("no rows", path=path)
         (logger.warning if report.bad else logger.info)("%s", report)
 
 
