@@ -313,7 +313,7 @@ def test_a_file_without_a_known_row_is_an_error_even_when_bad_rows_are_skipped(t
     for text, message in [
         ("", "no rows"),
         ("\n \n", "no rows"),
-        ('{"a": 1}\n' * 3, r":3:1: unknown columns a.*known: .*prompt\+completion"),
+        ('{"a": 1}\n' * 3, r":1:1: unknown columns a.*known: .*prompt\+completion"),
         ("no JSON at all\n", "not JSON"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "found comparisons .preference"),
         ("{" + '"text": ' + "[" * 100_000, "not JSON"),

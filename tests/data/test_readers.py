@@ -333,7 +333,7 @@ def test_a_bad_row_names_the_remedy_and_a_wrong_file_does_not(tmp_path):
 def test_a_file_of_bad_rows_alone_is_given_up_before_its_end(tmp_path):
     path = write(tmp_path / "a.jsonl", "0\n" * 2_000_000)
     began = time.process_time()
-    with pytest.raises(DataError, match=r"a.jsonl:10001:1: expected an object"):
+    with pytest.raises(DataError, match=r"a.jsonl:1:1: expected an object"):
         read_dialogues(path, on_bad_row="skip")
     assert time.process_time() - began < 5
 
