@@ -81,6 +81,11 @@ def _narrow(
 _SIZES: dict[str, TransformerConfig] = {
     "tiny": _narrow(256, 2, 64, 2, 256, "gelu"),
     "mini": dataclasses.replace(_narrow(511, 4, 128, 4, 256, "relu"), positions="rope"),
+    # As mini, in the form of LLaMA, which llama.cpp runs (convert.py, to_gguf).
+    "mini-llama": dataclasses.replace(
+        _narrow(511, 4, 128, 4, 256, "swiglu"),
+        d_ff=352, norm="rmsnorm", positions="rope", use_bias=False,
+    ),
     "small": _narrow(8_191, 6, 256, 8, 512, "gelu"),
     # As many parameters as small, in the form of Qwen 2.
     "small-qwen2": dataclasses.replace(
