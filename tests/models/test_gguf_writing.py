@@ -117,7 +117,11 @@ def test_the_table_has_the_tokens_and_no_padding(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"attention_pattern": "l", "window": 8}, {}, "llama.cpp leaves the window"),
+        (
+            {"attention_pattern": "l", "window": 8},
+            {},
+            "no architecture of GGUF has this configuration",
+        ),
         ({"norm_order": "post"}, {}, "no architecture of GGUF has this configuration"),
         ({}, {"family": "gpt_neox"}, "no architecture of GGUF is written for 'gpt_neox'"),
         ({}, {"family": "qwen3"}, "qwen3 cannot say"),

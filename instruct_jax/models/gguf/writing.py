@@ -118,7 +118,8 @@ def _architecture(config: TransformerConfig, family: str | None) -> tuple[str, s
             return known[model_type], model_type
         except ValueError as error:
             reasons.append(str(error))
-    raise UserError(f"no architecture of GGUF has this configuration: {'; '.join(reasons)}")
+    # That of the nearest, which has the least to say.
+    raise UserError(f"no architecture of GGUF has this configuration: {min(reasons, key=len)}")
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
