@@ -27,7 +27,7 @@ from instruct_jax.data.templates import template_named
 from instruct_jax.data.tokenizer import load_tokenizer
 from instruct_jax.data.tokenizer_checks import FORMS
 from instruct_jax.errors import ConfigError
-from instruct_jax.models.gguf import ARCHITECTURES, open_gguf, save_gguf
+from instruct_jax.models.gguf import ARCHITECTURES, gguf_package, open_gguf, save_gguf
 from instruct_jax.models.hf import (
     FAMILIES,
     Pretrained,
@@ -189,6 +189,7 @@ def to_hf(config: Config, run: cli.Run) -> Path:
 
 def to_gguf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/model.gguf of a stage's model folder."""
+    gguf_package()  # or its remedy, before a model is read
     source = Path(config.source)
     trained = load_trained(source, kind="language")
     name = config.name or _name(source, trained)

@@ -2,6 +2,7 @@
 
 import random
 import struct
+import sys
 import tracemalloc
 
 import pytest
@@ -166,3 +167,9 @@ def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(UserError, match="no such file"), open_gguf(path):
             pass
+
+
+def test_where_the_package_is_missing_its_remedy_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"), open_gguf(tmp_path / "a"):
+        pass

@@ -4,7 +4,8 @@ Needs the package `gguf` (pip install -e '.[gguf]'), which the functions say whe
 """
 
 from instruct_jax.models.gguf.architectures import ARCHITECTURES
+from instruct_jax.models.gguf.container import gguf_package
 from instruct_jax.models.gguf.reading import open_gguf
 from instruct_jax.models.gguf.writing import GGUF_DTYPES, save_gguf
 
-__all__ = ["ARCHITECTURES", "GGUF_DTYPES", "open_gguf", "save_gguf"]
+__all__ = ["ARCHITECTURES", "GGUF_DTYPES", "gguf_package", "open_gguf", "save_gguf"]
