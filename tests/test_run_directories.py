@@ -138,13 +138,15 @@ def test_a_run_within_a_run_is_deleted_as_carefully(tmp_path):
     for name in ("part/config.json", "part/checkpoints/7/state/d/0", "part/model/params/params/d/0",
                  "part/damaged/3.1/_CHECKPOINT_METADATA", "part/start0/checkpoints/1/state/d/0",
                  "part/checkpoints/7/notes.txt", "part/damaged/3.1/notes.txt",
-                 "part/start0/checkpoints/1/notes.txt", "part/model/params/notes.txt"):  # fmt: skip
+                 "part/start0/checkpoints/1/notes.txt", "part/model/params/notes.txt",
+                 "part/start0/notes.txt", "cache/x_1/step"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    replacing.delete(tmp_path, ("part/", "part/start#/"))
+    # What is said of another folder is not meant of this one.
+    replacing.delete(tmp_path, ("part/", "part/start#/", "cache/x_#/*", "part/cache/x_#/*"))
     assert {path.rpartition("/")[2] for path in files(tmp_path)} == {"notes.txt"}
-    assert len(files(tmp_path)) == 4
+    assert len(files(tmp_path)) == 5
 
 
 def fail_with(error):

@@ -96,12 +96,17 @@ def _written(root: Path, below: Path, patterns: Sequence[str]) -> Iterator[Path]
         elif not entry.is_dir() or _ASIDE.fullmatch(entry.name):
             continue
         elif any(_matches(path, pattern) for pattern in patterns if pattern.endswith("/")):
-            depth = len(path.parts)
-            inner = [p.split("/", depth)[-1] for p in patterns if p.count("/") >= depth]
-            own = (*COMMON, *_writes_of(_read(entry)), *filter(None, inner))
+            inner = filter(None, (_below(path, pattern) for pattern in patterns))
+            own = (*COMMON, *_writes_of(_read(entry)), *inner)
             yield from (path / found for found in _written(entry, Path(), own))
         elif any(_matches(path, pattern, whole=False) for pattern in patterns):
             yield from _written(root, path, patterns)
+
+
+def _below(path: Path, pattern: str) -> str:
+    """What `pattern` says of names in the folder `path`; nothing where it is of another folder."""
+    *above, rest = pattern.split("/", len(path.parts))
+    return rest if len(above) == len(path.parts) and all(map(_fits, path.parts, above)) else ""
 
 
 def _matches(path: Path, pattern: str, *, whole: bool = True) -> bool:
