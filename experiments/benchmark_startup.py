@@ -30,7 +30,8 @@ def main(stage: str, events: TextIO, argv: list[str]) -> None:
 
     note("imported")
     jax.monitoring.register_event_duration_secs_listener(note)
-    cli.run(script.main, script.Config, default=f"configs/{stage}.py", argv=argv)
+    default = f"configs/{stage}.py"
+    cli.run(script.main, script.Config, default=default, argv=argv, writes=script.WRITES)
 
 
 if __name__ == "__main__":
