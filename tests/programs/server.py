@@ -34,7 +34,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 VOLATILE = {
     "sha256", "process", "started", "artefacts", "time", "seconds", "memory_mb", "batches",
     "steps_per_second", "tokens_per_second", "batch_wait_seconds", "params/manifest.json",
-    "mtime_ns", "command", "save_seconds", "startup_seconds",
+    "mtime_ns", "command", "productive_seconds",
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
             folders.clear()
             name = str(Path(root).relative_to(folder))
             about = checkpointables_metadata(root)
-            yield f"{name}:metadata", json.dumps(about.custom_metadata, sort_keys=True).encode()
+            yield f"{name}:metadata", _json(about.custom_metadata)
             for item in about.metadata:
                 for path, leaf in tree_paths(load_item(root, item)):
                     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -110,9 +110,12 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
                 continue
             if path.suffix in (".json", ".jsonl"):
                 lines = data.splitlines() if path.suffix == ".jsonl" else [data]
-                values = [_steady(json.loads(line)) for line in lines]
-                data = json.dumps(values, sort_keys=True).encode()
+                data = _json([json.loads(line) for line in lines])
             yield str(path.relative_to(folder)), data
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(_steady(value), sort_keys=True).encode()
 
 
 def _steady(value: Any) -> Any:
