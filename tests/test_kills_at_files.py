@@ -2,7 +2,8 @@
 that was never killed has left: every file and array, samples included.
 
 Compared is all but what depends on the machine or the hour (programs/server.py: VOLATILE), the
-ledger, which tells of the kill, and TensorBoard's files, named by time and host.
+ledger, which tells of the kill, TensorBoard's files, named by time and host, and the folder in
+which a step is set aside that was killed between its last byte and its manifest.
 """
 
 import shutil

@@ -35,7 +35,15 @@ import numpy as np
 from instruct_jax.data import hub
 from instruct_jax.data.files import hash_files, list_files, remember_hashes
 from instruct_jax.data.formats import FileReport
-from instruct_jax.data.journal import PLAN, TOKENS, Journal, check_owner, read_journal, sums_of
+from instruct_jax.data.journal import (
+    PLAN,
+    SUMS,
+    TOKENS,
+    Journal,
+    check_owner,
+    read_journal,
+    sums_of,
+)
 from instruct_jax.data.progress import Progress
 from instruct_jax.data.rows import DataError, Document
 from instruct_jax.data.tokenizer import Tokenizer
@@ -211,7 +219,7 @@ class Corpus:
                         committed = done.tokens
             bad = tuple(str(report) for report in reports if report.bad)
             file.flush()
-            sums = self._path(i).with_suffix(".sums")
+            sums = self._path(i).with_suffix(SUMS)
             write_bytes(sums, block_sums(self._path(i), self.dtype))
             whole = {"complete": True, "bad": bad, "sums": hash_of_file(sums)}
             self._commit(i, dataclasses.replace(done, **whole), file)

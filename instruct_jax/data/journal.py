@@ -10,7 +10,7 @@ from instruct_jax.data.tokens import block_sums
 from instruct_jax.errors import CheckpointError
 from instruct_jax.files import hash_of_file, read_object
 
-PLAN, TOKENS = "plan.json", ".tokens"
+PLAN, TOKENS, SUMS = "plan.json", ".tokens", ".sums"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def sums_of(tokens: Path, journal: Journal) -> Path | None:
     """The checksums of a part; CheckpointError where they are not those of its journal."""
     if not journal.sums:  # made by an older version, or not complete
         return None
-    path = tokens.with_suffix(".sums")
+    path = tokens.with_suffix(SUMS)
     if not path.exists() or hash_of_file(path) != journal.sums:
         raise CheckpointError(f"{path} is not the file that the journal beside it names")
     return path
@@ -68,6 +68,8 @@ def check_tokens(directory: Path) -> None:
     for i in range(len(plan["parts"])):
         path = directory / f"{i:05}{TOKENS}"
         journal = read_journal(path, f"{directory.name}/{i}")
+        if not journal.complete and path.with_suffix(SUMS).exists():
+            raise CheckpointError(f"{path.with_suffix('.json')} is gone, or not of the end")
         sums = sums_of(path, journal)
         if journal.complete and sums is not None:
             dtype = np.dtype("<u2" if path.stat().st_size <= 2 * journal.tokens else "<u4")

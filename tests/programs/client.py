@@ -62,5 +62,7 @@ class Programs:
         traceback: TracebackType | None,
     ) -> None:
         assert self._server.stdin
+        assert self._server.stdout
         self._server.stdin.close()
+        self._server.stdout.close()
         self._server.wait()

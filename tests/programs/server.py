@@ -91,7 +91,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
     from instruct_jax.training.ocp import checkpointables_metadata
 
     for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != "tensorboard"]
+        folders[:] = [name for name in folders if name not in ("tensorboard", "damaged")]
         if "_CHECKPOINT_METADATA" in files or "orbax.checkpoint" in files:
             folders.clear()
             name = str(Path(root).relative_to(folder))
