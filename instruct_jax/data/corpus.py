@@ -218,7 +218,7 @@ class Corpus:
                         self._commit(i, done, file)
                         committed = done.tokens
             bad = tuple(str(report) for report in reports if report.bad)
-            file.flush()
+            self._commit(i, done, file)  # before there are sums, of which no journal tells yet
             sums = self._path(i).with_suffix(SUMS)
             write_bytes(sums, block_sums(self._path(i), self.dtype))
             whole = {"complete": True, "bad": bad, "sums": hash_of_file(sums)}

@@ -68,8 +68,8 @@ def check_tokens(directory: Path) -> None:
     for i in range(len(plan["parts"])):
         path = directory / f"{i:05}{TOKENS}"
         journal = read_journal(path, f"{directory.name}/{i}")
-        if not journal.complete and path.with_suffix(SUMS).exists():
-            raise CheckpointError(f"{path.with_suffix('.json')} is gone, or not of the end")
+        if path.with_suffix(SUMS).exists() and not path.with_suffix(".json").exists():
+            raise CheckpointError(f"{path.with_suffix('.json')} is gone")
         sums = sums_of(path, journal)
         if journal.complete and sums is not None:
             dtype = np.dtype("<u2" if path.stat().st_size <= 2 * journal.tokens else "<u4")
