@@ -137,7 +137,7 @@ def _sentencepiece(
     if architecture.startswith("gemma"):
         # Its scores do not follow the order of its merges; that of its tokens does.
         scores = -np.arange(len(tokens), dtype=np.float32)
-    pairs = _merges(tokens, np.asarray(scores, np.float64).tolist())
+    pairs = _merges(tokens, types, np.asarray(scores, np.float64).tolist())
     unknown = _id(metadata, "unknown", len(tokens))
     if unknown is None and _UNKNOWN in types:
         unknown = types.index(_UNKNOWN)
@@ -163,11 +163,12 @@ def _sentencepiece(
     return about, True
 
 
-def _merges(tokens: list[str], scores: list[float]) -> list[list[str]]:
-    """Every way to make a token of two, the best token first."""
-    ids = {token: i for i, token in enumerate(tokens)}
+def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
+    """Every way to make a token of two, the best token first; text never makes a special one."""
+    ids = {token: i for i, token in enumerate(tokens) if types[i] in (_NORMAL, _USER)}
     found = []
-    for token, score in zip(tokens, scores, strict=False):
+    for token, number in ids.items():
+        score = scores[number]
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
@@ -178,9 +179,10 @@ def _merges(tokens: list[str], scores: list[float]) -> list[list[str]]:
 def _model(
     tokens: list[str], types: list[int], merges: list[list[str]], **options: Any
 ) -> dict[str, Any]:
-    # Those added behind the last token of the model's own are not the model's: no merge makes them.
+    # What is added behind the last token of the model's own is not the model's, or a word that is
+    # spelt so would be that token.
     own = len(tokens)
-    while own and types[own - 1] in (_CONTROL, _USER):
+    while options.get("ignore_merges") and own and types[own - 1] in (_CONTROL, _USER):
         own -= 1
     usual = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
              "byte_fallback": False, "ignore_merges": False}  # fmt: skip

@@ -208,6 +208,26 @@ def test_sentencepiece_goes_out_and_comes_back(sentencepiece, tmp_path):
     assert bare.decode(bare.encode(" x")) == " x" and bare.encode("x") != tokenizer.encode("x")
 
 
+def test_no_text_is_merged_into_a_special_token(tmp_path):
+    """Gemma's vocabulary ends with user-defined tokens, which merge; its unused ones never do."""
+    tokens = ["<unk>", "<s>", "<", "s", ">", "<s", "s>", "x", "xx", "<u>", "u", "\t", "\t\t"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.token_type": np.array([2, 3, 1, 1, 1, 1, 1, 1, 5, 5, 1, 4, 4], np.int32),
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps(tokenizer_files(metadata, "gemma3")["tokenizer.json"])
+    )
+    backend.encode_special_tokens = True
+    assert backend.encode("<s>", add_special_tokens=False).ids == [5, 4]
+    assert backend.encode("xx<u>", add_special_tokens=False).ids == [7, 7, 2, 10, 4]
+    assert backend.encode("\t\t\t", add_special_tokens=False).ids == [12, 11]
+
+
 def test_gemma_merges_in_the_order_of_its_tokens(tmp_path):
     tokens = ["<unk>", "<eos>", "a", "b", "c", "ab", "bc", "  ", "abc", "\u2581"]
     metadata = {
