@@ -7,7 +7,7 @@ wrote relative to the current directory stays as it is.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,17 @@ def _rules(folder: Path) -> list[tuple[re.Pattern[str], str]]:
 
 
 def expanded(text: str, folder: Path) -> str:
-    """The text that `published` was given, as far as paths in it go."""
-    home = str(Path("~").expanduser())
+    """The text that `published` was given; a path through ".." comes back without it."""
+    home, here = str(Path("~").expanduser()), folder.resolve()
     text = re.sub(rf"{_BEFORE}~(?=/|$)", lambda _: home, text)
-    return text.replace(HERE, str(folder.resolve()))
+
+    def place(found: re.Match[str]) -> str:
+        above = (here, *here.parents)
+        return str(above[min(len(found[1]) // len("/.."), len(above) - 1)]).rstrip("/")
+
+    return re.sub(rf"{re.escape(HERE)}((?:/\.\.(?![^/]))*)", place, text)
+
+
+def given_back(texts: Iterable[str], folder: Path) -> dict[str, str]:
+    """Which text each was that `published` has written, by what it has written."""
+    return {published(text, folder): text for text in texts}

@@ -2,7 +2,7 @@
 that was never killed has left: every file and array, samples included.
 
 Compared is all but what depends on the machine or the hour (programs/server.py: VOLATILE), the
-ledger, which tells of the kill, TensorBoard's files, named by time and host, and the folder in
+ledger, which tells of the kill, TensorBoard's files, named by time, and the folder in
 which a step is set aside that was killed between its last byte and its manifest.
 """
 

@@ -1,6 +1,7 @@
 """Text of any size as files of tokens: tokenised once, a few megabytes at a time, and read by rows.
 
     FOLDER/NAME-KEY/plan.json       what the tokens are of: files, their sizes and sha256; parts
+                                    (paths as in paths.py)
     FOLDER/NAME-KEY/00000.tokens    the documents of part 0, EOS after each; uint16 or uint32
     FOLDER/NAME-KEY/00000.json      how much of part 0 is safely there, and whether that is all
     FOLDER/NAME-KEY/00000.sums      once it is: checksums of its blocks, for whoever reads them
@@ -50,6 +51,7 @@ from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.data.tokens import Part, TokenRows, block_sums, token_batches
 from instruct_jax.errors import CheckpointError
 from instruct_jax.files import hash_of_file, read_object, write_bytes, write_json
+from instruct_jax.paths import expanded, given_back, published
 
 FORMAT = 1
 PART_BYTES = 256 * 2**20
@@ -109,7 +111,7 @@ class Corpus:
         groups = self._groups(self.text.names)
         found = {p: stat for group in groups.values() for p, stat in group.items()}
         if path.exists():
-            before = self._read_plan()
+            before = self._read_plan(found)
             change = _change(before["files"], groups)
             complete = all(self._journal(i).complete for i in range(len(before["parts"])))
             if change is None and (complete or found.keys() == before["files"].keys()):
@@ -129,7 +131,7 @@ class Corpus:
         plan = {"format": FORMAT, "corpus": self.directory.name, "files": found, "parts": parts}
         with _locked(self.directory, os.O_RDONLY):  # of runs that begin together one writes it
             if not path.exists():
-                _write_json(path, plan)
+                _write_json(path, published(plan, self.directory))
 
     def make(self, share: int = 0, of: int = 1) -> None:
         """Tokenises what is missing of the parts share, share + of, ...; shows how far it is.
@@ -168,7 +170,8 @@ class Corpus:
         bad = [report for journal in journals for report in journal.bad]
         if bad and self.text.strict:
             hint = "mend them and delete this folder, or accept it with on_bad_row=skip"
-            raise DataError(f"made without bad rows: {bad[0]}", path=self.directory, hint=hint)
+            row = expanded(bad[0], self.directory)
+            raise DataError(f"made without bad rows: {row}", path=self.directory, hint=hint)
         total = sum(journal.tokens for journal in journals)
         if total < length and required:
             hint = "give more text, or a smaller length"
@@ -228,7 +231,8 @@ class Corpus:
         """The order is the point: a journal never counts what the file does not hold."""
         file.flush()
         os.fsync(file.fileno())
-        _write_json(self._path(i).with_suffix(".json"), vars(journal))
+        told = published(vars(journal), self.directory)
+        _write_json(self._path(i).with_suffix(".json"), told)
 
     def _leave_nothing(self) -> None:
         """Takes back what a mistake in the first rows left behind."""
@@ -240,7 +244,8 @@ class Corpus:
     def _groups(self, names: Iterable[str]) -> Groups:
         return {name: {} if self.text.made else _files_of(name) for name in names}
 
-    def _read_plan(self) -> dict[str, Any]:
+    def _read_plan(self, files: Iterable[str] = ()) -> dict[str, Any]:
+        """The plan, its paths as they were given in the text's names and in `files`."""
         path = self.directory / PLAN
         if not path.exists():
             hint = "every process must see the same folder"
@@ -251,6 +256,13 @@ class Corpus:
             raise DataError(f"format {plan['format']}, this version reads {FORMAT}", path=path)
         with self._named_damage(path):
             check_owner(path, plan.get("corpus"), self.directory.name)
+        given = given_back((*self.text.names, *files), self.directory)
+
+        def back(path: str) -> str:
+            return given.get(path) or expanded(path, self.directory)
+
+        plan["files"] = {back(path): stat for path, stat in plan["files"].items()}
+        plan["parts"] = [[back(name) for name in part] for part in plan["parts"]]
         remember_hashes(plan["files"])
         return plan
 
