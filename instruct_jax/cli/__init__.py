@@ -131,7 +131,7 @@ def _run(
         if not several:
             _configure_jax(flags.host_devices)
         main(config, run)
-        if run.said:
+        if once and run.said:
             run.record(said=run.said)
 
 
