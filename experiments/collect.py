@@ -32,7 +32,7 @@ from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import Settings, never, setting
-from instruct_jax.stages.inputs import data_acts, prompt_tokens
+from instruct_jax.stages.inputs import data_acts, left_out, prompt_tokens
 from instruct_jax.stages.trained import load_trained
 
 # Beside what every run writes; --overwrite replaces these.
@@ -94,6 +94,8 @@ def main(config: Config, run: cli.Run) -> Path:
             f"config.prompt_length={config.prompt_length}: each of the {len(rows):,} prompts is "
             f"longer; the longest has {counts.max(initial=0)} tokens"
         )
+    if told := left_out(counts, len(prompts), limit=config.prompt_length):
+        run.note(told)
     run.record_data(source.provenance(), source.licences(), source.counts())
     run.note(f"{len(prompts):,} prompts are answered {config.completions} times each")
     answers = complete(
@@ -148,7 +150,7 @@ def main(config: Config, run: cli.Run) -> Path:
         ("two labelers agree", agree.rate, agree.standard_error),
         ("the gold judge agrees", ceiling.rate, ceiling.standard_error),
     ):
-        run.say(f"{name + ' on':<24}{percent(value)} ± {percent(1.96 * error)} of pairs")
+        run.say(f"{name + ' on':<25}{percent(value)} ± {percent(1.96 * error)} of pairs")
     run.say(f"comparisons: {path} ({len(rankings):,} prompts, {k} answers each)")
     return path
 

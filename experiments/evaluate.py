@@ -32,7 +32,7 @@ from instruct_jax.files import write_json, write_lines
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import Settings, never, setting
-from instruct_jax.stages.inputs import data_acts, measured, prompt_tokens
+from instruct_jax.stages.inputs import data_acts, left_out, measured, prompt_tokens
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.text import held_out_text, names_text
 from instruct_jax.stages.trained import TrainedModel, load_trained
@@ -197,14 +197,11 @@ def read_prompts(
         run.note(words)
     fits = (lengths <= config.prompt_length) & (shortest > 0)
     fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
-    left = (
-        f"{len(rows) - len(fitting):,} of {len(rows):,} held-out prompts are longer than "
-        f"config.prompt_length={config.prompt_length} tokens"
-    )
+    told = left_out(lengths, len(fitting), limit=config.prompt_length)
     if not fitting:
-        raise ConfigError(f"{left}: raise it, or start from --config=configs/evaluate.py:files")
-    if len(fitting) < len(rows):
-        run.note(f"{left} and left out; the longest has {lengths.max()}")
+        raise ConfigError(f"{told}: raise it, or start from --config=configs/evaluate.py:files")
+    if told:
+        run.note(told)
     count = min(len(fitting), config.prompts)
     if count < min(FEW, config.prompts):
         run.note(

@@ -22,7 +22,7 @@ from instruct_jax.errors import ConfigError
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import complete
 from instruct_jax.settings import Settings, never, setting
-from instruct_jax.stages.inputs import data_acts, prompt_tokens
+from instruct_jax.stages.inputs import data_acts, left_out, prompt_tokens
 from instruct_jax.stages.record import read_record
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.sft import select_epoch
@@ -72,6 +72,7 @@ def main(config: Config, run: cli.Run) -> Path:
     prompts = [
         row.text for row, n in zip(rows, counts, strict=True) if 0 < n <= config.prompt_length
     ]
+    told = left_out(counts, len(prompts), limit=config.prompt_length)
     prompts = prompts[: config.prompts]
     if not prompts:
         longest = f", of at most {config.prompt_length} tokens (config.prompt_length)"
@@ -79,6 +80,8 @@ def main(config: Config, run: cli.Run) -> Path:
             f"no prompts are held out to choose by{longest * bool(rows)}: raise "
             f"config.{'prompt_length' if rows else 'data.valid_fraction'}"
         )
+    if told:
+        run.note(told)
     run.record_data(source.provenance(), source.licences(), source.counts())
     scores, losses = {}, {}
     for epoch, folder in sorted(folders.items()):

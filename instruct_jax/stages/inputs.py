@@ -208,6 +208,22 @@ def read_rankings(
     return Rankings(stage, rows, valid, held_out)
 
 
+def left_out(counts: np.ndarray, fitting: int, *, limit: int) -> str | None:
+    """What a run says once of prompts of int[N] tokens of which so many have at most the `limit`,
+    config.prompt_length; None where all do.
+
+    >>> left_out(np.array([3, 9, 12]), 1, limit=8)
+    '2 of 3 prompts are longer than config.prompt_length=8 and left out; the longest has 12 tokens'
+    """
+    lost = len(counts) - fitting
+    if not lost:
+        return None
+    return (
+        f"{lost:,} of {len(counts):,} prompts are longer than config.prompt_length={limit} and "
+        f"left out; the longest has {counts.max()} tokens"
+    )
+
+
 def paired(comparisons: Encoded, *, labels: bool = False) -> int:
     """How many prompts of encoded comparisons have two completions of different rank, or with
     `labels` a completion that has a label.
