@@ -154,3 +154,13 @@ def test_a_reward_model_has_no_place_in_gguf(tmp_path):
     params = jax.device_get(scalar_model(config).init(jax.random.key(0)))
     with pytest.raises(UserError, match="a reward or value model has no place in GGUF"):
         save_gguf(tmp_path / "a.gguf", config, params, tokenizer=tokenizer)
+
+
+def test_a_second_end_of_an_answer_goes_out_too(tmp_path):
+    about = {"tokenizer.ggml.eot_token_id": 7}
+    config, params, tokenizer = read(write_gguf(tmp_path / "a.gguf", "qwen2", **about))
+    assert tokenizer.stop_ids == (60, 7)
+    save_gguf(tmp_path / "b.gguf", config, params, tokenizer=tokenizer)
+    metadata, _ = read_container(tmp_path / "b.gguf")
+    assert metadata["tokenizer.ggml.eos_token_id"] == 60
+    assert metadata["tokenizer.ggml.eot_token_id"] == 7

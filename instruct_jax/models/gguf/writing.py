@@ -68,7 +68,7 @@ def save_gguf(
     raw = write_config(FAMILIES[model_type], config)
     try:
         keys, further = metadata_of(architecture, raw)
-        words = tokenizer_metadata(*_tokenizer_files(tokenizer), ends=[tokenizer.eos_id])
+        words = tokenizer_metadata(*_tokenizer_files(tokenizer), ends=tokenizer.stop_ids)
         translation = Translation(architecture, raw)
         flat: dict[str, Any] = flatten_dict(params, sep="/")
         tensors = tensors_to_write(config, model_type, flat, rows=config.vocab_size)
