@@ -123,7 +123,8 @@ def train(
 
     def look(step: int, state: TrainState) -> dict[str, float]:
         """Called by the loop after update `step`, at the end of an epoch or between."""
-        if on_epoch is not None and step % per_epoch == 0:
+        # Where no update was made so far there is no model to keep (R21).
+        if on_epoch is not None and step % per_epoch == 0 and int(state.updates):
             on_epoch(step // per_epoch, state.params)
         return evaluate(step, state) if evaluate is not None else {}
 
