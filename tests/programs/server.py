@@ -34,7 +34,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 VOLATILE = {
     "sha256", "process", "started", "artefacts", "time", "seconds", "memory_mb", "batches",
     "steps_per_second", "tokens_per_second", "batch_wait_seconds", "params/manifest.json",
-    "mtime_ns", "command", "productive_seconds", "inputs",
+    "mtime_ns", "command", "productive_seconds", "inputs", "said",
 }  # fmt: skip
 
 
