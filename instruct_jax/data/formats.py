@@ -40,6 +40,7 @@ from instruct_jax.data.rows import (
     Prompt,
     Turn,
     plain_text,
+    printable,
     write_rows,
 )
 from instruct_jax.data.templates import PLAIN, Template, template_named
@@ -95,7 +96,8 @@ class FileReport:
 
         text = f"{self.path}: {self.format}, {self.rows} rows"
         text += f"; {self.bad.total()} bad rows skipped ({listed(self.bad)})" if self.bad else ""
-        return text + (f"; {listed(self.mended)}" if self.mended else "")
+        text += f"; {listed(self.mended)}" if self.mended else ""
+        return printable(text)
 
 
 class Rows(list[T]):

@@ -139,7 +139,7 @@ class DataError(UserError):
         name = f'field "{_cut(field)}"' if field else ""
         parts = [place, name, _cut(reason, _REASON), self.excerpt or ""]
         text = ": ".join(part for part in parts if part)
-        super().__init__(_printable(f"{text} ({hint})" if hint else text))
+        super().__init__(printable(f"{text} ({hint})" if hint else text))
 
     def or_skip(self) -> "DataError":
         """The same, of a row that could be left out."""
@@ -158,7 +158,7 @@ def _cut(text: str, most: int = _EXCERPT) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """In one line, and without half a surrogate pair, which no terminal could be sent."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 

@@ -369,6 +369,7 @@ def test_damage_anywhere_gives_rows_or_a_data_error(tmp_path, layout):
                 assert str(error).startswith(str(path))
             else:
                 assert len(rows) == sum(report.rows for report in rows.report) > 0
+                assert all(str(report).isprintable() for report in rows.report)
 
 
 def test_a_long_line_is_never_held_in_memory_whole(tmp_path, monkeypatch):
