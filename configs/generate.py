@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 PRESETS = {
     "sample": {},
     "greedy": {"temperature": 0.0},
-    "debug": {"max_new_tokens": 8, "batch_size": 4},
+    "debug": {"response_length": 8, "batch_size": 4},
 }
 
 

@@ -76,7 +76,9 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> Path:
     """Samples, ranks and returns the file of comparisons."""
-    policy = load_trained(config.policy, kind="language", compute=config.model)
+    policy = load_trained(
+        config.policy, kind="language", compute=config.model, field="config.policy"
+    )
     longest = config.prompt_length + config.response_length
     check_length(policy.config, longest, field="config.prompt_length + response_length")
     source = open_source(config.data)

@@ -140,14 +140,18 @@ def main(config: Config, run: cli.Run) -> dict[str, Any]:
 
 def load_models(config: Config) -> tuple[TrainedModel, TrainedModel | None]:
     """The original and the reward model. Raises ConfigError where a length does not fit them."""
-    original = load_trained(config.model, kind="language", compute=config.compute)
+    original = load_trained(
+        config.model, kind="language", compute=config.compute, field="config.model"
+    )
     check_length(original.config, config.document_length, field="config.document_length")
     longest = config.prompt_length + config.response_length
     field = "config.prompt_length + response_length"
     check_length(original.config, longest, field=field)
     if config.reward_model is None:
         return original, None
-    reward = load_trained(config.reward_model, kind="scalar", compute=config.compute)
+    reward = load_trained(
+        config.reward_model, kind="scalar", compute=config.compute, field="config.reward_model"
+    )
     check_length(reward.config, longest, field=f"{field}, of config.reward_model")
     return original, reward
 

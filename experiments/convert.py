@@ -141,7 +141,7 @@ def _import(found: Pretrained, config: Config, run: cli.Run) -> Path:
 def to_hf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/hf of a stage's model folder."""
     source = Path(config.source)
-    trained = load_trained(source)
+    trained = load_trained(source, field="config.source")
     record: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     if (source / MODEL_RECORD).is_file():
@@ -191,7 +191,7 @@ def to_gguf(config: Config, run: cli.Run) -> Path:
     """WORKDIR/model.gguf of a stage's model folder."""
     gguf_package()  # or its remedy, before a model is read
     source = Path(config.source)
-    trained = load_trained(source, kind="language")
+    trained = load_trained(source, kind="language", field="config.source")
     name = config.name or _name(source, trained)
     path = save_gguf(
         run.workdir / "model.gguf",

@@ -32,10 +32,16 @@ from instruct_jax.files import write_json, write_lines
 from instruct_jax.models.config import ComputeConfig, check_length
 from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import Settings, never, setting
-from instruct_jax.stages.inputs import data_acts, left_out, measured, prompt_tokens
+from instruct_jax.stages.inputs import (
+    check_held_out,
+    data_acts,
+    left_out,
+    measured,
+    prompt_tokens,
+)
 from instruct_jax.stages.reward_model import score_answers
 from instruct_jax.stages.text import held_out_text, names_text
-from instruct_jax.stages.trained import TrainedModel, load_trained
+from instruct_jax.stages.trained import TrainedModel, check_model, load_trained
 
 # With less prompts than these a share has an interval of more than 14 points to each side.
 FEW = 50
@@ -98,24 +104,32 @@ class Config(Settings):
 
 def main(config: Config, run: cli.Run) -> dict[str, Any]:
     """Evaluates all models; returns what evaluation.json holds."""
+    folders = dict(entry.split("=", 1) for entry in config.models)
+    for folder in folders.values():
+        check_model(folder, field="config.models")
     models = {}
-    for entry in config.models:
-        name, _, folder = entry.partition("=")
-        models[name] = load_trained(folder, kind="language", compute=config.model)
+    for name, folder in folders.items():
+        models[name] = load_trained(
+            folder, kind="language", compute=config.model, field="config.models"
+        )
         if names_text(config.data, "test"):
             field = "config.document_length"
             check_length(models[name].config, config.document_length, field=field)
     reward = None
     if config.reward_model:
-        reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+        reward = load_trained(
+            config.reward_model, kind="scalar", compute=config.model, field="config.reward_model"
+        )
     readers = {**models, "the reward model": reward} if reward else models
     longest = config.prompt_length + config.response_length
     for name, trained in readers.items():
         if not config.measure_lengths:
             field = f"config.prompt_length + response_length, of {name}"
             check_length(trained.config, longest, field=field)
-    template, folder = template_of(models)
-    source = open_source(config.data, template=template, model=folder)
+    template, named = template_of(models)
+    source = open_source(config.data, template=template, model=named)
+    for folder in folders.values():
+        check_held_out(config.data, source.provenance(), folder)
     world = source.world if isinstance(source, ToySource) else None
     tokenizer = models[config.baseline].tokenizer
     config, prompts = read_prompts(config, run, source, list(readers.values()))
@@ -205,8 +219,9 @@ def read_prompts(
     count = min(len(fitting), config.prompts)
     if count < min(FEW, config.prompts):
         run.note(
-            f"only {count} prompts are held out, too few to tell models apart: raise "
-            "config.data.test_fraction, or name files of their own, config.data.test.prompts"
+            f"only {count} prompts are held out, too few to tell models apart: train with a "
+            "larger config.data.test_fraction, and give it here too, or name files of their own, "
+            "config.data.test.prompts"
         )
     return config, fitting[:count]
 

@@ -2,7 +2,7 @@
 
     python experiments/generate.py --config.model=runs/sft/model --config.prompt="What is water?"
     python experiments/generate.py --config.model=runs/sft/model --config.chat=True
-    python experiments/generate.py --config.model=DIR --config.prompts=asked.jsonl --workdir=runs/a
+    python experiments/generate.py --config.model=DIR --config.data.prompts=FILE --workdir=runs/a
 
 `config.model` is a model folder of a stage or of convert.py, or a Hugging Face folder. It is asked
 in the template that it was fine-tuned on, else in its own chat template, else with the bare text;
@@ -39,6 +39,20 @@ from instruct_jax.stages.dialogue import Dialogue, Speaker, way_of_asking
 from instruct_jax.stages.trained import load_trained
 
 ANSWERS = "answers.jsonl"
+COMPILING = "compiling, which takes a while the first time a model of this shape is asked"
+
+
+@dataclass(frozen=True)
+class Questions(Settings):
+    """A file of questions."""
+
+    prompts: str = setting("", "file, glob or hub id, in any of the formats that PPO's may have")
+    limit: int | None = setting(None, "questions that are read, at most", low=1, needs="prompts")
+    on_bad_row: OnBadRow = setting(
+        "error",
+        "whether a row that cannot be used ends the run, or is left out and counted",
+        needs="prompts",
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Config(Settings):
 
     model: str = setting("runs/sft/model", "model folder, of ours or of Hugging Face")
     prompt: str = setting("", "one question; its answer is printed")
-    prompts: str = setting("", "file of questions, in any of the formats of data.prompts")
+    data: Questions = Questions()
     chat: bool = setting(False, "a dialogue in the terminal")
     system: str = setting("", "a system turn before every question")
     template: str | None = setting(
@@ -59,7 +73,7 @@ class Config(Settings):
     )
     reward_model: str | None = setting(None, "model folder of a reward model that scores answers")
     compute: ComputeConfig = ComputeConfig()
-    max_new_tokens: int = setting(
+    response_length: int = setting(
         256, "of an answer, at most; fewer where the model ends", low=1, unit="tokens"
     )
     temperature: float = setting(0.7, "0 takes the most probable token each time", low=0.0)
@@ -72,51 +86,58 @@ class Config(Settings):
     )
     stop: tuple[str, ...] = setting((), "texts that end an answer and are not part of it")
     n: int = setting(1, "answers to each question", low=1)
-    batch_size: int = setting(32, "answers that are decoded together", low=1, needs="prompts")
-    on_bad_row: OnBadRow = setting("error", "what a bad row does", needs="prompts")
-    limit: int | None = setting(None, "questions that are read, at most", low=1, needs="prompts")
+    batch_size: int = setting(32, "answers that are decoded together", low=1, needs="data.prompts")
     seed: int = setting(0, "seed of all that is drawn", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
         """ConfigError also where several things are asked, and for a stop text that is empty."""
         super().__post_init__()
-        if bool(self.prompt) + bool(self.prompts) + self.chat > 1:
-            raise ConfigError("prompt, prompts and chat: name one of them, not several")
+        if bool(self.prompt) + bool(self.data.prompts) + self.chat > 1:
+            raise ConfigError("prompt, data.prompts and chat: name one of them, not several")
         if not all(self.stop):
             raise ConfigError("stop: an empty text would end every answer at once")
 
     @property
     def leaves_files(self) -> bool:
         """Only answers to a file of prompts are written down."""
-        return bool(self.prompts)
+        return bool(self.data.prompts)
 
 
 def main(config: Config, run: cli.Run) -> Path | None:
     """Asks, and returns the file of answers where there is one."""
-    if not (config.prompt or config.prompts or config.chat):
+    if not (config.prompt or config.data.prompts or config.chat):
         raise ConfigError(
-            "nothing is asked: --config.prompt=TEXT, --config.prompts=FILE or --config.chat=True"
+            "nothing is asked: give --config.prompt=TEXT, --config.data.prompts=FILE or "
+            "--config.chat=True"
         )
     speaker = open_speaker(config)
-    if config.prompts:
+    if config.data.prompts:
         return answer_file(config, speaker, run)
     if config.chat:
         converse(config, speaker)
     else:
         turns = asked(config, config.prompt)
+        ids = prompt_ids(speaker, turns, "config.prompt")
+        run.note(COMPILING)
         for k in range(config.n):
-            ids = prompt_ids(speaker, turns, "config.prompt")
             show(config, speaker, turns, ids, jax.random.fold_in(jax.random.key(config.seed), k))
     return None
 
 
 def open_speaker(config: Config) -> Speaker:
     """The models of a run. Raises ConfigError."""
-    trained = load_trained(user_path(config.model), kind="language", compute=config.compute)
+    trained = load_trained(
+        user_path(config.model), kind="language", compute=config.compute, field="config.model"
+    )
     asking = way_of_asking(trained, config.template)
     judge = None
     if config.reward_model is not None:
-        reward = load_trained(user_path(config.reward_model), kind="scalar", compute=config.compute)
+        reward = load_trained(
+            user_path(config.reward_model),
+            kind="scalar",
+            compute=config.compute,
+            field="config.reward_model",
+        )
         judge = reward, way_of_asking(reward)
     return Speaker(trained, asking, judge)
 
@@ -162,7 +183,7 @@ def show(
 ) -> tuple[str, tuple[int, ...]]:
     """Prints an answer as it comes; its text and tokens."""
     engine = open_engine(config, speaker, slots=1)
-    budget = min(config.max_new_tokens, room_for(speaker, ids, "the prompt"))
+    budget = min(config.response_length, room_for(speaker, ids, "the prompt"))
     engine.submit([ids], key[None], max_new_tokens=budget)
     text, end = "", Piece(0, "")
     try:
@@ -255,9 +276,11 @@ def save(dialogue: Dialogue, name: str) -> None:
 
 def answer_file(config: Config, speaker: Speaker, run: cli.Run) -> Path:
     """WORKDIR/answers.jsonl: `n` answers to every question of a file, in order."""
-    rows = read_questions(config.prompts, limit=config.limit, on_bad_row=config.on_bad_row)
+    rows = read_questions(
+        config.data.prompts, limit=config.data.limit, on_bad_row=config.data.on_bad_row
+    )
     questions = [(*asked(config, "")[:-1], *row.turns) for row in rows]
-    where = f"{config.prompts}: question"
+    where = f"{config.data.prompts}: question"
     prompts = [prompt_ids(speaker, q, f"{where} {i}") for i, q in enumerate(questions)]
     path = run.workdir / ANSWERS
     done, total = whole_lines(path), len(questions) * config.n
@@ -268,8 +291,9 @@ def answer_file(config: Config, speaker: Speaker, run: cli.Run) -> Path:
         )
         for key, i in zip(keys, range(done, total), strict=True):
             ids = prompts[i // config.n]
-            budget = min(config.max_new_tokens, room_for(speaker, ids, "a question"))
+            budget = min(config.response_length, room_for(speaker, ids, "a question"))
             engine.submit([ids], key[None], max_new_tokens=budget)
+    run.note(f"{total - done} answers to come; {COMPILING}")
     pieces = stream(engine, speaker.trained.tokenizer, stops=config.stop, turns=16)
     with path.open("a", encoding="utf-8") as file:
         for i, (text, last) in enumerate(in_order(pieces), start=done):
@@ -285,7 +309,7 @@ def answer_file(config: Config, speaker: Speaker, run: cli.Run) -> Path:
                 line["score"] = score
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
-    run.say(f"answers: {path} ({total} to {len(questions)} questions)")
+    run.say(f"answers: {path} ({total} of them, to {len(questions)} questions)")
     return path
 
 

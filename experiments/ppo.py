@@ -55,6 +55,7 @@ from instruct_jax.stages.rewards import HostRewards
 from instruct_jax.stages.text import held_out_text, names_text, training_text
 from instruct_jax.stages.trained import (
     TrainedModel,
+    check_model,
     load_adapter,
     load_trained,
     save_trained,
@@ -130,7 +131,9 @@ class Config(Settings):
 def main(config: Config, run: cli.Run) -> Path:
     """Trains and returns the model folder of the averaged policy."""
     users = users_evaluation(config.evaluate_with)
-    start = load_trained(config.init, kind="language", compute=config.model)
+    if config.reward_model is not None:  # told before the larger of the two is read
+        check_model(config.reward_model, field="config.reward_model")
+    start = load_trained(config.init, kind="language", compute=config.model, field="config.init")
     reward, reward_params = load_reward(config, start)
     check_lengths(config, start, reward)
     mesh = make_mesh(run.mesh)
@@ -258,7 +261,9 @@ def load_reward(config: Config, start: TrainedModel) -> tuple[TrainedModel, Any]
         params = scalar_from_language(start.params, key, start.config)
         fresh = start._replace(kind="scalar", params=params, stage="none")
         return fresh, params
-    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    reward = load_trained(
+        config.reward_model, kind="scalar", compute=config.model, field="config.reward_model"
+    )
     if reward.tokenizer.fingerprint != start.tokenizer.fingerprint:
         raise ConfigError(
             f"{config.reward_model} and {config.init} have different tokenizers; "

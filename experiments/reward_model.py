@@ -93,7 +93,7 @@ class Config(Settings):
 def main(config: Config, run: cli.Run) -> Path:
     """Trains, reports and returns the model folder."""
     users = users_evaluation(config.evaluate_with)
-    start = load_trained(config.init, kind="language", compute=config.model)
+    start = load_trained(config.init, kind="language", compute=config.model, field="config.init")
     stage, mesh = config.reward_model, make_mesh(run.mesh)
     check_batch_size(stage.batch_size, mesh, micro_batches=stage.micro_batches)
     source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)

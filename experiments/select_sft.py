@@ -64,7 +64,9 @@ def main(config: Config, run: cli.Run) -> Path:
         raise ConfigError(f"{config.epochs}: no epochs here; train with --config.keep_epochs=True")
     longest = config.prompt_length + config.response_length
     field = "config.prompt_length + response_length"
-    reward = load_trained(config.reward_model, kind="scalar", compute=config.model)
+    reward = load_trained(
+        config.reward_model, kind="scalar", compute=config.model, field="config.reward_model"
+    )
     check_length(reward.config, longest, field=f"{field}, of config.reward_model")
     source = open_source(config.data, template=reward.template, model=config.reward_model)
     rows = source.prompts("valid")

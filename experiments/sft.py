@@ -101,7 +101,7 @@ def main(config: Config, run: cli.Run) -> Path:
     check_weights(config)
     config.data.find()  # before the model is read
     users = users_evaluation(config.evaluate_with)
-    start = load_trained(config.init, kind="language", compute=config.model)
+    start = load_trained(config.init, kind="language", compute=config.model, field="config.init")
     if not config.measure_lengths:
         check_lengths(stage, start.config)
     source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)

@@ -108,7 +108,10 @@ def _run(
         print(flags.usage + _fields(config_class, flags.config, default, overrides))
         return
     loaded = load(flags.config, default=default)
-    config = resolve(config_class, loaded.values, overrides)
+    try:
+        config = resolve(config_class, loaded.values, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_of_another_script(loaded.spec, main)}") from error
     workdir = flags.workdir or Path("runs", Path(loaded.spec.partition(":")[0]).stem)
     if isinstance(config, Settings) and not config.leaves_files:
         _configure_jax(flags.host_devices)
@@ -133,6 +136,17 @@ def _run(
         main(config, run)
         if once and run.said:
             run.record(said=run.said)
+
+
+def _of_another_script(spec: str, main: Callable[..., Any]) -> str:
+    """What to add to a complaint about `spec` where it has the presets of another script than that
+    of `main`; else nothing.
+    """
+    own = Path(inspect.getfile(main))
+    presets = Path(spec.partition(":")[0])
+    if presets.stem == own.stem or not own.with_name(f"{presets.stem}.py").is_file():
+        return ""
+    return f" ({presets} is for {own.parent.name}/{presets.stem}.py)"
 
 
 def _fields(config_class: type[Any], spec: str, default: str, overrides: dict[str, str]) -> str:

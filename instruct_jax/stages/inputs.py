@@ -7,16 +7,19 @@ held-out rows it trains all the same, and has no held-out figure.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from instruct_jax.data.config import ROW_FIELDS
+from instruct_jax.cli.record import RECORD as RUN_RECORD
+from instruct_jax.data.config import ROW_FIELDS, DataConfig
 from instruct_jax.data.encoding import Encoded, encode_comparisons, encode_prompts
 from instruct_jax.data.rows import Comparison, Prompt
 from instruct_jax.data.sources import Source
 from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import read_object
 from instruct_jax.models.config import TransformerConfig, check_length
 from instruct_jax.settings import never
 
@@ -52,6 +55,32 @@ def data_acts(*kinds: str, **conditions: str) -> Mapping[str, str]:
         names = (kind, f"valid.{kind}", f"test.{kind}", *_SAY[kind])
         acts |= dict.fromkeys([f"data.{name}" for name in names], conditions.get(kind, others))
     return acts
+
+
+def check_held_out(config: DataConfig, hashes: Mapping[str, Any], model: str | Path) -> None:
+    """ConfigError where prompts that `config` holds out for evaluation were trained on: the run of
+    the model folder `model` had rows of the same files, known by their hashes, and divided them in
+    another way.
+    """
+    record = Path(model).parent / RUN_RECORD
+    if config.source != "files" or config.test.prompts or not record.is_file():
+        return
+    run = read_object(record)
+    theirs, read = run.get("config", {}).get("data"), run.get("data", {})
+    if not isinstance(theirs, dict) or not set(read.values()) & set(hashes.values()):
+        return
+    valid, test = config.fractions
+    their_valid = theirs.get("valid_fraction", 0.0)
+    their_test = theirs.get("test_fraction")
+    their_end = their_valid + (their_valid if their_test is None else their_test)
+    same = theirs.get("seed") == config.seed
+    if not (same and their_valid <= valid and valid + test <= their_end):
+        raise ConfigError(
+            f"config.models: {model} was trained on rows of these files, divided with data.seed "
+            f"{theirs.get('seed')}, valid_fraction {their_valid:g} and test_fraction "
+            f"{their_end - their_valid:g}: with others it would be asked what it was trained on; "
+            "give the same here, or name files of their own, config.data.test.prompts"
+        )
 
 
 def where_held_out(*kinds: str) -> str:

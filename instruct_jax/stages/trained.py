@@ -11,6 +11,7 @@ whole, and what is read from it is what was saved.
 """
 
 import dataclasses
+import difflib
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,31 +129,63 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
 
 
+def check_model(directory: str | Path, *, field: str = "") -> None:
+    """ConfigError where `directory`, which the command line names in `field`, is no model folder:
+    neither ours nor of Hugging Face. Nothing of it is read.
+    """
+    directory = Path(directory)
+    told = f"{field}={directory}" if field else str(directory)
+    if directory.is_dir():
+        if not any((directory / name).is_file() for name in (RECORD, "config.json")):
+            raise ConfigError(
+                f"{told}: neither model.json nor config.json here; give the `model` folder that a "
+                "stage wrote, or a Hugging Face folder"
+            )
+        return
+    if directory.parent.is_dir() and is_run(directory.parent):
+        hint = f"the run in {directory.parent} has left no model yet"
+    else:
+        hint = "name the `model` folder of a run, or a Hugging Face folder"
+        if (near := _near(directory)) is not None:
+            hint = f"did you mean {near}?"
+    raise ConfigError(f"{told}: no such folder; {hint}")
+
+
+def _near(directory: Path) -> Path | None:
+    """A folder that is there, whose name is nearly that of `directory` or of its run."""
+    for missing in (directory, directory.parent):
+        if missing.parent.is_dir() and not missing.exists():
+            names = [path.name for path in missing.parent.iterdir() if path.is_dir()]
+            close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.7)
+            return missing.with_name(close[0]) / directory.relative_to(missing) if close else None
+    return None
+
+
 def load_trained(
-    directory: str | Path, *, kind: str | None = None, compute: ComputeConfig | None = None
+    directory: str | Path,
+    *,
+    kind: str | None = None,
+    compute: ComputeConfig | None = None,
+    field: str = "",
 ) -> TrainedModel:
     """Reads a model folder, or a Hugging Face folder of a language model with its tokenizer; it is
-    then computed as `compute` says, where that is given.
+    then computed as `compute` says, where that is given. `field` is where the command line names
+    it, such as "config.init".
 
     ConfigError when `directory` is neither, does not hold the `kind` asked for, or has a tokenizer
     of another vocabulary than the model's; CheckpointError when it is damaged, or a parameter is
     not finite.
     """
     directory = Path(directory)
-    if (directory / RECORD).is_file():
-        trained = _load_own(directory)
-    elif (directory / "config.json").is_file():
-        trained = _load_foreign(directory)
-    else:
-        raise ConfigError(
-            f"{directory}: neither model.json nor config.json here; give the `model` folder that a "
-            "stage wrote, or a Hugging Face folder"
-        )
+    check_model(directory, field=field)
+    own = (directory / RECORD).is_file()
+    trained = _load_own(directory) if own else _load_foreign(directory)
     if not _is_finite(trained.params):
         raise CheckpointError(f"{directory}: a parameter is not finite; take another model")
     if kind is not None and trained.kind != kind:
         raise ConfigError(
-            f"{directory}: holds a {trained.kind} model ({trained.stage}), a {kind} model is needed"
+            f"{field}{'=' * bool(field)}{directory}: holds a {trained.kind} model "
+            f"({trained.stage}), a {kind} model is needed"
         )
     return trained if compute is None else trained._replace(config=compute.on(trained.config))
 

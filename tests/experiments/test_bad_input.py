@@ -81,7 +81,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, capsys, inputs, row
 @pytest.mark.parametrize(
     ("script", "override", "reason"),
     [
-        ("sft", "--config.init={tmp}/nowhere", "neither model.json nor config.json here"),
+        ("sft", "--config.init={tmp}/nowhere", "nowhere: no such folder"),
         (
             "sft",
             "--config.data.source=flies",

@@ -101,7 +101,8 @@ def test_a_reward_model_with_a_bias_goes_round(run):
     [
         ([], "config.source is empty"),
         (["--config.source=nowhere/at/all"], "neither a folder nor a hub id"),
-        (["--config=configs/convert.py:to_hf", "--config.source=nowhere"], "neither model.json"),
+        (["--config=configs/convert.py:to_hf", "--config.source=nowhere"],
+         "config.source=nowhere: no such folder"),
         (["--config.source=HF", "--config.shard_gb=0"], "config.shard_gb=0"),
         (["--config=configs/convert.py:to_hf", "--config.source=MODEL", "--config.family=lama"],
          "no family is called 'lama'"),

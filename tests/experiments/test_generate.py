@@ -51,7 +51,7 @@ def test_a_file_of_questions_goes_on_after_the_last_whole_line(folders, tmp_path
     ]
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    argv = [f"--config.prompts={asked}", "--config.n=2", f"--workdir={run}"]
+    argv = [f"--config.data.prompts={asked}", "--config.n=2", f"--workdir={run}"]
     generate(folders, *argv)
     answers = run / "answers.jsonl"
     whole = answers.read_bytes()
@@ -88,7 +88,7 @@ def test_a_dialogue_takes_commands_and_what_it_saves_is_read(
     )
     assert [turn["role"] for turn in first] == ["user", "assistant"]
     assert second[0] == {"role": "system", "content": "Be kind."}
-    generate(folders, "--config.prompts=e.jsonl", "--workdir=run")
+    generate(folders, "--config.data.prompts=e.jsonl", "--workdir=run")
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_a_dialogue_takes_commands_and_what_it_saves_is_read(
         ([], "nothing is asked"),
         (["--config.prompt=a", "--config.chat=True"], "name one of them"),
         (["--config.prompt=a", "--config.stop=('a','')"], "an empty text"),
-        (["--config.prompt=a", "--config.limit=2"], "no effect"),
+        (["--config.prompt=a", "--config.data.limit=2"], "no effect"),
         (["--config.prompt=a", "--config.template=none_such"], "no template"),
         (["--config.prompt=" + "x" * 300], "the model can read 96"),
         (["--config.prompt=a\U00100005"], "private code point"),
-        (["--config.prompts=missing.jsonl"], "missing.jsonl"),
+        (["--config.data.prompts=missing.jsonl"], "missing.jsonl"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(folders, tmp_path, monkeypatch, capsys, argv, reason):

@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instruct_jax.data.config import DataConfig
+from instruct_jax.data.config import DataConfig, RowFiles
 from instruct_jax.data.encoding import encode_comparisons, encode_demonstrations
 from instruct_jax.data.rows import Comparison, Demonstration, Prompt
 from instruct_jax.errors import ConfigError
+from instruct_jax.files import write_json
 from instruct_jax.settings import is_never
 from instruct_jax.stages.inputs import (
     UNLIMITED,
     check_batch,
+    check_held_out,
     check_pairs,
     data_acts,
     fit_lengths,
@@ -138,3 +140,24 @@ def test_what_a_script_does_not_read_are_fields_that_there_are(script):
         if not is_never(condition):
             assert condition.partition(".")[0].partition("=")[0] in own, condition
     assert is_never(data_acts("documents")["data.comparisons"])
+
+
+def test_prompts_that_a_model_was_trained_on_are_not_held_out_for_it(tmp_path):
+    model = tmp_path / "sft" / "model"
+
+    def check(hashes=("a", "b"), **changed):
+        config = DataConfig(source="files", **({"valid_fraction": 0.1} | changed))
+        check_held_out(config, dict(enumerate(hashes)), model)
+
+    check()  # nothing is known of it
+    data = {"seed": 0, "valid_fraction": 0.1, "test_fraction": None}
+    write_json(tmp_path / "sft/config.json", {"config": {"data": data}, "data": {"rows": "a"}})
+    check()
+    check(test_fraction=0.05)  # fewer of the same
+    check(hashes=["c"], valid_fraction=0.3)  # other rows
+    check(test=RowFiles(prompts=("own.jsonl",)), valid_fraction=0.3)
+    for changed in (
+        {"test_fraction": 0.3}, {"valid_fraction": 0.2}, {"valid_fraction": 0.05}, {"seed": 1},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="would be asked what it was trained on"):
+            check(**changed)

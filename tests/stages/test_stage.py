@@ -11,6 +11,7 @@ import pytest
 
 from instruct_jax.data.tokenizer import train_bpe
 from instruct_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig
 from instruct_jax.models.families import preset
 from instruct_jax.models.transformer import language_model, scalar_model
@@ -94,7 +95,7 @@ def test_a_figure_that_is_not_finite_is_null_in_json(tmp_path, trained):
 
 
 def test_a_folder_that_is_no_model_or_the_wrong_one_is_refused(tmp_path, trained):
-    with pytest.raises(ConfigError, match=r"nowhere: neither model\.json nor config\.json here"):
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
         load_trained(tmp_path / "nowhere")
     save_trained(tmp_path, trained)
     with pytest.raises(
@@ -318,3 +319,18 @@ def test_a_spike_is_skipped_where_the_configuration_sets_a_limit():
             counts.append(int(metrics["skipped"]))
         assert counts == skipped
         assert labs.same_bits(state.params, before.params) == bool(skipped[1])
+
+
+def test_a_folder_that_is_no_model_is_told_with_its_field_and_what_was_meant(tmp_path):
+    (tmp_path / "runs/own_gpt/model").mkdir(parents=True)
+    (tmp_path / "runs/going").mkdir()
+    write_json(tmp_path / "runs/going/config.json", {"schema": "instruct_jax.run/1", "config": {}})
+    for folder, reason in {
+        "runs/own_gtp/model": "no such folder; did you mean .*runs/own_gpt/model",
+        "runs/own_gtp": "no such folder; did you mean .*runs/own_gpt",
+        "runs/going/model": "no such folder; the run in .*going has left no model yet",
+        "runs/elsewhere/model": "no such folder; name the `model` folder",
+        "runs/own_gpt/model": "neither model.json nor config.json here",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^config.init={tmp_path / folder}: {reason}"):
+            load_trained(tmp_path / folder, field="config.init")
