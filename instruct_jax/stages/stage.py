@@ -30,7 +30,6 @@ from instruct_jax.stages.trained import Adapter, save_adapter, trunk_fingerprint
 from instruct_jax.training import hosts
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.keeping import Best
-from instruct_jax.training.loop import BestBy
 from instruct_jax.training.loop import train as run_loop
 from instruct_jax.training.mesh import (
     batch_sharding,
@@ -39,6 +38,7 @@ from instruct_jax.training.mesh import (
 )
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import Shape, schedule
+from instruct_jax.training.run import BestBy
 from instruct_jax.training.state import (
     LossFn,
     TrainState,

@@ -11,37 +11,33 @@ step, the one after it.
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
-from instruct_jax.errors import ConfigError, EvaluationError, NonFiniteError, RewardError
-from instruct_jax.training import hosts
+from instruct_jax.errors import ConfigError, NonFiniteError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.hosts import AnyProcess
 from instruct_jax.training.keeping import Best
 from instruct_jax.training.ledger import Ledger
 from instruct_jax.training.metrics import MetricLogger
+from instruct_jax.training.run import (
+    BestBy,
+    Evaluate,
+    StopWhen,
+    TrainingRun,
+    accounted,
+    fault_of,
+    newest,
+)
 from instruct_jax.training.signals import StopSignal, catch_stop_signals
-from instruct_jax.training.state import TrainState
 
 State = TypeVar("State")
 StepFn = Callable[[State, Any, jax.Array], tuple[State, Mapping[str, jax.Array]]]
-Evaluate = Callable[[int, State], Mapping[str, float]]
-# The metrics of a step -> why the run is to end after it, or None
-StopWhen = Callable[[Mapping[str, float]], str | None]
-
-
-class BestBy(NamedTuple):
-    """What the best evaluation is the best by."""
-
-    metric: str
-    mode: Literal["min", "max"] = "min"
 
 
 def train(
@@ -84,7 +80,7 @@ def train(
     """
     if best is not None and evaluate is None:
         raise ConfigError(f"best_metric {best.metric!r}: nothing is evaluated in this run")
-    start = _newest(checkpointer, state, key, inputs)
+    start = newest(checkpointer, state, key, inputs)
     if start.step and checkpointer is not None:
         logger.note(f"resumed from step {start.step} of {steps} ({checkpointer.directory})")
     logger.resume(start.step)
@@ -95,11 +91,13 @@ def train(
         logger.path.parent, logger.name, step=start.step, productive=start.productive, active=active
     )
     every = (eval_every,) if isinstance(eval_every, int) else tuple(eval_every)
-    run = _Run(steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs)
-    run.by, run.stop_when, run.ended = best, stop_when, start.ended if ended else None
-    state, run.fault, run.best, done = start.state, start.fault, start.best, start.step
+    run = TrainingRun(
+        steps, start.key, logger, ledger, checkpointer, evaluate, every, max_skipped, inputs,
+        start.fault, best, start.best, stop_when, start.ended if ended else None,
+    )  # fmt: skip
+    state, done = start.state, start.step
     signals = nullcontext(StopSignal()) if checkpointer is None else catch_stop_signals()
-    with _accounted(ledger, logger):
+    with accounted(ledger, logger):
         if start.evaluation_owed:
             run.evaluate(start.step, state)
         with signals as stop, closing(_ahead(batch_at, ahead)) as batches:
@@ -110,7 +108,7 @@ def train(
                 done = i + 1
                 ended = run.ends(metrics)
                 last = done == steps or ended is not None
-                run.fault = _fault(state, metrics) if last else None
+                run.fault = fault_of(state, metrics) if last else None
                 interval.add(metrics, waited)
                 due = done % log_every == 0 or last
                 run.report(done, state, interval.end() if due else {})
@@ -131,236 +129,6 @@ def train(
     if run.best is not None and on_best is not None:
         on_best(run.best, run.at_best(done, state))
     return state
-
-
-class _Start(NamedTuple):
-    """Where a run begins, `productive` seconds of steps behind it."""
-
-    step: int
-    state: Any
-    key: jax.Array
-    evaluation_owed: bool = False
-    productive: float = 0.0
-    fault: str | None = None
-    ended: Mapping[str, float] = MappingProxyType({})
-    best: Best | None = None
-
-
-def _newest(
-    checkpointer: Checkpointer | None, state: Any, key: jax.Array, inputs: Mapping[str, str]
-) -> _Start:
-    """The newest checkpoint, placed as `state` and `key` are; these at step 0 where none is.
-
-    ConfigError where it was trained with other `inputs`.
-    """
-    if checkpointer is None or checkpointer.latest_step is None:
-        return _Start(0, state, key)
-    step = checkpointer.latest_step
-    items, metadata = checkpointer.restore({"state": state, "key": key})
-    before = metadata.get("inputs", {})  # of an earlier version: it noted none
-    if changed := [name for name, found in inputs.items() if before.get(name, found) != found]:
-        raise ConfigError(
-            f"{checkpointer.directory}: step {step} was trained with another"
-            f" {' and '.join(changed)} than is given now; put it back, choose another --workdir,"
-            " or --overwrite"
-        )
-    best = Best(*metadata["best"]) if metadata.get("best") else None
-    return _Start(
-        step,
-        items["state"],
-        items["key"],
-        metadata["evaluation_owed"],
-        metadata.get("productive_seconds", 0.0),
-        metadata.get("fault"),
-        metadata.get("ended", {}),
-        # Gone where what was newer than this step was set aside: then there is one of it to come.
-        best if best is not None and best.step in checkpointer.steps else None,
-    )
-
-
-def _fault(state: Any, metrics: Mapping[str, jax.Array]) -> str | None:
-    """Why no model may be made of the `state` that a run ends with, or None."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TrainState))
-    trained = [x for x in leaves if isinstance(x, TrainState)]
-    for steps, skipped in hosts.fetch([(x.step, x.skipped) for x in trained]):
-        if skipped == steps:
-            return f"none of the {steps} updates of the run was made; {_CAUSES}"
-    row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    if row.get("skipped_in_a_row") and (found := _not_finite(row)):
-        return f"the run ends with an update that was not made, {found}; {_CAUSES}"
-    return None
-
-
-_CAUSES = (
-    "no model is written: look at the learning rate, the optimizer's values and the rows or rewards"
-)
-
-
-def _not_finite(row: Mapping[str, float]) -> str:
-    names = [name for name, value in row.items() if not math.isfinite(value)]
-    return f"since {', '.join(names)} is not finite" if names else ""
-
-
-@dataclass
-class _Run:
-    """What happens to a state between two steps, and where it is told."""
-
-    steps: int
-    key: jax.Array
-    logger: MetricLogger
-    ledger: Ledger
-    checkpointer: Checkpointer | None
-    evaluation: Evaluate[Any] | None
-    eval_every: tuple[int, ...]
-    max_skipped: int
-    inputs: Mapping[str, str]
-    fault: str | None = None
-    """why no model may be made of the state, once all steps are done"""
-    by: BestBy | None = None
-    best: Best | None = None
-    stop_when: StopWhen | None = None
-    ended: Mapping[str, float] | None = None
-    """the metrics of the step that the run ended after before its time"""
-
-    def ends(self, metrics: Mapping[str, jax.Array]) -> str | None:
-        """Why the run ends after the step of these metrics; None where it goes on."""
-        if self.stop_when is None:
-            return None
-        row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        reason = self.stop_when(row)
-        if reason is not None:
-            self.ended = {name: value for name, value in row.items() if math.isfinite(value)}
-        return reason
-
-    def report(self, done: int, state: Any, row: Mapping[str, float]) -> None:
-        """A step ended, and with it a log interval where `row` is not empty.
-
-        NonFiniteError, with the state saved, where too many steps in a row made no update.
-        """
-        self.ledger.step(done)
-        if not row:
-            return
-        self.logger.write(done, row)
-        in_a_row = row.get("skipped_in_a_row", 0)
-        if in_a_row >= self.max_skipped:
-            found = _not_finite(row) or "since what would come of them is not finite or too large"
-            self.fault = f"{in_a_row:.0f} steps in a row made no update, {found}"
-            self.save(done, state, wait=True)
-            raise NonFiniteError(
-                f"step {done}: {self.fault}; the parameters are as before them; {_CAUSES}"
-            )
-
-    @contextmanager
-    def kept(self, done: int, state: Any) -> Iterator[None]:
-        """Within it a RewardError leaves the state of before the step saved: nothing is lost."""
-        try:
-            yield
-        except RewardError:
-            if done:
-                self.save(done, state, wait=True)
-            raise
-
-    def evaluation_due(self, done: int) -> bool:
-        """Whether an evaluation follows step `done`."""
-        due = any(every > 0 and done % every == 0 for every in self.eval_every)
-        return self.evaluation is not None and due
-
-    def evaluate(self, done: int, state: Any) -> None:
-        """Evaluates, where there is something to evaluate with, and saves what is the best so far.
-
-        Where that cannot be done the state is saved first, and it is tried again when the run is
-        taken up.
-        """
-        if self.evaluation is None:
-            return
-        try:
-            with self.ledger.aside():
-                row = self.evaluation(done, state)
-            better = self.by is not None and self._is_better(done, row)
-        except (EvaluationError, ConfigError):
-            self.save(done, state, wait=True, evaluation_owed=True)
-            raise
-        self.logger.write(done, row)
-        if better:
-            self.save(done, state)
-
-    def _is_better(self, done: int, row: Mapping[str, float]) -> bool:
-        """Whether this is the best so far, which is then noted. ConfigError without the metric."""
-        assert self.by is not None
-        if self.by.metric not in row:
-            raise ConfigError(
-                f"best_metric {self.by.metric!r} is not among what is evaluated: "
-                f"{', '.join(sorted(row)) or 'nothing'}; the state is saved"
-            )
-        value, before = float(row[self.by.metric]), self.best
-        if before is not None and before.metric != self.by.metric:
-            before = None
-        sign = 1 if self.by.mode == "max" else -1
-        better = before is None or sign * value > sign * before.value
-        if not math.isfinite(value) or not better:
-            return False
-        self.best = Best(done, self.by.metric, value)
-        return True
-
-    def at_best(self, done: int, state: Any) -> Any:
-        """The state of the best step, where that is not the last."""
-        assert self.best is not None
-        if self.checkpointer is None or self.best.step == done:
-            return state
-        return self.checkpointer.restore({"state": state}, step=self.best.step)[0]["state"]
-
-    def save(
-        self, done: int, state: Any, *, wait: bool = False, evaluation_owed: bool = False
-    ) -> None:
-        """Saves in the background, or waits for the disk; without a checkpointer nothing."""
-        if self.checkpointer is None:
-            return
-        productive = round(self.ledger.productive, 3)
-        metadata = {
-            "evaluation_owed": evaluation_owed,
-            "productive_seconds": productive,
-            "inputs": dict(self.inputs),
-            "fault": self.fault,
-            "ended": dict(self.ended or {}),
-            "best": None if self.best is None else list(self.best),
-        }
-        items = {"state": state, "key": self.key}
-        with self.ledger.aside():
-            best = None if self.best is None else self.best.step
-            self.checkpointer.save(done, items, metadata, best=best)
-            if wait:
-                self.checkpointer.wait()
-
-    def stop(self, done: int, state: Any, signal: StopSignal) -> NoReturn:
-        """Saves and ends the run; an evaluation that is due is made when it is taken up."""
-        self.save(done, state, wait=True, evaluation_owed=self.evaluation_due(done))
-        name = signal.name or "a signal to another process"
-        self.logger.note(
-            f"stopped by {name} at step {done} of {self.steps}, saved;"
-            " the same command goes on from here"
-        )
-        raise _Stopped(name)
-
-
-class _Stopped(Exception):
-    """By a signal, with everything saved."""
-
-
-@contextmanager
-def _accounted(ledger: Ledger, logger: MetricLogger) -> Iterator[None]:
-    """Closes the ledger with why the steps ended; where they were stopped, so does the program."""
-    reason = "done"
-    try:
-        yield
-    except _Stopped as stopped:
-        reason = str(stopped)
-        raise SystemExit(0) from None
-    except BaseException as error:
-        reason = type(error).__name__
-        raise
-    finally:
-        if (account := ledger.close(reason)) and account.tells:
-            logger.note(str(account))
 
 
 def _ahead(

@@ -9,9 +9,10 @@ import pytest
 from instruct_jax.errors import ConfigError, EvaluationError
 from instruct_jax.training.checkpoint import Checkpointer
 from instruct_jax.training.keeping import Best, best_step, prune, saved_steps
-from instruct_jax.training.loop import BestBy, train
+from instruct_jax.training.loop import train
 from instruct_jax.training.metrics import MetricLogger
 from instruct_jax.training.optim import adamw
+from instruct_jax.training.run import BestBy
 from instruct_jax.training.state import init_state, make_train_step
 from tests.training import tiny
 
