@@ -27,7 +27,7 @@ quickstart: $(VENV)/.installed  ## train and judge all models of the paper on th
 	$(BIN)/python experiments/quickstart.py --workdir $(WORKDIR) --host_devices 2 $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the normal test suite
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -55,6 +55,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files of tests that take a minute and more, the longest first: begun last, they would keep one
+# worker busy while the other has nothing left.
+LONGEST = (
+    "test_files", "test_quickstart", "test_kills", "test_notebooks", "test_damage", "test_compress",
+    "test_ppo_lag", "test_kills_at_files", "test_rewards", "test_effects", "test_launch",
+    "test_lengths", "test_ppo_update", "test_meshes", "test_rows_at_the_door", "test_preference",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def _same_numpy_seed():
     np.random.seed(0)  # third-party code draws from the global generator

@@ -14,7 +14,7 @@ import pytest
 from tests.programs.client import Programs
 
 # In every run of the suite: the cheapest of them, and a stage.
-QUICK = {"prepare": 6, "corpus": 6, "arithmetic": 3, "pretrain": 2, "to_hf": 3}
+QUICK = {"prepare": 2, "corpus": 4, "arithmetic": 2, "pretrain": 2, "to_hf": 3}
 EACH = 13  # of each of the others too, under the slow marker: 182 in all
 
 

@@ -33,7 +33,7 @@ class Marked:
         self._marks = {token: chr(MARKS + i) for i, token in enumerate(ids)}
         self._by_id = {number: self._marks[token] for token, number in ids.items()}
         self._backend = tokenizers.Tokenizer.from_str(
-            json.dumps(_renamed(json.loads(tokenizer.to_json()), self._marks))
+            json.dumps(_renamed(json.loads(tokenizer.as_json()), self._marks))
         )
         self._ids = {
             self._backend.token_to_id(mark): ids[token] for token, mark in self._marks.items()

@@ -96,7 +96,7 @@ class Tokenizer:
         """The id of a token by its spelling in the vocabulary."""
         return self._backend.token_to_id(token)
 
-    def to_json(self) -> str:
+    def as_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._backend.to_str()
 

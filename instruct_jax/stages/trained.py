@@ -246,14 +246,17 @@ def _load_foreign(directory: Path) -> TrainedModel:
 
 def check_exported(directory: Path) -> None:
     """CheckpointError where `directory` is a Hugging Face folder in that of a run of ours, whose
-    record names the hash of a file there that is another one.
+    record names the hash of a file there that is another one. A card is for people to write on.
     """
     run = directory.absolute().parent
     if not is_run(run):
         return
     named = (read_run(run) or {}).get(ARTEFACTS, {})
-    inside = {Path(name).name: digest for name, digest in named.items()
-              if Path(name).parent == Path(directory.name)}  # fmt: skip
+    inside = {
+        path.name: digest
+        for path, digest in ((Path(name), digest) for name, digest in named.items())
+        if path.parent == Path(directory.name) and path.name != "README.md"
+    }
     check_files(directory, str(run / RUN_RECORD), inside)
 
 

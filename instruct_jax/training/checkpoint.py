@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from instruct_jax.errors import CheckpointError, ConfigError, StorageError
-from instruct_jax.files import unfit_path
+from instruct_jax.files import unfit_path, write_text
 from instruct_jax.training import hosts, ocp
 from instruct_jax.training.integrity import UNFINISHED, strangers, write_manifest
 from instruct_jax.training.keeping import damage_of, pinned_steps, step_numbers
@@ -237,7 +237,7 @@ def _conclude(directory: Path) -> None:
     what a run is published with is no path of the machine.
     """
     for path in directory.rglob("commit_success.txt"):
-        path.write_text("committed\n")
+        write_text(path, "committed\n")
     write_manifest(directory)
 
 

@@ -197,10 +197,11 @@ def test_a_card_names_base_licence_and_stages_and_no_path_of_this_machine(tmp_pa
     model = scripts.write_model(secret / "made" / "model")
     scripts.launch("convert", "--config=configs/convert.py:to_hf", f"--config.source={model}",
                    f"--workdir={secret / 'out'}")  # fmt: skip
-    (secret / "out/hf/README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
-    raw = json.loads((secret / "out/hf/config.json").read_text())
-    (secret / "out/hf/config.json").write_text(json.dumps(raw | {"_name_or_path": "Owner/Base-1B"}))
-    scripts.launch("convert", f"--config.source={secret / 'out/hf'}",
+    foreign = shutil.copytree(secret / "out/hf", secret / "foreign")
+    (foreign / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    raw = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(raw | {"_name_or_path": "Owner/Base-1B"}))
+    scripts.launch("convert", f"--config.source={foreign}",
                    f"--workdir={secret / 'in'}")  # fmt: skip
     rows = scripts.write_rows(secret / "data")
     scripts.launch("sft", "--config=configs/sft.py:debug", "--config.data.source=files",

@@ -101,7 +101,7 @@ print("out", told[2])
     assert launched.wait() == 0
     assert launched.out.read_text() == "out 0\n", "one process speaks for all"
     told = [(tmp_path / str(i)).read_text().split() for i in range(3)]
-    assert len({row[0] for row in told}) == 1 and told[0][0].startswith("localhost:")
+    assert len({row[0] for row in told}) == 1 and told[0][0].startswith("127.0.0.1:")
     assert [row[1:] for row in told] == [
         ["3", "0", "2", "0,1"],
         ["3", "1", "2", "2,3"],
