@@ -144,7 +144,8 @@ def _of_another_script(spec: str, main: Callable[..., Any]) -> str:
     """
     own = Path(inspect.getfile(main))
     presets = Path(spec.partition(":")[0])
-    if presets.stem == own.stem or not own.with_name(f"{presets.stem}.py").is_file():
+    others = own.with_name(f"{presets.stem}.py")
+    if presets.parent.name != "configs" or others == own or not others.is_file():
         return ""
     return f" ({presets} is for {own.parent.name}/{presets.stem}.py)"
 

@@ -237,3 +237,10 @@ def test_a_script_that_another_starts_has_help(script, repository):
     command = [sys.executable, str(repository / f"experiments/{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "" and "usage:" in done.stdout
+
+
+def test_presets_of_another_script_are_told_by_their_own(capsys):
+    with pytest.raises(SystemExit) as end:
+        scripts.launch("sft", "--config=configs/ppo.py:files")
+    assert end.value.code == 2
+    assert "(configs/ppo.py is for experiments/ppo.py)" in capsys.readouterr().err
