@@ -60,7 +60,7 @@ def steps_logged(workdir, stage):
     return [row["step"] for row in map(json.loads, lines) if "loss" in row or "kl" in row]
 
 
-@pytest.mark.parametrize("stage", [*STAGES, LAGGING])
+@pytest.mark.parametrize("stage", [*STAGES, pytest.param(LAGGING, marks=pytest.mark.slow)])
 def test_killed_three_times_a_run_ends_with_the_same_bits(run, tmp_path, stage):
     code, whole = run(stage, tmp_path / "whole")
     assert code == 0

@@ -73,7 +73,14 @@ def test_scores_and_advantages_are_those_of_whole_rows(skewed):
         np.testing.assert_allclose(of_short[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean", "seq_sum_const"])
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        "token_mean",
+        pytest.param("seq_mean", marks=pytest.mark.slow),
+        pytest.param("seq_sum_const", marks=pytest.mark.slow),
+    ],
+)
 def test_an_iterations_updates_are_those_of_whole_rows(skewed, reduction):
     """The state after all minibatches; `seq_sum_const` divides by the budget, not the width."""
     states = []

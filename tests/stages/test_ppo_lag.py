@@ -90,7 +90,10 @@ def test_the_first_two_batches_are_answered_by_the_first_policy(whole):
     assert min(kl[2:]) > 1e-3
 
 
-@pytest.mark.parametrize(("mesh", "tolerance"), [("data:1", 0.0), ("data:2,fsdp:2,tensor:2", 1e-5)])
+@pytest.mark.parametrize(
+    ("mesh", "tolerance"),
+    [("data:1", 0.0), pytest.param("data:2,fsdp:2,tensor:2", 1e-5, marks=pytest.mark.slow)],
+)
 def test_a_run_taken_up_at_a_checkpoint_ends_as_if_it_had_not_stopped(
     tmp_path, whole, mesh, tolerance
 ):
