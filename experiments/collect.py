@@ -9,7 +9,7 @@ model can beat. The labelers need a gold judge, so the prompts are those of the 
 rankings of your own go straight to experiments/reward_model.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,8 +18,9 @@ import jax
 
 from instruct_jax import cli
 from instruct_jax.data.config import DataConfig
-from instruct_jax.data.rows import write_rows
+from instruct_jax.data.rows import Prompt, write_rows
 from instruct_jax.data.sources import ToySource, open_source
+from instruct_jax.data.tokenizer import Tokenizer
 from instruct_jax.errors import ConfigError
 from instruct_jax.evaluation.markup import percent
 from instruct_jax.feedback.labelers import (
@@ -30,7 +31,7 @@ from instruct_jax.feedback.labelers import (
 )
 from instruct_jax.files import write_json
 from instruct_jax.models.config import ComputeConfig, check_length
-from instruct_jax.sampling.complete import complete
+from instruct_jax.sampling.complete import Completion, complete
 from instruct_jax.settings import Settings, never, setting
 from instruct_jax.stages.inputs import data_acts, left_out, prompt_tokens
 from instruct_jax.stages.trained import load_trained
@@ -87,23 +88,13 @@ def main(config: Config, run: cli.Run) -> Path:
             "config.data.source must be 'toyworld': simulated labelers need its gold judge; "
             "rankings of yours go straight to experiments/reward_model.py"
         )
-    tokenizer = policy.tokenizer
-    rows = source.prompts("train")
-    counts = prompt_tokens(rows, tokenizer)
-    prompts = [row for row, n in zip(rows, counts, strict=True) if n <= config.prompt_length]
-    if not prompts:
-        raise ConfigError(
-            f"config.prompt_length={config.prompt_length}: each of the {len(rows):,} prompts is "
-            f"longer; the longest has {counts.max(initial=0)} tokens"
-        )
-    if told := left_out(counts, len(prompts), limit=config.prompt_length):
-        run.note(told)
+    prompts = read_prompts(config, run, source, policy.tokenizer)
     run.record_data(source.provenance(), source.licences(), source.counts())
     run.note(f"{len(prompts):,} prompts are answered {config.completions} times each")
     answers = complete(
         policy.model,
         policy.params,
-        tokenizer,
+        policy.tokenizer,
         [row.text for row in prompts for _ in range(config.completions)],
         key=jax.random.key(config.seed),
         max_new_tokens=config.response_length,
@@ -111,18 +102,7 @@ def main(config: Config, run: cli.Run) -> Path:
         batch_size=config.batch_size,
         temperature=config.temperature,
     )
-    k = config.completions
-    groups = [
-        # What a labeler cannot read is not ranked; the K of its prompt is smaller.
-        [answer for answer in answers[i : i + k] if readable(answer.text)]
-        for i in range(0, len(answers), k)
-    ]
-    both = [(row, group) for row, group in zip(prompts, groups, strict=True) if len(group) > 1]
-    if not both:
-        raise ConfigError(
-            f"{config.policy}: no prompt has two answers that can be read; train it for longer"
-        )
-    prompts, groups = zip(*both, strict=True)
+    prompts, groups = ranked_groups(config, prompts, answers)
     texts = [[answer.text for answer in group] for group in groups]
     ended = [[answer.ended for answer in group] for group in groups]
     judge = source.world.judge
@@ -138,7 +118,7 @@ def main(config: Config, run: cli.Run) -> Path:
     agree, ceiling = agreement(rankings, second), accuracy(rankings, gold)
     report = {
         "prompts": len(rankings),
-        "completions": k,
+        "completions": config.completions,
         "labelers": config.labelers,
         "agreement": agree.rate,
         "agreement_standard_error": agree.standard_error,
@@ -153,8 +133,45 @@ def main(config: Config, run: cli.Run) -> Path:
         ("the gold judge agrees", ceiling.rate, ceiling.standard_error),
     ):
         run.say(f"{name + ' on':<25}{percent(value)} ± {percent(1.96 * error)} of pairs")
-    run.say(f"comparisons: {path} ({len(rankings):,} prompts, {k} answers each)")
+    run.say(f"comparisons: {path} ({len(rankings):,} prompts, {config.completions} answers each)")
     return path
+
+
+def read_prompts(
+    config: Config, run: cli.Run, source: ToySource, tokenizer: Tokenizer
+) -> list[Prompt]:
+    """The training prompts that are short enough. ConfigError where none is."""
+    rows = source.prompts("train")
+    counts = prompt_tokens(rows, tokenizer)
+    prompts = [row for row, n in zip(rows, counts, strict=True) if n <= config.prompt_length]
+    if not prompts:
+        raise ConfigError(
+            f"config.prompt_length={config.prompt_length}: each of the {len(rows):,} prompts is "
+            f"longer; the longest has {counts.max(initial=0)} tokens"
+        )
+    if told := left_out(counts, len(prompts), limit=config.prompt_length):
+        run.note(told)
+    return prompts
+
+
+def ranked_groups(
+    config: Config, prompts: Sequence[Prompt], answers: Sequence[Completion]
+) -> tuple[list[Prompt], list[list[Completion]]]:
+    """The prompts with two answers and more that can be read, and these. ConfigError without any.
+
+    What a labeler cannot read is not ranked; the K of its prompt is smaller.
+    """
+    k = config.completions
+    groups = [
+        [answer for answer in answers[i : i + k] if readable(answer.text)]
+        for i in range(0, len(answers), k)
+    ]
+    both = [(row, group) for row, group in zip(prompts, groups, strict=True) if len(group) > 1]
+    if not both:
+        raise ConfigError(
+            f"{config.policy}: no prompt has two answers that can be read; train it for longer"
+        )
+    return [row for row, _ in both], [group for _, group in both]
 
 
 def readable(text: str) -> bool:

@@ -52,7 +52,7 @@ from instruct_jax.stages.inputs import (
 )
 from instruct_jax.stages.sft import SFTConfig
 from instruct_jax.stages.text import training_text
-from instruct_jax.stages.trained import load_trained, save_trained
+from instruct_jax.stages.trained import TrainedModel, load_trained, save_trained
 from instruct_jax.training.mesh import check_batch_size, make_mesh
 from instruct_jax.training.state import TrainState
 
@@ -105,20 +105,7 @@ def main(config: Config, run: cli.Run) -> Path:
     if not config.measure_lengths:
         check_lengths(stage, start.config)
     source = open_source(config.data, template=start.template, model=config.init, weighed=WEIGHED)
-    chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
-    if config.measure_lengths:
-        lengths = lengths_of(encode(chats, start.tokenizer, **UNLIMITED))
-        form = {"limit": start.config.max_length, "group": "config.sft"}
-        stage, words = measured(stage, *lengths, **form)
-        run.note(words)
-    options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
-    options["positions"] = start.config.max_length
-    rows, shares = encode_shares(source, chats, start.tokenizer, **options)
-    if config.measure_lengths:
-        stage = packable(stage, rows, run)
-        check_lengths(stage, start.config)
-    valid = encode(held_out, start.tokenizer, required=False, **options)
-    rows = batched(stage, rows, pad_id=start.tokenizer.pad_id)
+    stage, rows, shares, valid, template = prepare(config, run, source, start)
     pretraining = text_shares = None
     if stage.pretrain_fraction > 0:
         folder, width = config.data.token_folder(run.workdir), rows["tokens"].shape[1]
@@ -132,7 +119,7 @@ def main(config: Config, run: cli.Run) -> Path:
         run.note(no_held_out("demonstrations"))
 
     model, seen = start.model, Judged()
-    trained = start._replace(stage="sft", template=chats.template.name)
+    trained = start._replace(stage="sft", template=template.name)
 
     def judge(params: Any) -> dict[str, float]:
         """The loss of the rows that are held out, where there are any."""
@@ -174,6 +161,36 @@ def main(config: Config, run: cli.Run) -> Path:
     if config.keep_epochs:
         run.say(f"every epoch's model: {run.workdir / 'epochs'}")
     return folder
+
+
+class Prepared(NamedTuple):
+    """The stage with its lengths measured where they are to be, and rows as it trains on them."""
+
+    stage: SFTConfig
+    rows: Encoded
+    shares: Shares | None
+    valid: Encoded
+    template: Template
+
+
+def prepare(config: Config, run: cli.Run, source: Source, start: TrainedModel) -> Prepared:
+    """Reads, measures and encodes the rows. Raises ConfigError and DataError."""
+    stage, tokenizer = config.sft, start.tokenizer
+    chats, held_out = (read(config.data, source, split) for split in ("train", "valid"))
+    if config.measure_lengths:
+        lengths = lengths_of(encode(chats, tokenizer, **UNLIMITED))
+        form = {"limit": start.config.max_length, "group": "config.sft"}
+        stage, words = measured(stage, *lengths, **form)
+        run.note(words)
+    options = {name: getattr(stage, name) for name in (*UNLIMITED, "all_turns")}
+    options["positions"] = start.config.max_length
+    rows, shares = encode_shares(source, chats, tokenizer, **options)
+    if config.measure_lengths:
+        stage = packable(stage, rows, run)
+        check_lengths(stage, start.config)
+    valid = encode(held_out, tokenizer, required=False, **options)
+    rows = batched(stage, rows, pad_id=tokenizer.pad_id)
+    return Prepared(stage, rows, shares, valid, chats.template)
 
 
 @dataclass
